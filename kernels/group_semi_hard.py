@@ -1,0 +1,210 @@
+"""The order of the next epoch: a walk from each sample to a near miss, so that batches are full of them.
+
+Step 1 leaves the start by image -> text similarity, step 2 leaves the item reached by text -> image
+similarity, and so on in turn. At position p, from item c, the next item is the unvisited j with the highest
+similarity s among
+
+    1. those with an allowed id and s < image_feats[c] . text_feats[c] - margin; if there is none,
+    2. those with an allowed id; if there is none,
+    3. all unvisited.
+
+An id is allowed if it differs from ids[c] and from the ids at positions floor(p / batch_size) * batch_size ..
+p - 1. Ties go to the lowest index. Similarities accumulate in float32, and NaN (from overflow) counts as
+-inf: the result is a permutation for any input. Backends add in different orders, so that two similarities
+which differ by less than the rounding of a float32 sum may change places between backends; where sums are
+exact the orders are equal.
+
+Source: the walk of GRIT-VLP (its `GRIT.grouping`, with a mask instead of a softmax, which underflows there),
+the semi-hard threshold of SyncMask, and the product rule, which is our own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from syncmask_fast import _native
+from syncmask_fast.kernels import common
+
+
+def group_semi_hard_reference(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    ids: Tensor,
+    *,
+    batch_size: int = 1,
+    margin: float = 0.0,
+    start: int = 0,
+    search_space: int | None = None,
+) -> Tensor:
+    """The definition of `group_semi_hard` in plain PyTorch; computes in float64 for float64 features.
+
+    One matrix-vector product a step; nothing is copied to the host, so that on a GPU the steps queue up.
+    """
+    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS_AND_DOUBLE)
+    items = image_feats.shape[0]
+    dtype = common.working_dtype(image_feats)
+    image_feats, text_feats = image_feats.to(dtype), text_feats.to(dtype)
+    codes = torch.unique(ids, return_inverse=True)[1]  # products numbered 0, 1, ...
+    order = torch.empty(items, dtype=torch.int64, device=ids.device)
+    run = search_space or max(1, items)
+    with common.full_precision(image_feats):
+        for begin in range(0, items, run):
+            part = slice(begin, begin + run)
+            first = start if begin == 0 else 0
+            order[part] = begin + _walk(
+                image_feats[part], text_feats[part], codes[part], batch_size, margin, first
+            )
+    return order
+
+
+def _walk(
+    image_feats: Tensor, text_feats: Tensor, codes: Tensor, batch_size: int, margin: float, start: int
+) -> Tensor:
+    """One run: features [n, D] in the working dtype, codes int64 [n] -> order int64 [n]."""
+    items = image_feats.shape[0]
+    device = image_feats.device
+    unvisited = torch.ones(items, dtype=torch.bool, device=device)
+    # Codes are numbered over all runs; in_batch marks those of the batch that position p belongs to.
+    in_batch = torch.zeros(int(codes.max()) + 1, dtype=torch.bool, device=device)
+    order = torch.empty(items, dtype=torch.int64, device=device)
+    current = torch.tensor([start], device=device)
+    for position in range(items):
+        if position > 0:
+            if position % batch_size == 0:
+                in_batch.zero_()
+            source, target = (image_feats, text_feats) if position % 2 else (text_feats, image_feats)
+            similarity = target @ source[current][0]
+            allowed = unvisited & ~in_batch[codes] & (codes != codes[current])
+            near_miss = allowed & (similarity < similarity[current] - margin)
+            current = _first_highest(similarity, torch.stack((unvisited, allowed, near_miss)))
+        order[position] = current[0]
+        unvisited[current] = False
+        in_batch[codes[current]] = True
+    return order
+
+
+def _first_highest(similarity: Tensor, levels: Tensor) -> Tensor:
+    """Index [1] of the highest similarity [n] in the last row of levels bool [3, n] that marks any."""
+    level = levels.sum(0)  # each level is part of the one before it
+    best_level = level == level.max()
+    similarity = similarity.masked_fill(similarity.isnan() | ~best_level, -math.inf)
+    return (best_level & (similarity == similarity.max())).int().argmax(0, keepdim=True)
+
+
+@torch.library.custom_op("syncmask::group_semi_hard_reference", mutates_args=())
+def _group_semi_hard_reference(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    ids: Tensor,
+    batch_size: int,
+    margin: float,
+    start: int,
+    search_space: int | None,
+) -> Tensor:
+    return group_semi_hard_reference(
+        image_feats,
+        text_feats,
+        ids,
+        batch_size=batch_size,
+        margin=margin,
+        start=start,
+        search_space=search_space,
+    )
+
+
+@torch.library.custom_op("syncmask::group_semi_hard", mutates_args=())
+def _group_semi_hard(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    ids: Tensor,
+    batch_size: int,
+    margin: float,
+    start: int,
+    search_space: int | None,
+) -> Tensor:
+    # csrc/group_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
+    if image_feats.device.type == "cpu":
+        _warn_not_built()
+    return _group_semi_hard_reference(image_feats, text_feats, ids, batch_size, margin, start, search_space)
+
+
+@_group_semi_hard_reference.register_fake
+@_group_semi_hard.register_fake
+def _(image_feats, text_feats, ids, batch_size, margin, start, search_space):
+    return ids.new_empty(ids.shape)
+
+
+_native.load()  # after the schema above, which the kernel belongs to
+_warned = False
+
+
+def _warn_not_built() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"group_semi_hard runs its slow reference: {_native.status()}", stacklevel=2)
+
+
+def group_semi_hard(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    ids: Tensor,
+    *,
+    batch_size: int = 1,
+    margin: float = 0.0,
+    start: int = 0,
+    search_space: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Orders samples so that neighbours are near misses and batches hold no product twice if possible.
+
+    image_feats:  [N, D] float32, bfloat16 or float16, any strides; finite, normalised by the caller.
+    text_feats:   [N, D], dtype of image_feats.
+    ids:          int64 [N] product ids.
+    batch_size:   positions per batch; a product does not come twice in a batch while another choice exists.
+    margin:       how far below the own pair's similarity a near miss must lie; -inf turns the rule off.
+    start:        first item of the (first) walk, in 0 .. min(N, search_space) - 1.
+    search_space: cuts the input into consecutive runs of so many, walks each by itself (the first from
+                  `start`, the others from their first item; positions and batches count within the run) and
+                  joins the results; None: one walk.
+    returns:      int64 [N], a permutation of 0 .. N-1. Exact: every step looks at every unvisited item of its
+                  run.
+    ties:         to the lowest index.      grad: none, inputs are detached.
+    memory:       O(N D); no [N, N] tensor.      time: O(N n D) for runs of n.
+    errors:       ValueError for shape, dtype or device mismatch, batch_size or search_space < 1, start out of
+                  range, margin NaN, a backend not built.
+    runs:         C++ on CPU (the reference, with one warning, where the extension is not built); the
+                  reference on CUDA.
+    source:       GRIT-VLP's grouping, SyncMask's semi-hard rule (module docstring).
+    """
+    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS)
+    has_kernel = _native.loaded() and image_feats.device.type == "cpu"
+    built = ("cpp", "reference") if has_kernel else ("reference",)
+    if backend == "cpp" and not _native.loaded():
+        raise ValueError(f"backend is 'cpp', but {_native.status()}; expected 'auto' or 'reference'")
+    common.check_backend("group_semi_hard", backend, built, image_feats.device)
+    op = _group_semi_hard_reference if backend == "reference" else _group_semi_hard
+    images, texts = (t.detach().to(torch.float32).contiguous() for t in (image_feats, text_feats))
+    search_space = None if search_space is None else int(search_space)
+    return op(images, texts, ids.contiguous(), int(batch_size), float(margin), int(start), search_space)
+
+
+def _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, dtypes) -> None:
+    common.check_tensor("image_feats", image_feats, "N, D", dtypes)
+    common.check_tensor("text_feats", text_feats, "N, D", dtypes)
+    common.check_tensor("ids", ids, "N", (torch.int64,))
+    items = image_feats.shape[0]
+    common.check_shape("text_feats", text_feats, image_feats.shape, "the shape of image_feats")
+    common.check_shape("ids", ids, (items,), "N of image_feats")
+    common.check_same("text_feats", text_feats, "image_feats", image_feats, dtype=True)
+    common.check_same("ids", ids, "image_feats", image_feats)
+    common.check_integer("batch_size", batch_size, 1, 2**62, "an integer of at least 1")
+    common.check_margin(margin)
+    if search_space is not None:
+        common.check_integer("search_space", search_space, 1, 2**62, "None or an integer of at least 1")
+    last = max(0, (items if search_space is None else min(items, search_space)) - 1)
+    common.check_integer("start", start, 0, last, f"an integer from 0 to {last}, within the first run")

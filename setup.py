@@ -1,0 +1,130 @@
+"""Builds the package and, where a C++ compiler and torch are at hand, its compiled operators (`_C.so`).
+
+Everything declarative is in pyproject.toml. The library uses LibTorch's stable ABI and no Python API, so that
+one build serves every Python and every torch from 2.10 on. torch is never imported here: in an isolated build
+(plain `pip install .`) it cannot be, but its headers and libraries in the target environment are files like
+any other. Without a compiler or torch the install succeeds all the same, and the operators run their slower
+references.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ["csrc/group_semi_hard.cpp"]
+TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+]
+
+
+class NotBuilt(Exception):
+    """Why the compiled operators were left out."""
+
+
+class BuildNative(build_ext):
+    """One call of the compiler; a failure is reported and leaves an install without `_C.so`."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            compile_library(extension.sources, target)
+            print(f"syncmask_fast: built {target.name}", file=sys.stderr)
+        except NotBuilt as reason:
+            print(f"syncmask_fast: installing without compiled operators, {reason}", file=sys.stderr)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The wheel depends on the platform, not on the Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def compile_library(sources: list[str], target: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        raise NotBuilt("which are for Linux")
+    torch = find_torch()
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))), None
+    )
+    if compiler is None:
+        raise NotBuilt("because no C++ compiler was found (install g++, or set CXX)")
+    include, library = torch / "include", torch / "lib"
+    files = [str(ROOT / source) for source in sources]
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+    version = subprocess.run(
+        [compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
+    ).stdout
+    stamp = f"csrc {digest}, torch {torch_version(torch)} headers, {Path(compiler).name} {version.strip()}"
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DSYNCMASK_BUILD_STAMP="{stamp}"']
+    # -ltorch_cpu -lc10: torch's libraries are not loaded globally, so the symbols need a file to come from.
+    # No run path is needed: torch is imported, and so loaded, first. Built aside and renamed, for a process
+    # that has the old one open.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder, target.name)
+        links = [f"-L{library}", "-ltorch_cpu", "-lc10", "-o", str(built)]
+        command = [compiler, *FLAGS, *defines, "-isystem", str(include), *files, *links]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode != 0:
+            raise NotBuilt(f"because the compiler failed:\n{' '.join(command)}\n{run.stderr}")
+        os.replace(built, target)
+
+
+def find_torch() -> Path:
+    """The folder of the torch of the environment that is being installed into.
+
+    An isolated build hides it from this process by PYTHONPATH; a fresh interpreter that ignores that sees it.
+    """
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    run = subprocess.run(
+        [sys.executable, "-E", "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir()
+    )
+    origin = run.stdout.strip()
+    folder = Path(origin).parent if origin else None
+    if folder is None or not (folder / "include/torch/csrc/stable/library.h").is_file():
+        raise NotBuilt(
+            "because torch 2.10 or later is not installed here yet (install torch, then this again)"
+        )
+    return folder
+
+
+def torch_version(torch: Path) -> str:
+    for line in (torch / "version.py").read_text().splitlines():
+        if line.startswith("__version__ ="):
+            return line.split("=")[1].strip().strip("'\"")
+    return "unknown"
+
+
+setup(
+    packages=[*find_packages(include=["syncmask_fast", "syncmask_fast.*"]), "syncmask_fast.kernels"],
+    package_dir={"syncmask_fast.kernels": "kernels"},
+    ext_modules=[Extension("syncmask_fast._C", SOURCES, optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,124 @@
+"""Attention over packed sequences: one function, xformers on CUDA, PyTorch's SDPA on the CPU.
+
+Tokens of many sequences lie behind each other in one [total, ...] tensor. A `Layout` says where each sequence begins. Sequences of one
+length may stay dense, [N, L, ...], and then need no layout.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout:
+    """Where each of N sequences lies in a packed tensor.
+
+    starts:  int32 [N + 1] on the tensor's device; sequence n is rows starts[n] .. starts[n + 1] - 1.
+    longest: an upper bound on the sequences' lengths, known to the host.
+    total:   rows of the packed tensor, starts[N], known to the host.
+    """
+
+    def __init__(self, starts: Tensor, longest: int, total: int) -> None:
+        self.starts, self.longest, self.total = starts, longest, total
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> Layout:
+        """The layout of sequences whose lengths the host knows."""
+        starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return cls(starts.to(device, non_blocking=True), max(lengths, default=0), sum(lengths))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __add__(self, other: Layout) -> Layout:
+        """The layout of this packed tensor with another one behind it."""
+        starts = torch.cat([self.starts, other.starts[1:] + self.total])
+        return Layout(starts, max(self.longest, other.longest), self.total + other.total)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int32 [N]."""
+        return self.starts.diff()
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """int64 [total]: which sequence each row belongs to."""
+        rows = torch.arange(self.total, device=self.starts.device, dtype=torch.int32)
+        return torch.searchsorted(self.starts[1:-1].contiguous(), rows, right=True)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [total]: each row's position within its sequence."""
+        return torch.arange(self.total, device=self.starts.device) - self.starts[self.sequence]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [N, longest]: which places of the padded form hold a token."""
+        return torch.arange(self.longest, device=self.starts.device) < self.lengths[:, None]
+
+    @cached_property
+    def _padded_row(self) -> Tensor:
+        """int64 [total]: each row's place in the flattened padded form."""
+        return self.sequence * self.longest + self.position
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """[total, ...] to [N, longest, ...], zeros where there is no token."""
+        flat = packed.new_zeros(len(self) * self.longest, *packed.shape[1:])
+        return flat.index_copy(0, self._padded_row, packed).unflatten(0, (len(self), self.longest))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """[N, longest, ...] to [total, ...]."""
+        return padded.flatten(0, 1).index_select(0, self._padded_row)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None) -> Tensor:
+    """Softmax attention within blocks: the queries of block n look at the keys of block n, and at no others.
+
+    q:        [total, H, D] with `q_layout`, or dense [N, L, H, D] without; float32, bfloat16 or float16.
+    k, v:     [total, H, D] with `k_layout`, or dense [N, S, H, D] without; the same number of blocks N.
+    returns:  like q.
+    runs:     xformers' memory-efficient attention with a block-diagonal mask on CUDA, padded SDPA on the CPU.
+    """
+    if q.is_cuda:
+        return _attention_xformers(q, k, v, q_layout, k_layout)
+    mask = None if k_layout is None else k_layout.valid[:, None, None, :]
+    q_dense = q if q_layout is None else q_layout.pad(q)
+    if k_layout is not None:
+        k, v = k_layout.pad(k), v if v is k else k_layout.pad(v)
+    # In float32 always: PyTorch's CPU attention is several times slower in bfloat16.
+    heads_first = (x.float().transpose(1, 2) for x in (q_dense, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).to(q.dtype)
+    return out if q_layout is None else q_layout.unpad(out)
+
+
+def block_diagonal_mask(blocks: int, q_layout: Layout | int, k_layout: Layout | int):
+    """xformers' block-diagonal mask for packed queries and keys; an int is the length of dense blocks.
+
+    The starts stay on the device: nothing is read back. The host copies that xformers keeps beside them are upper bounds.
+    """
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    device = next((x.starts.device for x in (q_layout, k_layout) if isinstance(x, Layout)), torch.device("cuda"))
+
+    def info(layout: Layout | int) -> _SeqLenInfo:
+        if isinstance(layout, int):
+            starts = torch.arange(0, (blocks + 1) * layout, max(layout, 1), dtype=torch.int32, device=device)
+            return _SeqLenInfo(seqstart=starts, max_seqlen=layout, min_seqlen=layout, seqstart_py=[0, blocks * layout])
+        return _SeqLenInfo(seqstart=layout.starts, max_seqlen=layout.longest, min_seqlen=0, seqstart_py=[0, layout.total])
+
+    return BlockDiagonalMask(q_seqinfo=info(q_layout), k_seqinfo=info(k_layout))
+
+
+def _attention_xformers(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    if q_layout is None and k_layout is None:
+        return memory_efficient_attention(q, k, v)
+    blocks = len(q_layout if q_layout is not None else k_layout)
+    bias = block_diagonal_mask(blocks, q_layout or q.shape[1], k_layout or k.shape[1])
+    one = [x if layout is not None else x.flatten(0, 1) for x, layout in ((q, q_layout), (k, k_layout), (v, k_layout))]
+    out = memory_efficient_attention(*(x[None] for x in one), attn_bias=bias)[0]
+    return out if q_layout is not None else out.view_as(q)

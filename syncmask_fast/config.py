@@ -1,0 +1,259 @@
+"""Every setting of a run: frozen dataclasses, two presets, all checks. Imports no torch.
+
+Where a value is the parents' (ALBEF, GRIT-VLP, FashionSAP) the comment says so; everything else is our choice. The SyncMask paper's own
+hyper-parameters are not known to us, so none of these is presented as the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from syncmask_fast.data.augment import AugmentConfig
+from syncmask_fast.errors import UserError
+
+Masking = Literal["sync", "random", "none"]
+Batching = Literal["semi_hard", "hard", "random"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image encoder: any timm VisionTransformer with a class token."""
+
+    name: str = "vit_base_patch16_224"
+    """timm's name of the architecture."""
+    pretrained: bool = False
+    """Start from timm's weights of that name."""
+    size: int = 256
+    """Side of the square input in pixels (ALBEF: 256)."""
+    patch: int = 16
+    """Side of a patch in pixels."""
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    """Width, depth and heads; unset takes the architecture's own."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder and the fusion encoder: one BERT, cut in two (ALBEF: 6 + 6 layers)."""
+
+    name: str | None = None
+    """Hugging Face name or local folder of a BERT to start from, with its tokenizer; unset trains a tokenizer on the corpus."""
+    vocabulary: int = 30_522
+    """Word pieces (BERT's count); with a tokenizer of our own an upper bound."""
+    width: int = 768
+    heads: int = 12
+    layers: int = 6
+    """Layers before the text meets the image."""
+    fusion_layers: int = 6
+    """Layers with cross-attention to the image."""
+    max_tokens: int = 128
+    """Texts are cut to this many word pieces, [CLS] and [SEP] included."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How masks are chosen. Scores and ratios are those of `syncmask_fast.ops.sync_mask`."""
+
+    token_ratio: float = 0.15
+    """Share of the words that is masked for MLM (ALBEF: 0.15)."""
+    patch_ratio: float = 0.5
+    """Share of the patches that is masked for MIM."""
+    token_score: Literal["peak", "mass", "cls", "output"] = "output"
+    patch_score: Literal["mean", "cls", "weighted", "max"] = "max"
+    layer: int = 3
+    """Fusion layer, counted from 1, whose cross-attention the teacher reads (ALBEF's author finds the third to localise best)."""
+    ramp: tuple[float, float] = (0.1, 0.4)
+    """Parts of the training between which a sample's chance of a sync mask instead of a random one goes from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The four objectives, added up with these weights (the parents: a plain sum)."""
+
+    itc: float = 1.0
+    itm: float = 1.0
+    mlm: float = 1.0
+    mim: float = 1.0
+    queue: int = 65_536
+    """Momentum features kept as further ITC candidates (ALBEF: 65,536)."""
+    alpha: float = 0.4
+    """Share of the teacher's soft targets in ITC (ALBEF: 0.4), reached after the first epoch."""
+    temperature: float = 0.07
+    """Start of the learnt ITC temperature (ALBEF: 0.07, kept within 0.001 and 0.5)."""
+    mim_target: Literal["pixels", "teacher"] = "pixels"
+    """What masked patches are rebuilt to: their pixels, normalised per patch, or the teacher's features of the full image."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Grouping of similar pairs into batches, and the draw of ITM negatives."""
+
+    margin: float = 0.0
+    """A negative must be less similar than the true pair by more than this."""
+    search_space: int | None = None
+    """Samples that one walk of the planner sees; unset is the whole dataset (GRIT-VLP: 1,920)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup: float = 0.03
+    """Part of the training over which the learning rate rises from zero."""
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.995
+    """Momentum of the teacher (ALBEF: 0.995)."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation at the end of training."""
+
+    holdout: float = 0.05
+    """Share of the products held out where the data has no `eval` folder."""
+    queries: int = 1000
+    """Queries of a 101-candidate draw (FashionViL: 1,000)."""
+    draws: int = 5
+    """Draws whose mean and standard deviation are reported (FashionViL: 5)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pretrains a fashion vision-language model with SyncMask."""
+
+    preset: str = "base"
+    """Name of the preset that these settings started from."""
+    data: Path | None = None
+    """Folder of shards, or one with `train` and `eval` inside; unset draws the lookbook."""
+    out: Path | None = None
+    """Folder of the run; unset is runs/PRESET-TIMESTAMP."""
+    steps: int | None = None
+    """Optimiser steps; give this or --epochs."""
+    epochs: int | None = None
+    """Passes over the data; give this or --steps."""
+    seed: int = 0
+    masking: Masking = "sync"
+    """sync: what the teacher's cross-attention chooses; random: as before SyncMask; none: no MLM and no MIM."""
+    batching: Batching = "semi_hard"
+    """semi_hard: similar, never the same product, less similar than the true pair; hard: the most similar (GRIT-VLP's walk); random."""
+    resume: str = "auto"
+    """auto: go on where --out stopped; never: refuse to; or the path of a checkpoint to go on from."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between progress lines."""
+    batch_size: int = 64
+    device: str = "auto"
+    """auto: the first CUDA device, else the CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on the CPU."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    threads: int | None = None
+    """Threads that decode images; unset is one for each core, at most 8."""
+    embed: int = 256
+    """Width of the space that ITC compares in (ALBEF: 256)."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    group: GroupConfig = field(default_factory=GroupConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def check(self) -> None:
+        """Raises `UserError` for the first setting that cannot work."""
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("--steps and --epochs were both given: give one of them.")
+        positive = {
+            "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
+            "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
+            "--image.patch": self.image.patch, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
+            "--text.heads": self.text.heads, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
+            "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
+            "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,
+            "--group.search-space": self.group.search_space,
+        }  # fmt: skip
+        for flag, value in positive.items():
+            if value is not None and not value > 0:
+                raise UserError(f"{flag} is {value}, but must be more than 0.")
+        shares = {
+            "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
+            "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+        }  # fmt: skip
+        for flag, value in shares.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"{flag} is {value}, but must lie within 0 and 1.")
+        if self.batch_size == 1:
+            raise UserError("--batch-size is 1, but ITC and ITM need other products in the batch: give 2 or more.")
+        if self.image.size % self.image.patch:
+            raise UserError(f"--image.size {self.image.size} is not a multiple of --image.patch {self.image.patch}.")
+        if self.text.width % self.text.heads:
+            raise UserError(f"--text.width {self.text.width} is not a multiple of --text.heads {self.text.heads}.")
+        if not 1 <= self.mask.layer <= self.text.fusion_layers:
+            raise UserError(f"--mask.layer is {self.mask.layer}, but must lie within 1 and {self.text.fusion_layers} (--text.fusion-layers).")
+        if self.text.max_tokens < 3:
+            raise UserError(f"--text.max-tokens is {self.text.max_tokens}, but must be 3 or more: [CLS], a word, [SEP].")
+        if self.loss.queue < 0:
+            raise UserError(f"--loss.queue is {self.loss.queue}, but must be 0 or more.")
+        low, high = self.mask.ramp
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--mask.ramp is {low} {high}, but must be two rising parts of the training within 0 and 1.")
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "tiny": (
+        "What two CPU cores train in minutes.",
+        TrainConfig(
+            preset="tiny",
+            steps=600,
+            batch_size=64,
+            embed=128,
+            image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=12, width=160, depth=4, heads=4),
+            text=TextConfig(vocabulary=2_000, width=160, heads=4, layers=2, fusion_layers=3, max_tokens=96),
+            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.3, layer=1),
+            loss=LossConfig(queue=1024),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, ema=0.99),
+            save_every=200,
+        ),
+    ),
+    "base": (
+        "ALBEF-shaped: ViT-B/16 at 256 pixels, BERT 6 + 6.",
+        TrainConfig(preset="base", epochs=30, image=ImageConfig(pretrained=True), text=TextConfig(name="bert-base-uncased")),
+    ),
+}
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(cls: type, values: dict[str, Any]) -> Any:
+    """The configuration of dataclass `cls` that `to_json` wrote; raises `UserError` for unknown or missing names."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"The configuration has settings that this version does not know: {', '.join(unknown)}.")
+    made = {}
+    for name, value in values.items():
+        default = getattr(cls(), name)
+        if dataclasses.is_dataclass(default):
+            value = from_json(type(default), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif name in ("data", "out") and value is not None:
+            value = Path(value)
+        made[name] = value
+    return cls(**made)

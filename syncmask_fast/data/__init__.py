@@ -1,0 +1,1 @@
+"""Data: shards, texts, augmentation, the epoch's plan and the loader. Nothing here imports the model."""

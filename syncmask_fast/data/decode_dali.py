@@ -1,0 +1,191 @@
+"""The fast way from encoded images to pixels: one DALI pipeline, on the GPU's JPEG decoder where there is one, else on CPU threads.
+
+Whatever is random comes in as numbers (`CropParams`); DALI's own generators are not used. A damaged image makes DALI give up the whole
+pipeline (on CPU: an error for truncated files, no error for damage within the coded data, both as libjpeg-turbo has it). So truncated
+files are kept out beforehand (`check_image`), and when it still fails, the batch is looked through with Pillow, the pipeline is built
+anew, and everything that was under way is fed again: the consumer sees only that the batch is shorter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncmask_fast.data.decoding import ImageJob
+from syncmask_fast.data.images import as_png, decode_image
+
+QUEUE_DEPTH = 2  # batches that DALI works on ahead of the consumer
+
+
+def dali_problem() -> str | None:
+    """Why DALI cannot be used here, or None if it can."""
+    try:
+        import nvidia.dali.fn  # noqa: F401
+    except Exception as error:  # a missing CUDA library raises OSError or RuntimeError, not ImportError
+        return str(error) or type(error).__name__
+    return None
+
+
+class DaliDecoder:
+    """One DALI pipeline that is kept from epoch to epoch. See `Decoder`."""
+
+    ahead = QUEUE_DEPTH
+
+    def __init__(
+        self, *, batch_size: int, size: int, mean: tuple[float, ...], std: tuple[float, ...], jitter: bool, device: torch.device, threads: int
+    ) -> None:
+        self.batch_size, self.size, self.mean, self.std, self.jitter = batch_size, size, mean, std, jitter
+        self.device, self.threads = device, threads
+        self._feed: deque[ImageJob] = deque()  # to be read by the pipeline
+        self._started: deque[tuple[ImageJob, dict[int, str]]] = deque()
+        self._recode: set[int] = set()  # samples that Pillow reads and DALI does not
+        self._pipeline = self._build()
+
+    def start(self, job: ImageJob) -> None:
+        if self._recode:
+            job.encoded = [
+                as_png(decode_image(data)) if int(sample) in self._recode else data
+                for sample, data in zip(job.samples, job.encoded, strict=True)
+            ]
+        self._started.append((job, {}))
+        try:
+            self._schedule(job)
+        except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
+            self._failed = True
+
+    def finish(self) -> tuple[ImageJob, Tensor, dict[int, str]]:
+        while True:
+            job, refused = self._started[0]
+            if len(job) == 0:
+                pixels = torch.empty(0, 3, self.size, self.size, device=self.device)
+            else:
+                try:
+                    if self._failed:
+                        raise RuntimeError("the DALI pipeline stopped")
+                    pixels = self._outputs()
+                except Exception as error:  # DALI raises RuntimeError, IndexError, StopIteration ... for the same damage
+                    self._recover(error)
+                    continue
+            self._started.popleft()
+            return job, pixels, refused
+
+    def drain(self) -> None:
+        try:
+            for job, _ in self._started:
+                if len(job) and not self._failed:
+                    self._outputs()
+        except Exception:  # a damaged image among those that nobody wants any more
+            self._failed = True
+        self._started.clear()
+        self._feed.clear()
+        if self._failed:
+            self._pipeline = self._build()
+
+    def close(self) -> None:
+        self._started.clear()
+        self._feed.clear()
+        self._pipeline = None  # its destructor stops the threads
+
+    def _build(self):
+        """The pipeline, ready and empty."""
+        from nvidia.dali import fn, pipeline_def, types
+
+        self._failed = False
+        on_gpu = self.device.type == "cuda"
+
+        @pipeline_def(
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=QUEUE_DEPTH,
+            exec_dynamic=True,
+        )
+        def images():
+            colours = 3 if self.jitter else 0
+            encoded, start, extent, flip, *factors = fn.external_source(
+                source=self._next_inputs,
+                num_outputs=4 + colours,
+                batch=True,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32] + [types.FLOAT] * colours,
+                ndim=[1, 1, 1] + [0] * (1 + colours),
+            )
+            pixels = fn.decoders.image_slice(
+                encoded,
+                start=start,
+                shape=extent,
+                axis_names="WH",
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+            )
+            pixels = fn.resize(pixels, size=[self.size, self.size], interp_type=types.INTERP_LINEAR, antialias=True)
+            if self.jitter:
+                pixels = fn.color_twist(pixels, brightness=factors[0], contrast=factors[1], saturation=factors[2])
+            return fn.crop_mirror_normalize(
+                pixels,
+                dtype=types.FLOAT,
+                output_layout="CHW",
+                mean=[255 * value for value in self.mean],
+                std=[255 * value for value in self.std],
+                mirror=flip,
+            )
+
+        pipeline = images()
+        pipeline.build()
+        return pipeline
+
+    def _next_inputs(self) -> tuple:
+        """Called by the pipeline within `schedule_run`."""
+        if not self._feed:
+            raise StopIteration
+        job = self._feed.popleft()
+        params = job.params
+        return (
+            [np.frombuffer(data, np.uint8) for data in job.encoded],
+            np.stack([params.x, params.y], 1),
+            np.stack([params.width, params.height], 1),
+            params.flip.astype(np.int32),
+            *((params.brightness, params.contrast, params.saturation) if self.jitter else ()),
+        )
+
+    def _schedule(self, job: ImageJob) -> None:
+        if len(job) == 0:
+            return
+        self._feed.append(job)
+        self._pipeline.reset()  # the source said "no more" after the last batch; without this the pipeline would believe it
+        self._pipeline.schedule_run()
+
+    def _outputs(self) -> Tensor:
+        """Zero-copy: with the dynamic executor an output lives as long as its tensor."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                (pixels,) = self._pipeline.outputs(torch.cuda.current_stream())
+                return torch.from_dlpack(pixels.as_tensor())
+        (pixels,) = self._pipeline.outputs()
+        return torch.from_dlpack(pixels.as_tensor())
+
+    def _recover(self, error: Exception) -> None:
+        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it; then starts over with all batches under way."""
+        job, refused = self._started[0]
+        if all(int(sample) in self._recode for sample in job.samples):
+            raise error  # these are whole PNGs, made here: the images are not the cause
+        pixels: dict[int, np.ndarray] = {}
+        damaged: dict[int, str] = {}
+        for sample, data in zip(job.samples, job.encoded, strict=True):
+            try:
+                pixels[int(sample)] = decode_image(data)
+            except ValueError as reason:
+                damaged[int(sample)] = str(reason)
+        if damaged:
+            job = job.without(damaged)
+        else:  # one of these DALI cannot read and Pillow can
+            self._recode.update(pixels)
+            job.encoded = [as_png(pixels[int(sample)]) for sample in job.samples]
+        self._started[0] = job, refused | damaged
+        self._feed.clear()
+        self._pipeline = self._build()
+        for job, _ in self._started:
+            self._schedule(job)

@@ -1,0 +1,52 @@
+"""What the two decoders (`decode_torch`, `decode_dali`) take and give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from syncmask_fast.data.augment import CropParams
+
+
+@dataclass
+class ImageJob:
+    """The images of one batch on their way to pixels."""
+
+    samples: np.ndarray  # int64 [B], sample numbers
+    positions: np.ndarray  # int64 [B], places in the epoch
+    encoded: list[bytes]
+    params: CropParams
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def without(self, samples: Collection[int]) -> ImageJob:
+        """The job with these samples left out."""
+        keep = np.array([row for row, sample in enumerate(self.samples) if int(sample) not in samples], np.int64)
+        return ImageJob(self.samples[keep], self.positions[keep], [self.encoded[row] for row in keep], self.params.take(keep))
+
+
+class Decoder(Protocol):
+    """Turns batches of encoded images into pixels, in the order in which they were started."""
+
+    ahead: int  # batches that may be started before the first is finished
+
+    def start(self, job: ImageJob) -> None:
+        """Begins with a batch; returns at once."""
+
+    def finish(self) -> tuple[ImageJob, Tensor, dict[int, str]]:
+        """Waits for the oldest started batch.
+
+        returns: the job cut to the B images that could be decoded; pixels float32 [B, 3, size, size] on the decoder's device; the sample
+                 numbers of the others, each with the reason. A damaged image never raises.
+        """
+
+    def drain(self) -> None:
+        """Forgets all batches that were started and not finished."""
+
+    def close(self) -> None:
+        """Stops the threads."""

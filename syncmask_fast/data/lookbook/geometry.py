@@ -1,0 +1,104 @@
+"""Plane geometry of the drawn garments: outlines as float64 arrays [n, 2], x to the right, y down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+CURVE_STEPS = 8
+_CURVE_T = np.linspace(0.0, 1.0, CURVE_STEPS + 1)[1:, None]
+
+
+def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
+    """A polyline [n, 2] from `start`: (x, y) draws a line to it, (cx, cy, x, y) a quadratic curve with control point c."""
+    points = [np.array([start], dtype=np.float64)]
+    for segment in segments:
+        if len(segment) == 2:
+            points.append(np.array([segment], dtype=np.float64))
+            continue
+        here, control, end = points[-1][-1], np.array(segment[:2]), np.array(segment[2:])
+        t = _CURVE_T
+        points.append((1 - t) ** 2 * here + 2 * t * (1 - t) * control + t**2 * end)
+    return np.concatenate(points)
+
+
+def mirror(half: np.ndarray) -> np.ndarray:
+    """The same outline on the other side of x = 0, walked backwards."""
+    return half[::-1] * np.array([-1.0, 1.0])
+
+
+def both(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
+    """The closed outline made of a right half (given as in `outline`) and its mirror image."""
+    half = outline(start, *segments)
+    return np.concatenate([half, mirror(half)])
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], dtype=np.float64)
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, steps: int = 32) -> np.ndarray:
+    angle = np.linspace(0.0, 2 * math.pi, steps, endpoint=False)
+    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
+
+
+def ribbon(line: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """The closed outline of a band of `width` (one number, or one per point) along an open polyline [n, 2]."""
+    step = np.gradient(line, axis=0)
+    normal = np.stack([-step[:, 1], step[:, 0]], axis=1)
+    normal /= np.maximum(np.hypot(normal[:, 0], normal[:, 1]), 1e-9)[:, None]
+    half = normal * (np.asarray(width, dtype=np.float64).reshape(-1, 1) / 2)
+    return np.concatenate([line + half, (line - half)[::-1]])
+
+
+def area(polygon: np.ndarray) -> float:
+    x, y = polygon[:, 0], polygon[:, 1]
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+def bounds(polygons: list[np.ndarray]) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) around all points."""
+    points = np.concatenate(polygons)
+    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def contains(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """bool [m]: which of `points` [m, 2] lie inside the closed polygon [n, 2] (even-odd rule)."""
+    x, y = points[:, 0:1], points[:, 1:2]
+    x0, y0 = polygon[:, 0], polygon[:, 1]
+    x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
+    spans = (y0 > y) != (y1 > y)
+    height = np.where(y1 == y0, 1.0, y1 - y0)
+    return (np.count_nonzero(spans & (x < (x1 - x0) * (y - y0) / height + x0), axis=1) % 2).astype(bool)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """p -> p @ matrix.T + offset."""
+
+    matrix: np.ndarray
+    offset: np.ndarray
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        return points @ self.matrix.T + self.offset
+
+    def after(self, first: Affine) -> Affine:
+        """The map that applies `first`, then this one."""
+        return Affine(self.matrix @ first.matrix, self(first.offset[None])[0])
+
+    @property
+    def scale(self) -> float:
+        """Length factor: the root of the area factor."""
+        return math.sqrt(abs(float(np.linalg.det(self.matrix))))
+
+
+def affine(scale: float | tuple[float, float] = 1.0, degrees: float = 0.0, lean: float = 0.0,
+           offset: tuple[float, float] = (0.0, 0.0)) -> Affine:
+    """Scale, then lean sideways (x += lean * y), then turn, then move."""
+    sx, sy = scale if isinstance(scale, tuple) else (scale, scale)
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, lean], [0.0, 1.0]]) @ np.diag([sx, sy])
+    return Affine(matrix, np.array(offset, dtype=np.float64))

@@ -1,0 +1,67 @@
+"""The order of an epoch: a pure function of the seed, the epoch and last epoch's features."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncmask_fast import ops
+
+
+def epoch_order(
+    seed: int,
+    epoch: int,
+    product_ids: np.ndarray,
+    *,
+    batch_size: int,
+    kind: Literal["semi_hard", "hard", "random"] = "random",
+    image_feats: Tensor | None = None,
+    text_feats: Tensor | None = None,
+    margin: float = 0.0,
+    search_space: int | None = None,
+) -> np.ndarray:
+    """The samples of an epoch in order, int64 [N]; batches are its consecutive runs of `batch_size`.
+
+    product_ids: int64 [N]. image_feats, text_feats: unit vectors float32 [N, E] of the last epoch; without them, and for kind "random",
+    the order is a random permutation.
+    "semi_hard" walks from sample to similar sample, never twice to one product within a batch, and less similar than the true pair by
+    `margin`; "hard" is GRIT-VLP's walk to the most similar. The walk sees the samples in a random order (so that a search space is a random
+    part of them), starts at random, and its whole batches are shuffled afterwards, as in GRIT-VLP; a short last batch stays last.
+    """
+    n = len(product_ids)
+    rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
+    shuffled = rng.permutation(n)
+    if kind == "random" or image_feats is None or text_feats is None:
+        return shuffled
+    at = torch.from_numpy(shuffled).to(image_feats.device)
+    ids = product_ids[shuffled] if kind == "semi_hard" else np.arange(n)
+    walk = ops.group_semi_hard(
+        image_feats[at],
+        text_feats[at],
+        torch.from_numpy(ids).to(image_feats.device),
+        batch_size=batch_size,
+        margin=margin if kind == "semi_hard" else -torch.inf,
+        search_space=search_space,
+    )
+    order = shuffled[walk.cpu().numpy()]
+    whole = n // batch_size * batch_size
+    batches = order[:whole].reshape(-1, batch_size)
+    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[whole:]])
+
+
+def rank_share(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of one rank: samples and their positions in the epoch, both int64 [n].
+
+    Of every `batch_size` * `ranks` consecutive samples, rank r takes the r-th run of `batch_size`; a remainder that does not give each rank as
+    much is left out.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank must lie within 0 and ranks - 1: got rank {rank} of {ranks}")
+    positions = np.arange(len(order))
+    if ranks > 1:
+        whole = len(order) // (batch_size * ranks) * ranks * batch_size
+        positions = positions[:whole].reshape(-1, ranks, batch_size)[:, rank].reshape(-1)
+    return order[positions], positions

@@ -1,0 +1,325 @@
+"""Builds the index of a folder of shards, and keeps it in one cache file (numpy arrays and JSON, never pickle)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from syncmask_fast.data.images import image_format
+from syncmask_fast.data.tar import BrokenTar, tar_members
+from syncmask_fast.data.text_table import StringTable, TextTable
+from syncmask_fast.errors import UserError
+
+FORMAT = 1
+CACHE_NAME = ".syncmask-index.npz"
+LABELS = ("category", "subcategory", "view")
+_KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}
+_ARRAYS = ("shard", "image_offset", "image_bytes", "json_offset", "json_bytes", "product_ids")
+_NUMBERS = frozenset((int, float))
+
+
+class Labels(NamedTuple):
+    """One label per sample: `names[codes[i]]`, or none where codes[i] is -1. codes int32 [N]; names sorted."""
+
+    codes: np.ndarray
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class DatasetArrays:
+    """All that is known of N samples without opening a shard. Offsets and sizes are in bytes of the shard's file."""
+
+    shard_names: list[str]
+    shard: np.ndarray  # int32 [N], place in shard_names
+    image_offset: np.ndarray  # int64 [N]
+    image_bytes: np.ndarray  # int64 [N]
+    json_offset: np.ndarray  # int64 [N]
+    json_bytes: np.ndarray  # int64 [N], 0 where the sample has no JSON member
+    product_ids: np.ndarray  # int64 [N]
+    keys: StringTable
+    texts: TextTable
+    labels: dict[str, Labels]
+    problems: list[str]
+
+
+class BadSample(Exception):
+    """Why one sample cannot be used."""
+
+
+def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
+    """The arrays of all shards in `folder`, from the cache if it fits the shards as they are. See `ShardIndex.open`."""
+    shards = _find_shards(folder)
+    state = _state(shards)
+    caches = [folder / CACHE_NAME, _user_cache(folder)]
+    for cache in caches:
+        loaded = _load(cache, state)
+        if loaded is not None:
+            arrays, bad = loaded
+            break
+    else:
+        arrays, bad = _build(shards)
+        if _state(shards) == state:  # else a shard was rewritten meanwhile
+            any(_save(cache, state, arrays, bad) for cache in caches)
+    count = len(arrays.product_ids)
+    if count == 0 or bad > max_bad * (count + bad):
+        shown = "; ".join(arrays.problems[:3]) + ("; ..." if len(arrays.problems) > 3 else "")
+        raise UserError(
+            f"{folder} has {bad} bad samples beside {count} good ones, which is too many to train on; repair or repack the shards"
+            + (f" ({shown})" if shown else "")
+        )
+    return arrays
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; give the folder that holds the .tar shards")
+    shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
+    if not shards:
+        compressed = next(iter([*folder.glob("*.tar.*"), *folder.glob("*.tgz")]), None)
+        inner = next(iter(sorted(folder.glob("*/*.tar"))), None)
+        mend = "give the folder that holds them"
+        if compressed is not None:
+            mend = f"decompress {compressed.name} and its like first"
+        elif inner is not None:
+            mend = f"give one of its folders, such as {inner.parent}"
+        raise UserError(f"{folder} holds no .tar shards; {mend}")
+    return shards
+
+
+def _state(shards: list[Path]) -> list[list]:
+    """Name, size and time of change of each shard: what a cache must agree with."""
+    return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in shards]
+
+
+# Building
+
+
+def _build(shards: list[Path]) -> tuple[DatasetArrays, int]:
+    columns: dict[str, list] = {name: [] for name in (*_ARRAYS, "keys", "texts", *LABELS)}
+    problems: list[str] = []
+    bad = 0
+    for number, path in enumerate(shards):
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        samples, faults, lost = _group_members(archive)
+        problems += [f"{path.name}: {fault}" for fault in faults]
+        bad += lost
+        for key, members in samples.items():
+            try:
+                row = _read_sample(archive, members)
+            except BadSample as error:
+                problems.append(f"{path.name}: member {key}: {error}")
+                bad += 1
+                continue
+            columns["shard"].append(number)
+            columns["keys"].append(key)
+            for name, value in row.items():
+                columns[name].append(value)
+    product_ids = number_products(columns["product_ids"])
+    arrays = DatasetArrays(
+        shard_names=[path.name for path in shards],
+        shard=np.array(columns["shard"], np.int32),
+        **{name: np.array(columns[name], np.int64) for name in _ARRAYS if name not in ("shard", "product_ids")},
+        product_ids=product_ids,
+        keys=StringTable.of(columns["keys"]),
+        texts=TextTable.of(columns["texts"]),
+        labels={name: _number_labels(columns[name]) for name in LABELS},
+        problems=problems,
+    )
+    return arrays, bad
+
+
+Members = dict[str, tuple[int, int]]  # "image", "json", "txt" -> offset, bytes
+
+
+def _group_members(archive: mmap.mmap | bytes) -> tuple[dict[str, Members], list[str], int]:
+    """Members by key in order of first appearance, faults found on the way, and how many samples they cost."""
+    samples: dict[str, Members] = {}
+    repeated: dict[str, None] = {}
+    faults: list[str] = []
+    lost = 0
+    try:
+        for name, offset, size in tar_members(archive):
+            folder, slash, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            kind = _KINDS.get(extension.lower())
+            if kind is None or not stem:
+                continue
+            key = (folder + slash + stem).removeprefix("./")
+            members = samples.setdefault(key, {})
+            if kind in members:
+                repeated[key] = None
+            else:
+                members[kind] = offset, size
+    except BrokenTar as error:
+        faults.append(str(error))
+        lost += "mark" not in str(error)  # a missing end mark alone costs nothing
+    faults += [f"member {key}: appears twice; the first was kept" for key in repeated]
+    return samples, faults, lost + len(repeated)
+
+
+def _read_sample(archive: mmap.mmap | bytes, members: Members) -> dict[str, Any]:
+    """One row of the columns. errors: BadSample."""
+    if "image" not in members:
+        raise BadSample("has no image (.jpg, .jpeg, .png or .webp)")
+    if "json" not in members and "txt" not in members:
+        raise BadSample("has no .json or .txt")
+    image_offset, image_bytes = members["image"]
+    if image_format(archive[image_offset : image_offset + 12]) is None:
+        raise BadSample("the image is empty" if image_bytes == 0 else "the image is neither JPEG, PNG nor WebP")
+    json_offset, json_bytes = members.get("json", (0, 0))
+    record = {}
+    if "json" in members:
+        try:
+            record = json.loads(archive[json_offset : json_offset + json_bytes])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"the JSON cannot be read ({error})") from None
+        if not isinstance(record, dict):
+            raise BadSample("the JSON is not an object")
+    if "text" not in record and "txt" in members:
+        offset, size = members["txt"]
+        try:
+            record["text"] = archive[offset : offset + size].decode().strip()
+        except UnicodeDecodeError:
+            raise BadSample("the text is not UTF-8") from None
+    check_record(record)
+    return {
+        "image_offset": image_offset,
+        "image_bytes": image_bytes,
+        "json_offset": json_offset,
+        "json_bytes": json_bytes,
+        "product_ids": record.get("product_id"),
+        "texts": record["text"],
+        **{name: record.get(name) for name in LABELS},
+    }
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Raises BadSample where a record breaks the contract of DESIGN "Shards" in a way that would fail later."""
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise BadSample("has no text")
+    if not text.strip():
+        raise BadSample("the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("the text is not valid Unicode") from None
+    product = record.get("product_id")
+    if not (product is None or isinstance(product, str) or (_is_int(product) and -(2**63) <= product < 2**63)):
+        raise BadSample("product_id is neither an integer nor a string")
+    attributes = record.get("attributes")
+    if attributes is not None and not (isinstance(attributes, list) and all(_good_attribute(item, len(text)) for item in attributes)):
+        raise BadSample('attributes are not a list of {"span": [start, end], "box": [x0, y0, x1, y1] or null} within the text')
+
+
+def _good_attribute(attribute: object, length: int) -> bool:
+    try:
+        (start, end), box = attribute["span"], attribute.get("box")
+        if not (type(start) is int and type(end) is int and 0 <= start <= end <= length):
+            return False
+        return box is None or (type(box) is list and len(box) == 4 and _NUMBERS.issuperset(map(type, box)) and all(map(math.isfinite, box)))
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        return False
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number_products(ids: list[int | str | None]) -> np.ndarray:
+    """int64 [N]: integers as they are if all present ids are integers, else numbers by first appearance; None is a new product."""
+    present = [value for value in ids if value is not None]
+    keep = all(map(_is_int, present)) and max(present, default=0) + len(ids) < 2**63
+    free = max(present, default=-1) + 1 if keep else 0
+    seen: dict[str, int] = {}
+    numbers = np.empty(len(ids), np.int64)
+    for i, value in enumerate(ids):
+        if value is None:
+            numbers[i] = free
+            free += 1
+        elif keep:
+            numbers[i] = value
+        else:  # "7" and 7 are taken for the same product
+            name = str(value)
+            if name not in seen:
+                seen[name] = free
+                free += 1
+            numbers[i] = seen[name]
+    return numbers
+
+
+def _number_labels(values: Iterable[object]) -> Labels:
+    values = [str(value) if isinstance(value, str) or _is_int(value) else None for value in values]
+    names = sorted({value for value in values if value is not None})
+    codes = {name: code for code, name in enumerate(names)}
+    return Labels(np.array([codes.get(value, -1) for value in values], np.int32), names)
+
+
+# Cache
+
+
+def _user_cache(folder: Path) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "syncmask_fast" / f"index-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.npz"
+
+
+def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            meta = json.loads(file["meta"].tobytes())
+            if meta["format"] != FORMAT or meta["shards"] != state:
+                return None
+            arrays = DatasetArrays(
+                shard_names=[name for name, _, _ in state],
+                **{name: file[name] for name in _ARRAYS},
+                keys=StringTable(file["key_data"], file["key_offsets"]),
+                texts=TextTable(StringTable(file["text_data"], file["text_offsets"]), file["text_index"]),
+                labels={name: Labels(file[name], meta["labels"][name]) for name in LABELS},
+                problems=meta["problems"],
+            )
+            return arrays, meta["bad"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None  # absent, of an older format or damaged: build anew
+
+
+def _save(cache: Path, state: list[list], arrays: DatasetArrays, bad: int) -> bool:
+    """Writes the cache aside and renames it, so that no process ever sees half of it. False where the folder cannot be written."""
+    meta = {
+        "format": FORMAT,
+        "shards": state,
+        "bad": bad,
+        "problems": arrays.problems,
+        "labels": {name: labels.names for name, labels in arrays.labels.items()},
+    }
+    columns = {name: getattr(arrays, name) for name in _ARRAYS}
+    columns |= {name: labels.codes for name, labels in arrays.labels.items()}
+    columns |= {"key_data": arrays.keys.data, "key_offsets": arrays.keys.offsets}
+    columns |= {"text_data": arrays.texts.distinct.data, "text_offsets": arrays.texts.distinct.offsets, "text_index": arrays.texts.index}
+    columns["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False) as file:
+            try:
+                np.savez(file, **columns)
+                file.close()
+                os.replace(file.name, cache)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,218 @@
+"""Shards: image-text samples in WebDataset tars, written atomically and read at random.
+
+A dataset is a folder of `*.tar`. One sample is the members of one key: `KEY.jpg` (or .jpeg, .png, .webp) and `KEY.json`
+(fields in DESIGN "Shards": product_id, text, category, subcategory, view, attributes), or `KEY.txt` for a plain WebDataset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import threading
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from syncmask_fast.data.images import image_format
+from syncmask_fast.data.shard_index import DatasetArrays, Labels, load_or_build
+from syncmask_fast.data.text_table import TextTable
+from syncmask_fast.errors import UserError
+
+__all__ = ["Labels", "ShardIndex", "ShardWriter"]
+
+MAX_OPEN_SHARDS = 256
+
+
+class ShardWriter:
+    """Writes samples into `folder/PREFIX00000.tar`, `PREFIX00001.tar`, ...: each appears whole or not at all.
+
+    A shard is written as `.NAME.partial`, flushed to disk and renamed when it is full or the writer closes. If the `with` block
+    ends by an exception the shard in work is removed; earlier shards stay. The same samples give the same bytes.
+
+    errors: UserError if the folder already holds shards of this prefix (old and new samples would mix) or cannot be written.
+    """
+
+    def __init__(self, folder: Path | str, samples_per_shard: int = 2000, prefix: str = "") -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.prefix = prefix
+        self.count = 0
+        self._keys: set[str] = set()
+        self._file: BinaryIO | None = None
+        self._tar: tarfile.TarFile | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another output folder") from None
+        old = sorted(self.folder.glob(f"{prefix}[0-9][0-9][0-9][0-9][0-9].tar"))
+        if old:
+            raise UserError(f"{old[0]} already exists; delete it or choose another output folder")
+
+    def write(self, key: str, jpeg: bytes, record: dict[str, Any]) -> None:
+        """Adds one sample.
+
+        key:    names the two members; no dot, no space at its ends, never the same twice in one writer.
+        jpeg:   an encoded JPEG (or PNG or WebP, which then get their own extension).
+        record: what goes into KEY.json; numpy numbers are accepted, NaN is not.
+        errors: ValueError for a bad key, a repeated key, bytes of no known image format.
+        """
+        if not key or key != key.strip("/ ") or "." in key or "\0" in key:
+            raise ValueError(f"a key must be non-empty without dots or outer slashes, not {key!r}")
+        if key in self._keys:
+            raise ValueError(f"key {key!r} was written before")
+        extension = image_format(jpeg)
+        if extension is None:
+            raise ValueError(f"the image of key {key!r} is neither JPEG, PNG nor WebP")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number)
+        if self._tar is None:
+            self._open_shard()
+        self._add(f"{key}.{extension}", jpeg)
+        self._add(f"{key}.json", text.encode())
+        self._keys.add(key)
+        self.count += 1
+        if self.count % self.samples_per_shard == 0:
+            self._finish_shard()
+
+    def close(self) -> None:
+        """Finishes the shard in work, if there is one."""
+        if self._tar is not None:
+            self._finish_shard()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abandon_shard()
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}{(self.count - 1) // self.samples_per_shard:05d}.tar"
+
+    @property
+    def _partial(self) -> Path:
+        return Path(self._file.name)
+
+    def _open_shard(self) -> None:
+        name = f"{self.prefix}{self.count // self.samples_per_shard:05d}.tar"
+        self._file = open(self.folder / f".{name}.partial", "wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
+
+    def _add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, BytesIO(data))
+        self._tar.members.clear()  # tarfile keeps an object per member, which nobody reads here
+
+    def _finish_shard(self) -> None:
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.folder / self._name)
+        except BaseException:
+            self._abandon_shard()
+            raise
+        self._tar = self._file = None
+
+    def _abandon_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            self._tar = self._file = None
+
+
+class ShardIndex:
+    """Random access to the samples 0 .. len-1 of all shards of one folder, by shard name, then by place in the shard.
+
+    product_ids:   int64 [N]; the ids of the records where all are integers, otherwise numbered by first appearance. A sample without an
+                   id is a product of its own.
+    texts:         TextTable, a read-only sequence of N str; `texts.distinct` holds each different text once.
+    category, subcategory, view: Labels(codes int32 [N], names); code -1 where the record has none; names are sorted.
+    problems:      one line for each shard or sample that was left out.
+
+    Methods may be called from several threads at once.
+    """
+
+    def __init__(self, folder: Path, arrays: DatasetArrays) -> None:
+        self.folder = folder
+        self.shards = [folder / name for name in arrays.shard_names]
+        self.problems = arrays.problems
+        self.product_ids = arrays.product_ids
+        self.texts: TextTable = arrays.texts
+        self.category, self.subcategory, self.view = (arrays.labels[name] for name in ("category", "subcategory", "view"))
+        self._arrays = arrays
+        self._files: dict[int, BinaryIO] = {}
+        self._opening = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path | str, max_bad: float = 0.01) -> ShardIndex:
+        """Opens a folder of shards, reading each shard's headers and records once and keeping the result in a cache file.
+
+        The cache lies beside the shards (`.syncmask-index.npz`), or in the user's cache folder where that cannot be written. It is
+        rebuilt when a shard's name, size or time of change differs. Several processes may open the same folder at once.
+
+        errors: UserError if there is no folder, no shard, no usable sample, or more than the share `max_bad` of bad samples.
+        """
+        folder = Path(folder)
+        return cls(folder, load_or_build(folder, max_bad))
+
+    def __len__(self) -> int:
+        return len(self.product_ids)
+
+    def __repr__(self) -> str:
+        return f"ShardIndex({str(self.folder)!r}, samples={len(self)}, shards={len(self.shards)})"
+
+    def jpeg(self, i: int) -> bytes:
+        """The encoded image of sample i, as stored."""
+        arrays = self._arrays
+        return self._read(int(arrays.shard[i]), int(arrays.image_offset[i]), int(arrays.image_bytes[i]))
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The JSON record of sample i as stored; `text` is there too where it came from a .txt member."""
+        arrays = self._arrays
+        size = int(arrays.json_bytes[i])
+        record = json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
+        record["text"] = self.texts[i]
+        return record
+
+    def key(self, i: int) -> str:
+        """The key of sample i: its members' name without extension."""
+        return self._arrays.keys[i]
+
+    def shard_of(self, i: int) -> Path:
+        """The shard that holds sample i."""
+        return self.shards[int(self._arrays.shard[i])]
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        # pread rather than mmap: it lets other threads run while the disk is slow, and a file that shrinks raises instead of SIGBUS.
+        file = self._files.get(shard) or self._open_shard(shard)
+        data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise UserError(f"{self.shards[shard]} changed while it was read; start again")
+        return data
+
+    def _open_shard(self, shard: int) -> BinaryIO:
+        with self._opening:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                self._files.pop(next(iter(self._files)))  # closed when its last reader lets go
+            try:
+                file = self._files[shard] = open(self.shards[shard], "rb", buffering=0)
+            except OSError as error:
+                raise UserError(f"{self.shards[shard]} cannot be opened any more ({error.strerror}); start again") from None
+            return file
+
+
+def _plain_number(value: object) -> int | float | list:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be stored in JSON")

@@ -1,0 +1,50 @@
+"""A `--data` folder as two sets of samples: training and evaluation, never with a product in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from syncmask_fast.data.shards import ShardIndex
+from syncmask_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some samples of an index. samples: int64 [n], sample numbers."""
+
+    index: ShardIndex
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def open_splits(folder: Path, holdout: float = 0.05) -> tuple[Split, Split]:
+    """The training and the evaluation samples of a dataset folder.
+
+    With folders `train` and `eval` inside, these; otherwise the folder's own shards, of which the share `holdout` of the products, the same in every
+    run, is held out. Raises `UserError` where there are no shards.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: --data takes a folder of .tar shards, or one with train and eval inside.")
+    if (folder / "train").is_dir() and (folder / "eval").is_dir():
+        return _whole(ShardIndex.open(folder / "train")), _whole(ShardIndex.open(folder / "eval"))
+    index = ShardIndex.open(folder)
+    products = np.unique(index.product_ids)
+    held = np.random.Generator(np.random.Philox(key=0)).permutation(products)[: int(round(holdout * len(products)))]
+    out = np.isin(index.product_ids, held)
+    return Split(index, np.flatnonzero(~out)), Split(index, np.flatnonzero(out))
+
+
+def open_evaluation(folder: Path, holdout: float = 0.05) -> Split:
+    """The evaluation samples alone; a folder of shards without `train` and `eval` inside is one evaluation set, whole, if `holdout` is 1."""
+    if (folder / "eval").is_dir():
+        return _whole(ShardIndex.open(folder / "eval"))
+    return open_splits(folder, holdout)[1]
+
+
+def _whole(index: ShardIndex) -> Split:
+    return Split(index, np.arange(len(index)))

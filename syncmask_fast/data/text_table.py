@@ -1,0 +1,59 @@
+"""A read-only sequence of strings held as bytes: a million texts are two arrays, not a million objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class StringTable(Sequence[str]):
+    """Strings as one UTF-8 array uint8 [bytes] and offsets int64 [N + 1]; strings are made when asked for."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
+        self.data = data
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> StringTable:
+        encoded = [string.encode() for string in strings]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(item) for item in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{i} of {len(self)} strings")
+        i %= len(self)
+        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode()
+
+
+class TextTable(Sequence[str]):
+    """N texts of which many are equal (all views of a product share one).
+
+    distinct: the different texts, in order of first appearance.
+    index:    int32 [N], the place of each text in `distinct`.
+    """
+
+    def __init__(self, distinct: Sequence[str], index: np.ndarray) -> None:
+        self.distinct = distinct
+        self.index = index
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> TextTable:
+        places: dict[str, int] = {}
+        index = np.fromiter((places.setdefault(text, len(places)) for text in texts), np.int32)
+        return cls(StringTable.of(places), index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.distinct[int(j)] for j in self.index[i]]
+        return self.distinct[int(self.index[i])]

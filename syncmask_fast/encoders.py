@@ -1,0 +1,236 @@
+"""The image, text and fusion encoders, on packed sequences.
+
+Shape letters: B images, P patches, S = 1 + P keys of an image ([CLS] first), T tokens of all texts together, C width, H heads, D = C / H.
+The image encoder is timm's VisionTransformer; text and fusion encoder compute what BERT does (post-norm layers; Devlin et al. 2018), the fusion
+layers with cross-attention to an image between self-attention and feed-forward, as in ALBEF (Li et al. 2021).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncmask_fast.attention import Layout, attention
+from syncmask_fast.config import ImageConfig, TextConfig
+from syncmask_fast.errors import UserError
+
+LAYER_NORM_EPS = 1e-12  # BERT's
+
+
+class ImageAttention(timm.layers.Attention):
+    """timm's self-attention, through our attention function."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        return self.proj(attention(self.q_norm(q), self.k_norm(k), v).flatten(2))
+
+
+class ImageEncoder(nn.Module):
+    """A timm VisionTransformer that can hide patches."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+        try:
+            self.vit = timm.create_model(
+                config.name,
+                pretrained=config.pretrained,
+                img_size=config.size,
+                patch_size=config.patch,
+                num_classes=0,
+                global_pool="",
+                attn_layer=ImageAttention,
+                **{name: value for name, value in sizes.items() if value is not None},
+            )
+        except Exception as error:
+            raise UserError(f"timm cannot make --image.name {config.name}: {error}") from error
+        if not getattr(self.vit, "has_class_token", False):
+            raise UserError(f"--image.name {config.name} is not a VisionTransformer with a class token: name one, such as vit_base_patch16_224.")
+        self.width = self.vit.embed_dim
+        self.patches = self.vit.patch_embed.num_patches
+        self.mask_token = nn.Parameter(torch.zeros(self.width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Features of images, and of their masked copies behind them where a mask is given, in one pass.
+
+        pixels:     [B, 3, size, size], normalised.
+        patch_mask: bool [B, P], True for the patches to hide in the copies.
+        returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
+        """
+        vit = self.vit
+        patches = vit.patch_embed(pixels)
+        if patch_mask is not None:
+            masked = torch.where(patch_mask[..., None], self.mask_token.to(patches.dtype), patches)
+            patches = torch.cat([patches, masked])
+        x = vit.norm(vit.blocks(vit.norm_pre(vit._pos_embed(patches))))
+        registers = vit.num_prefix_tokens - 1
+        return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """BERT's self-attention with its output projection, residual and norm; the three input projections are one."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.norm(x + self.proj(attention(q, k, v, layout, layout).flatten(1)))
+
+
+class CrossAttention(nn.Module):
+    """BERT's cross-attention: packed queries, grouped by the image they look at; keys and values projected once for each image."""
+
+    def __init__(self, width: int, heads: int, key_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(key_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def project(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [..., H, D] of queries x [..., C], and k, v [..., H, D] of keys [..., key width]."""
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(keys).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return q, k, v
+
+    def forward(self, x: Tensor, keys: Tensor, x_layout: Layout | None = None, key_layout: Layout | None = None) -> Tensor:
+        out = attention(*self.project(x, keys), x_layout, key_layout)
+        return self.norm(x + self.proj(out.flatten(-2)))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward with residual and norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(F.gelu(self.up(x))))
+
+
+class TextLayer(nn.Module):
+    """A BERT layer on packed texts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        return self.feed_forward(self.attention(x, layout))
+
+
+class FusionLayer(nn.Module):
+    """A BERT layer with cross-attention to an image."""
+
+    def __init__(self, width: int, heads: int, image_width: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads, image_width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, pack: FusionPack, images: Tensor) -> Tensor:
+        return self.feed_forward(self.cross(self.attention(x, pack.texts), images, pack.images))
+
+
+class TextEncoder(nn.Module):
+    """BERT's embeddings and its first layers."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocabulary, config.width, padding_idx=0)
+        self.positions = nn.Embedding(config.max_tokens, config.width)
+        self.token_type = nn.Parameter(torch.zeros(config.width))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.layers = nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))
+
+    def forward(self, token_ids: Tensor, layout: Layout) -> Tensor:
+        """[T, C] features of packed token ids [T]."""
+        x = self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type)
+        for layer in self.layers:
+            x = layer(x, layout)
+        return x
+
+
+class FusionPack(NamedTuple):
+    """Sequences for the fusion encoder, ordered by the image that each looks at."""
+
+    rows: Tensor
+    """int64 [total]: the row of the source features that stands in each place."""
+    texts: Layout
+    """A block for each sequence."""
+    images: Layout
+    """A block for each image: all queries that look at it."""
+    first: Tensor
+    """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
+
+
+def pack_by_image(source: Layout, sequences: Tensor, images: Tensor, n_images: int, capacity: int | None = None) -> FusionPack:
+    """Orders sequences by image, so that self-attention and cross-attention are block-diagonal over one and the same order.
+
+    source:    layout of the packed text features that the sequences are taken from.
+    sequences: int64 [N], which sequence of the source each is (any number of times).
+    images:    int64 [N], the image that each looks at.
+    capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by one more sequence
+               of repeated rows that looks at the last image and that nobody reads. None: exactly the total.
+    """
+    order = torch.argsort(images, stable=True)
+    lengths = source.lengths[sequences[order]]
+    begin = source.starts[sequences[order]]
+    per_image = torch.zeros(n_images, dtype=torch.int32, device=images.device).index_add_(0, images, source.lengths[sequences])
+    if capacity is not None:
+        rest = (capacity - lengths.sum(dtype=torch.int32)).reshape(1)
+        lengths, begin = torch.cat([lengths, rest]), torch.cat([begin, torch.zeros_like(rest)])
+        per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
+    zero = lengths.new_zeros(1)
+    starts, image_starts = (torch.cat([zero, x.cumsum(0, dtype=torch.int32)]) for x in (lengths, per_image))
+    if capacity is None:
+        total, longest, largest = int(starts[-1]), source.longest, int(per_image.max())
+    else:
+        total = longest = largest = capacity
+    texts = Layout(starts, longest, total)
+    rows = begin[texts.sequence] + texts.position
+    if capacity is not None:
+        rows = rows.remainder(source.total)
+    first = torch.empty_like(order).index_copy_(0, order, starts[: len(order)].long())
+    return FusionPack(rows, texts, Layout(image_starts, largest, total), first)
+
+
+def pack_pairs(layout: Layout) -> FusionPack:
+    """The pack in which text n looks at image n."""
+    return FusionPack(torch.arange(layout.total, device=layout.starts.device), layout, layout, layout.starts[:-1].long())
+
+
+class FusionEncoder(nn.Module):
+    """Text layers that look at images."""
+
+    def __init__(self, config: TextConfig, image_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FusionLayer(config.width, config.heads, image_width) for _ in range(config.fusion_layers))
+
+    def forward(self, x: Tensor, pack: FusionPack, images: Tensor) -> Tensor:
+        """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
+        for layer in self.layers:
+            x = layer(x, pack, images)
+        return x
+
+    def cross_projections(self, x: Tensor, pack: FusionPack, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
+        for earlier in self.layers[: layer - 1]:
+            x = earlier(x, pack, images)
+        last = self.layers[layer - 1]
+        return last.cross.project(last.attention(x, pack.texts), images)

@@ -1,0 +1,19 @@
+"""The one kind of error that users are meant to read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something that the user can mend: one plain sentence that names the file or flag and says how."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs `main` as a command: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

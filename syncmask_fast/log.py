@@ -1,0 +1,98 @@
+"""The log of a run: one JSON object a step in metrics.jsonl, a progress line now and then, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from syncmask_fast.errors import UserError
+from syncmask_fast.step import Losses
+
+
+class MetricsLog:
+    """Collects steps on the device and writes them in groups, so that logging does not make the device wait."""
+
+    def __init__(self, out: Path, start_step: int, steps: int, every: int) -> None:
+        self.steps, self.every = steps, every
+        self.path = out / "metrics.jsonl"
+        kept = _rows_up_to(self.path, start_step)
+        self.file = open(self.path, "w", encoding="utf-8")
+        self.file.writelines(kept)
+        self.rows: list[dict] = []
+        self.losses: list[torch.Tensor] = []
+        self.clock, self.waited = time.perf_counter(), 0.0
+        self.lift: str = ""
+        self.board = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+
+    def add(self, step: int, epoch: int, pairs: int, wait_seconds: float, lr: float, losses: Losses) -> None:
+        """Adds one step. wait_seconds: the loader's running total."""
+        now = time.perf_counter()
+        seconds = max(now - self.clock, 1e-9)
+        wait = min(1.0, max(0.0, (wait_seconds - self.waited) / seconds))
+        self.clock, self.waited = now, wait_seconds
+        self.rows.append({"step": step, "epoch": epoch, "pairs_per_s": round(pairs / seconds, 2), "data_wait_share": round(wait, 4), "lr": lr})
+        self.losses.append(torch.stack(list(losses)))
+
+    def note(self, values: dict[str, float]) -> None:
+        """Adds further values, such as the sync scores, to the last step's row; the time that they took is not the next step's."""
+        self.rows[-1].update({name: round(value, 3) for name, value in values.items()})
+        lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
+        self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
+        self.clock = time.perf_counter()
+
+    def show_when_due(self) -> None:
+        """Prints and writes what has come together, every `every` steps."""
+        if self.rows and (self.rows[-1]["step"] % self.every == 0 or self.rows[-1]["step"] == self.steps):
+            shown = self.flush()
+            mean = {name: sum(row[name] for row in shown) / len(shown) for name in shown[0] if name not in ("step", "epoch") and "/" not in name}
+            last = shown[-1]
+            losses = " ".join(f"{name} {mean[f'loss_{name}']:.3f}" for name in ("itc", "itm", "mlm", "mim"))
+            print(
+                f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s  data {100 * mean['data_wait_share']:2.0f} %"
+                f"  loss {mean['loss']:.3f} ({losses}){self.lift}",
+                flush=True,
+            )
+
+    def flush(self) -> list[dict]:
+        """Writes all steps that are not yet written; returns their rows."""
+        if not self.rows:
+            return []
+        values = torch.stack(self.losses).float().cpu().tolist()
+        for row, (total, *parts) in zip(self.rows, values, strict=True):
+            row |= {"loss": total, **dict(zip(("loss_itc", "loss_itm", "loss_mlm", "loss_mim"), parts, strict=True))}
+            self.file.write(json.dumps(row) + "\n")
+            if self.board is not None:
+                for name, value in row.items():
+                    if name != "step":
+                        self.board.add_scalar(name, value, row["step"])
+        self.file.flush()
+        shown, self.rows, self.losses = self.rows, [], []
+        return shown
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    """The lines of an earlier part of the run that come before the checkpoint."""
+    if not path.is_file():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is not a step of a run ({error}): remove the line.") from error
+    return lines

@@ -1,0 +1,87 @@
+"""The four objectives as pure functions, and the queue of momentum features. Shape letters: B pairs, Q queue places, E width of the ITC space."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Queue(NamedTuple):
+    """The last momentum features, as further ITC candidates (ALBEF). Product ids of empty places are -1."""
+
+    images: Tensor
+    """float32 [Q, E]."""
+    texts: Tensor
+    """float32 [Q, E]."""
+    ids: Tensor
+    """int64 [Q]: product numbers, 0 or more."""
+
+    @classmethod
+    def empty(cls, places: int, width: int, device: torch.device) -> Queue:
+        features = torch.zeros(2, places, width, device=device)
+        return cls(features[0], features[1], torch.full((places,), -1, device=device))
+
+    def push(self, images: Tensor, texts: Tensor, ids: Tensor, step: int, batch: int) -> None:
+        """Overwrites the oldest places in place; `step` counts pushes of at most `batch` pairs each."""
+        places = len(self.ids)
+        if places == 0:
+            return
+        at = (step * batch + torch.arange(len(ids), device=ids.device)) % places
+        if len(ids) > places:
+            at, images, texts, ids = at[-places:], images[-places:], texts[-places:], ids[-places:]
+        self.images.index_copy_(0, at, images)
+        self.texts.index_copy_(0, at, texts)
+        self.ids.index_copy_(0, at, ids)
+
+
+def contrastive_loss(
+    images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor, ids: Tensor, queue: Queue, temperature: Tensor, alpha: float
+) -> Tensor:
+    """ITC with momentum features and soft targets (ALBEF, equations 1, 2 and 6), positives by product id (FashionSAP).
+
+    images, texts, teacher_images, teacher_texts: unit vectors [B, E]; ids: int64 [B].
+    The targets are alpha * the teacher's softmax + (1 - alpha) * the uniform distribution over the candidates of the same product.
+    """
+    candidate_ids = torch.cat([ids, queue.ids])
+    empty = candidate_ids < 0
+    positive = (ids[:, None] == candidate_ids).float()
+    positive = positive / positive.sum(1, keepdim=True)
+    loss = images.new_zeros(())
+    pairs = ((images, teacher_images, teacher_texts, queue.texts), (texts, teacher_texts, teacher_images, queue.images))
+    for anchors, teacher_anchors, others, queued in pairs:
+        candidates = torch.cat([others, queued])
+        logits = (anchors @ candidates.T / temperature).masked_fill(empty, -torch.inf)
+        with torch.no_grad():
+            soft = (teacher_anchors @ candidates.T / temperature).masked_fill(empty, -torch.inf).softmax(1)
+            targets = alpha * soft + (1 - alpha) * positive
+        loss = loss - (targets * logits.log_softmax(1).masked_fill(empty, 0)).sum(1).mean()
+    return loss / 2
+
+
+def matching_loss(logits: Tensor, matched: Tensor, weight: Tensor) -> Tensor:
+    """ITM: binary cross-entropy of match logits [N, 2] with matched bool [N]; pairs of weight 0 do not count. weight: float32 [N]."""
+    each = F.cross_entropy(logits.float(), matched.long(), reduction="none")
+    return (each * weight).sum() / weight.sum().clamp(min=1)
+
+
+def word_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """MLM: mean cross-entropy of logits [n, vocabulary] at the masked places only, token_ids int64 [n]; 0 where n = 0."""
+    return F.cross_entropy(logits.float(), token_ids) if len(token_ids) else logits.float().sum()
+
+
+def patch_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """MIM: mean squared error at the masked patches only, both [B, n, size of the target]."""
+    return F.mse_loss(predicted.float(), target.float())
+
+
+def patch_pixels(pixels: Tensor, patch: int, chosen: Tensor) -> Tensor:
+    """Pixels of chosen patches, each patch with mean 0 and variance 1 (He et al. 2022, "normalised pixels"): [B, n, 3 patch²].
+
+    pixels: [B, 3, size, size]; chosen: int64 [B, n], patch numbers row by row.
+    """
+    grid = F.unfold(pixels.float(), patch, stride=patch).transpose(1, 2)
+    values = grid.gather(1, chosen[..., None].expand(-1, -1, grid.shape[2]))
+    return (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -1,0 +1,87 @@
+"""What to mask: the teacher's cross-attention turned into word and patch masks, ramped in from random ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncmask_fast import ops
+from syncmask_fast.attention import Layout
+from syncmask_fast.config import MaskConfig
+from syncmask_fast.encoders import pack_pairs
+from syncmask_fast.model import SyncMaskModel
+
+
+class Masks(NamedTuple):
+    """Masks of a batch, with the scores that they come from (zero-size where masks are random)."""
+
+    words: Tensor
+    """bool [B, longest text]."""
+    patches: Tensor
+    """bool [B, P]."""
+    word_score: Tensor
+    """float32 [B, longest text], -inf where not maskable."""
+    patch_score: Tensor
+    """float32 [B, P]."""
+
+
+def count(ratio: float, of: int) -> int:
+    """How many of `of` words or patches are masked, as contracted for `ops.sync_mask`."""
+    return 0 if ratio == 0 or of == 0 else min(of, max(1, int(ratio * of + 0.5)))
+
+
+def maskable(layout: Layout) -> Tensor:
+    """bool [N, longest]: real words, that is neither [CLS] (the first token) nor [SEP] (the last) nor padding."""
+    place = torch.arange(layout.longest, device=layout.starts.device)
+    return (place > 0) & (place < layout.lengths[:, None] - 1)
+
+
+def random_masks(layout: Layout, patches: int, config: MaskConfig, generator: torch.Generator) -> Masks:
+    """Uniformly random masks with the counts of the sync ones."""
+    allowed = maskable(layout)
+    draw = {"device": allowed.device, "generator": generator}
+    word_score = torch.rand(allowed.shape, **draw).masked_fill(~allowed, -torch.inf)
+    patch_score = torch.rand(len(layout), patches, **draw)
+    m = allowed.sum(1)
+    words = (config.token_ratio * m + 0.5).floor().clamp(min=1).minimum(m) if config.token_ratio else m * 0
+    return Masks(_highest(word_score, words), _highest(patch_score, m * 0 + count(config.patch_ratio, patches)), word_score, patch_score)
+
+
+def _highest(score: Tensor, n: Tensor) -> Tensor:
+    """bool [B, L]: the n[b] highest of each row, the lowest index first among equals."""
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < n[:, None]
+
+
+def sync_masks(teacher: SyncMaskModel, images: Tensor, text: Tensor, layout: Layout, config: MaskConfig) -> Masks:
+    """Masks from the teacher's cross-attention at `config.layer`; later fusion layers are not computed.
+
+    images: [B, S, C] image features and text [T, C] packed text features, both the teacher's; pair n is image n and text n.
+    """
+    q, k, v = teacher.fusion.cross_projections(text, pack_pairs(layout), images, config.layer)
+    result = ops.sync_mask(
+        layout.pad(q).transpose(1, 2),
+        k.transpose(1, 2),
+        maskable(layout),
+        v=v.transpose(1, 2) if config.token_score == "output" else None,
+        token_ratio=config.token_ratio,
+        patch_ratio=config.patch_ratio,
+        token_score=config.token_score,
+        patch_score=config.patch_score,
+    )
+    return Masks(*result)
+
+
+def blend(sync: Masks, random: Masks, chance: float, generator: torch.Generator) -> Masks:
+    """For each sample the sync masks with the given chance, else the random ones."""
+    use = torch.rand(len(sync.words), 1, device=sync.words.device, generator=generator) < chance
+    pairs = zip(sync[:2], random[:2], strict=True)
+    return Masks(*(torch.where(use, a, b) for a, b in pairs), sync.word_score, sync.patch_score)
+
+
+def sync_share(progress: float, ramp: tuple[float, float]) -> float:
+    """A sample's chance of a sync mask at `progress` (0 to 1) of the training: 0 before the ramp, 1 after it, linear between."""
+    low, high = ramp
+    return float(progress >= high) if low == high else min(1.0, max(0.0, (progress - low) / (high - low)))

@@ -1,0 +1,195 @@
+"""`SyncMaskModel`: the encoders, the heads of the four objectives, and what users call: `encode_image`, `encode_text`, `match`.
+
+Shape letters as in `encoders`: B images, P patches, S = 1 + P, T tokens of all texts, C width, E width of the ITC space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.config import TrainConfig, from_json, to_json
+from syncmask_fast.data.loader import HALF
+from syncmask_fast.data.text import load_tokenizer, save_tokenizer, special_ids
+from syncmask_fast.encoders import (
+    LAYER_NORM_EPS,
+    CrossAttention,
+    FeedForward,
+    FusionEncoder,
+    ImageEncoder,
+    TextEncoder,
+    pack_pairs,
+)
+from syncmask_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from tokenizers import Tokenizer
+
+
+class WordHead(nn.Module):
+    """BERT's MLM head; its output matrix is the word embedding."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """Logits [n, vocabulary] of fused features x [n, C] with word embeddings [vocabulary, C]."""
+        return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
+
+
+class PatchHead(nn.Module):
+    """Rebuilds masked patches (our choice): each looks at the full text once, then a linear layer gives its target."""
+
+    def __init__(self, width: int, heads: int, image_width: int, target: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(image_width, width)
+        self.cross = CrossAttention(width, heads, width)
+        self.feed_forward = FeedForward(width)
+        self.leave = nn.Linear(width, target)
+
+    def forward(self, patches: Tensor, text: Tensor, layout: Layout) -> Tensor:
+        """[B, n, target] from masked patches' features [B, n, C_image] and packed text features [T, C]."""
+        return self.leave(self.feed_forward(self.cross(self.enter(patches), text, None, layout)))
+
+
+class SyncMaskModel(nn.Module):
+    """Image, text and fusion encoder with the heads for ITC, ITM, MLM and MIM."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        text, width = config.text, config.text.width
+        self.image = ImageEncoder(config.image)
+        self.text = TextEncoder(text)
+        self.fusion = FusionEncoder(text, self.image.width)
+        self.image_proj = nn.Linear(self.image.width, config.embed)
+        self.text_proj = nn.Linear(width, config.embed)
+        self.log_temperature = nn.Parameter(torch.tensor(config.loss.temperature).log())
+        self.match_head = nn.Linear(width, 2)
+        self.word_head = WordHead(width, text.vocabulary)
+        target = 3 * config.image.patch**2 if config.loss.mim_target == "pixels" else self.image.width
+        self.patch_head = PatchHead(width, text.heads, self.image.width, target)
+        for part in (self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
+            part.apply(_init_bert)
+
+    @property
+    def mask_id(self) -> int:
+        """The token id of [MASK]."""
+        return special_ids(self.tokenizer).mask
+
+    @property
+    def temperature(self) -> Tensor:
+        """The ITC temperature, kept within 0.001 and 0.5 as in ALBEF."""
+        return self.log_temperature.exp().clamp(0.001, 0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_temperature.device
+
+    def project_images(self, features: Tensor) -> Tensor:
+        """Unit vectors [B, E] of image features [B, S, C]."""
+        return F.normalize(self.image_proj(features[:, 0]).float(), dim=-1)
+
+    def project_texts(self, features: Tensor, layout: Layout) -> Tensor:
+        """Unit vectors [N, E] of packed text features [T, C]."""
+        return F.normalize(self.text_proj(features[layout.starts[:-1]]).float(), dim=-1)
+
+    # What users call ------------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+        """Unit vectors float32 [B, E] of PIL images, or of normalised pixels [B, 3, size, size]."""
+        return self.project_images(self.image(self._pixels(images)))
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 [N, E] of texts."""
+        token_ids, layout = self._tokens(texts)
+        return self.project_texts(self.text(token_ids, layout), layout)
+
+    @torch.inference_mode()
+    def match(self, images: Tensor | Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+        """The chance, float32 [N], that image n and text n belong together (the ITM head)."""
+        pixels = self._pixels(images)
+        if len(pixels) != len(texts):
+            raise ValueError(f"images and texts must be as many: got {len(pixels)} images and {len(texts)} texts")
+        token_ids, layout = self._tokens(texts)
+        pack = pack_pairs(layout)
+        fused = self.fusion(self.text(token_ids, layout), pack, self.image(pixels))
+        return self.match_head(fused[pack.first]).float().softmax(-1)[:, 1]
+
+    def _pixels(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+        if isinstance(images, Tensor):
+            return images.to(self.device)
+        from torchvision.transforms.v2 import functional as V
+
+        size = self.config.image.size
+        tensors = [V.to_image(image.convert("RGB")) for image in images]
+        pixels = torch.stack([V.resize(x, [size, size], antialias=True) for x in tensors]).to(self.device).float() / 255
+        return V.normalize(pixels, list(HALF), list(HALF))
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Layout]:
+        if isinstance(texts, str):
+            raise ValueError("texts must be a sequence of strings: got one string")
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: load it with SyncMaskModel.from_pretrained")
+        limit = self.config.text.max_tokens
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        ids = [row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in ids]
+        layout = Layout.of([len(row) for row in ids], self.device)
+        return torch.tensor([i for row in ids for i in row], dtype=torch.int64, device=self.device), layout
+
+    # Folder ---------------------------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.safetensors, config.json and the tokenizer's files into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(to_json(self.config), indent=2) + "\n")
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> SyncMaskModel:
+        """The model that `save_pretrained` wrote; raises `UserError` where the folder does not hold one."""
+        folder = Path(folder)
+        try:
+            config = from_json(TrainConfig, json.loads((folder / "config.json").read_text()))
+            weights = load_file(folder / "model.safetensors")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder} is not a SyncMask model (config.json, model.safetensors and a tokenizer): {error}") from error
+        # The weights are in the file: nothing is fetched from timm.
+        model = cls(without_start_weights(config), load_tokenizer(str(folder)))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        return model.to(device).eval()
+
+
+def without_start_weights(config: TrainConfig) -> TrainConfig:
+    """The same configuration, but for the flag that has timm fetch weights."""
+    import dataclasses
+
+    return dataclasses.replace(config, image=dataclasses.replace(config.image, pretrained=False))
+
+
+def _init_bert(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,308 @@
+"""The main job: `python -m syncmask_fast.train` pretrains with SyncMask, evaluates and writes a report."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
+from syncmask_fast.data.loader import Batch, Loader
+from syncmask_fast.data.plan import epoch_order
+from syncmask_fast.data.splits import Split, open_splits
+from syncmask_fast.data.text import TokenCache, load_tokenizer, train_tokenizer
+from syncmask_fast.errors import UserError, run_command
+from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
+from syncmask_fast.log import MetricsLog
+from syncmask_fast.losses import Queue
+from syncmask_fast.masking import sync_share
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
+
+LOOKBOOK = Path("data/lookbook")
+SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
+MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval"}
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line asks for: a preset (default tiny), then flags."""
+    argv = list(argv)
+    preset = argv.pop(0) if argv and argv[0] in PRESETS else "tiny"
+    description, default = PRESETS[preset]
+    given = {word.split("=")[0] for word in argv}
+    if "--epochs" in given and "--steps" not in given:
+        default = dataclasses.replace(default, steps=None)
+    if "--steps" in given and "--epochs" not in given:
+        default = dataclasses.replace(default, epochs=None)
+    config = tyro.cli(
+        tyro.conf.SuppressFixed[TrainConfig],
+        args=argv,
+        default=default,
+        prog="python -m syncmask_fast.train [tiny|base]",
+        description=f"{TrainConfig.__doc__} Preset {preset}: {description} The other one: {' '.join(PRESETS.keys() - {preset})}.",
+    )
+    config.check()
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: trains, evaluates, reports."""
+    config = parse(sys.argv[1:] if argv is None else argv)
+    device = choose_device(config.device)
+    keep_freed_memory()
+    out = run_folder(config)
+    data = config.data or draw_default_lookbook(config)
+    train_split, eval_split = open_splits(data, config.eval.holdout)
+    for problem in (*train_split.index.problems, *eval_split.index.problems):
+        print(f"skipped: {problem}")
+    config = start_run(out, config, data)
+    train(config, out, device, train_split, eval_split)
+    finish(config, out, device, eval_split)
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The folder of this run, which need not exist yet."""
+    if config.out is not None:
+        return config.out
+    return Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def draw_default_lookbook(config: TrainConfig) -> Path:
+    """Draws the lookbook at the preset's size unless it is there already; returns its folder."""
+    from syncmask_fast.data.lookbook import draw_lookbook
+
+    folder = LOOKBOOK.with_name(f"{LOOKBOOK.name}-{config.image.size}px")
+    draw_lookbook(folder, size=config.image.size)
+    return folder
+
+
+def start_run(out: Path, config: TrainConfig, data: Path) -> TrainConfig:
+    """Makes the run's folder, or checks that the one that is there belongs to this configuration; points runs/latest to it."""
+    config = dataclasses.replace(config, data=data, out=out)
+    known = out / "config.json"
+    if known.is_file():
+        if config.resume == "never":
+            raise UserError(f"{out} holds a run already: choose another --out, or drop --resume never to go on with it.")
+        before = to_json(from_json(TrainConfig, _read_json(known)))
+        now = to_json(config)
+        changed = sorted(name for name in now if now[name] != before[name] and name not in MAY_CHANGE)
+        if changed:
+            raise UserError(f"{out} holds a run with other settings ({', '.join(changed)}): use the same ones to go on, or another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
+    if out.parent.name == "runs":
+        latest = out.parent / "latest"
+        with contextlib.suppress(OSError):
+            if latest.is_symlink() or not latest.exists():
+                latest.unlink(missing_ok=True)
+                latest.symlink_to(out.name)
+    return config
+
+
+def train(config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split) -> None:
+    """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
+    tokenizer = load_tokenizer(config.text.name) if config.text.name else train_tokenizer(train_split.index.texts, config.text.vocabulary)
+    if config.text.name is None:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
+    tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
+
+    torch.manual_seed(config.seed)
+    model = SyncMaskModel(config, tokenizer).to(device)
+    teacher = make_teacher(model)
+    optimizer = make_optimizer(model, config)
+    queue = Queue.empty(config.loss.queue, config.embed, device)
+    bank = FeatureBank.empty(len(train_split), config.embed, device)
+    state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64))
+
+    batches_per_epoch = len(train_split) // config.batch_size
+    if batches_per_epoch == 0:
+        raise UserError(f"{config.data} has {len(train_split)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
+    steps = config.steps or max(1, (config.epochs or 1) * batches_per_epoch // config.optim.accumulate)
+    product_ids = np.unique(train_split.index.product_ids[train_split.samples], return_inverse=True)[1]
+    newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
+    if newest is not None:
+        load_checkpoint(newest, state)
+        print(f"going on from {newest}: step {state.step} of {steps}")
+    else:
+        state.order = torch.from_numpy(plan(config, state, product_ids))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{len(train_split):,} pictures of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, {steps} steps of {config.batch_size} on {device}")
+
+    grid = config.image.size // config.image.patch
+    eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_tokens)
+    followed = SyncData.of(eval_split, eval_tokens, grid, SYNC_SAMPLES) if len(eval_split) and config.masking != "none" else None
+    log = MetricsLog(out, state.step, steps, config.log_every)
+    loader = Loader(
+        train_split.index, tokens, batch_size=config.batch_size, size=config.image.size, augment=config.augment, seed=config.seed, device=device,
+        backend=config.loader, threads=config.threads, drop_last=True,
+    )  # fmt: skip
+    with loader, stop_on_signal() as stop:
+        batches = epochs_of_batches(config, state, loader, train_split, product_ids)
+        while state.step < steps:
+            set_learning_rate(optimizer, config, state.step, steps)
+            parts = one_step(config, state, batches, steps, batches_per_epoch, product_ids)
+            state.step += 1
+            log.add(state.step, state.epoch, config.batch_size * config.optim.accumulate, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
+            if followed is not None and (state.step % (5 * config.log_every) == 0 or state.step == steps):
+                log.note(evaluate_sync(teacher, followed))
+            log.show_when_due()
+            if state.step % config.save_every == 0 or state.step == steps or stop:
+                log.flush()
+                save_checkpoint(out / "checkpoints", state)
+            if stop:
+                print(f"\nstopped at step {state.step} of {steps}; to go on: python -m syncmask_fast.train {config.preset} --out {out} with the same flags")
+                raise SystemExit(130)
+    log.close()
+    # The teacher is what makes the masks, and the average of the last models: it is what users get.
+    state.teacher.save_pretrained(out / "model")
+
+
+def one_step(
+    config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int, product_ids: np.ndarray
+) -> Losses:
+    """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank."""
+    device = state.model.device
+    share = sync_share(state.step / steps, config.mask.ramp)
+    alpha = config.loss.alpha * min(1.0, state.step * config.optim.accumulate / batches_per_epoch)
+    parts: list[Losses] = []
+    for part in range(config.optim.accumulate):
+        batch = next(batches)
+        seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device)):
+            found, momentum = training_losses(state.model, state.teacher, batch, state.queue, config, sync_share=share, alpha=alpha, seed=seed)
+        (found.total / config.optim.accumulate).backward()
+        state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
+        state.bank.store(batch.samples, *momentum)
+        state.batches += 1
+        parts.append(Losses(*(x.detach() for x in found)))
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    update_teacher(state.teacher, state.model, config.optim.ema)
+    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
+
+
+def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray) -> Iterator[Batch]:
+    """Batches without end: each epoch by its plan, from where the state stands; the plan of the next epoch is made when one ends.
+
+    `samples` and `product_ids` of the batches are places in the training split and product numbers from 0.
+    """
+    place = np.zeros(len(split.index), np.int64)
+    place[split.samples] = np.arange(len(split))
+    while True:
+        order = state.order.numpy()
+        for batch in loader.epoch(split.samples[order], state.epoch, start=state.position):
+            state.position = int(batch.positions[-1]) // config.batch_size * config.batch_size + config.batch_size
+            if len(batch.lengths) < 2:
+                continue
+            at = place[batch.samples.cpu().numpy()]
+            ids = torch.from_numpy(product_ids[at]).to(batch.pixels.device)
+            yield dataclasses.replace(batch, samples=torch.from_numpy(at).to(batch.pixels.device), product_ids=ids)
+        state.epoch, state.position = state.epoch + 1, 0
+        state.order = torch.from_numpy(plan(config, state, product_ids))
+
+
+def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.ndarray:
+    """The order of the state's epoch, from the features that the teacher gave in the epoch before."""
+    known = bool(state.bank.seen.float().mean() > 0.5)
+    return epoch_order(
+        config.seed, state.epoch, product_ids, batch_size=config.batch_size, kind=config.batching,
+        image_feats=state.bank.images if known else None, text_feats=state.bank.texts if known else None,
+        margin=config.group.margin, search_space=config.group.search_space,
+    )  # fmt: skip
+
+
+def make_optimizer(model: SyncMaskModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; no weight decay for biases, norms, single vectors and the temperature."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
+    """Linear warm-up, then a cosine to `min_lr` at the last step."""
+    o, warm = config.optim, max(1, round(config.optim.warmup * steps))
+    progress = (step - warm) / max(1, steps - warm)
+    lr = o.lr * (step + 1) / warm if step < warm else o.min_lr + (o.lr - o.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM puts something into, so that the loop can save and leave; a second one stops at once."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print("\nstopping after this step (once more to stop at once) ...", flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory instead of giving it back to the system: fresh pages cost more than many an operator on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, top_pad, mmap_max = -1, -2, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 256 * 2**20)
+
+
+def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Split) -> None:
+    """Evaluates the model on held-out products and writes results.json and report.html."""
+    from syncmask_fast.examples import write_run_report
+
+    model = SyncMaskModel.from_pretrained(out / "model", device)
+    results: dict[str, float] = {}
+    if len(eval_split):
+        tokens = TokenCache.open(eval_split.index.folder, model.tokenizer, eval_split.index.texts, model.config.text.max_tokens)
+        results |= evaluate_retrieval(model, eval_split, tokens)
+        truth = SyncData.of(eval_split, tokens, model.config.image.size // model.config.image.patch)
+        if truth is not None:
+            results |= evaluate_sync(model, truth)
+        print_results(results)
+    aside = out / ".results.json.partial"
+    aside.write_text(json.dumps(results, indent=2) + "\n")
+    aside.replace(out / "results.json")
+    report = write_run_report(out, model, eval_split, results)
+    print(f"\nreport: {report}\nmodel:  {out / 'model'}")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend it, or choose another --out.") from error
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,276 @@
+"""group_semi_hard, C++ and reference, against a walk of plain loops written from the contract."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from syncmask_fast import _native, ops
+from syncmask_fast.kernels import group_semi_hard as module
+
+BACKENDS = [
+    "reference",
+    pytest.param("cpp", marks=pytest.mark.skipif(not _native.loaded(), reason=_native.status())),
+]
+
+
+def oracle(image_feats, text_feats, ids, batch_size=1, margin=0.0, start=0, search_space=None):
+    """The walk in float64, one item at a time."""
+    images, texts = image_feats.double(), text_feats.double()
+    ids, n = ids.tolist(), len(ids)
+    result = []
+    for begin in range(0, n, search_space or max(n, 1)):
+        run = list(range(begin, min(n, begin + (search_space or n))))
+        order = [start if begin == 0 else begin]
+        while len(order) < len(run):
+            p, c = len(order), order[-1]
+            s = texts @ images[c] if p % 2 == 1 else images @ texts[c]
+            left = [j for j in run if j not in order]
+            taken = {ids[c]} | {ids[x] for x in order[p // batch_size * batch_size :]}
+            allowed = [j for j in left if ids[j] not in taken]
+            below = [j for j in allowed if s[j] < s[c] - margin]
+            order.append(max(below or allowed or left, key=lambda j: (s[j], -j)))
+        result += order
+    return result
+
+
+def draw(n, d, generator, products=None):
+    images = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1)
+    texts = torch.nn.functional.normalize(images + 0.1 * torch.randn(n, d, generator=generator), dim=1)
+    return images, texts, torch.randint(products or max(1, n // 3), (n,), generator=generator)
+
+
+def draw_integers(n, d, generator, products=None):
+    """Similarities that are small integers: exact in every order of summation, full of ties."""
+    images, texts = (torch.randint(-1, 2, (n, d), generator=generator).float() for _ in range(2))
+    return images, texts, torch.randint(products or max(1, n // 3), (n,), generator=generator)
+
+
+# n and D: all ones; odd; primes; around the kernel's 16 and 32 lanes.
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (2, 3), (3, 15), (31, 16), (37, 17), (64, 31), (65, 33), (90, 100)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_oracle(shape, backend, generator):
+    for margin, batch_size, search_space in ((0.0, 1, None), (0.1, 8, None), (0.05, 5, 13)):
+        args = draw(*shape, generator)
+        options = dict(batch_size=batch_size, margin=margin, search_space=search_space)
+        order = ops.group_semi_hard(*args, **options, backend=backend)
+        assert order.dtype == torch.int64
+        assert order.tolist() == oracle(*args, **options)
+
+
+@pytest.mark.parametrize("margin", [0.0, 2.0, -3.0, math.inf, -math.inf])
+@pytest.mark.parametrize("batch_size", [1, 4, 1000])
+@pytest.mark.parametrize("search_space", [None, 1, 16, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
+    args = draw_integers(45, 5, generator)
+    start = 0 if search_space == 1 else 11
+    options = dict(batch_size=batch_size, margin=margin, start=start, search_space=search_space)
+    assert ops.group_semi_hard(*args, **options, backend=backend).tolist() == oracle(*args, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes_and_strides(backend, generator):
+    args = draw_integers(40, 6, generator)
+    expected = ops.group_semi_hard(*args, batch_size=4, backend=backend)
+    for dtype in (torch.bfloat16, torch.float16):
+        got = ops.group_semi_hard(*(x.to(dtype) for x in args[:2]), args[2], batch_size=4, backend=backend)
+        assert got.equal(expected)
+    strided = (
+        args[0].T.contiguous().T,
+        torch.stack((args[1], args[1]), 2)[:, :, 1],
+        args[2].repeat_interleave(2)[::2],
+    )
+    assert ops.group_semi_hard(*strided, batch_size=4, backend=backend).equal(expected)
+    same = args[0][:1].expand(40, -1)  # every pair alike: by index, as products allow
+    assert ops.group_semi_hard(same, same, torch.arange(40), backend=backend).tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alternates_and_returns_to_every_level(backend):
+    # Image 0 is near text 2, text 2 near image 1: image -> text, then text -> image.
+    images = torch.tensor([[1.0, 0, 0], [0, 0.9, 0.1], [0.5, 0, 0], [0, 0, 1]])
+    texts = torch.tensor([[2.0, 0, 0], [0.1, 1, 0], [0.9, 0.9, 0], [0, 0.1, 0.2]])
+    distinct = torch.arange(4)
+    assert ops.group_semi_hard(images, texts, distinct, margin=-math.inf, backend=backend).tolist() == [
+        0,
+        2,
+        1,
+        3,
+    ]
+    # One product only: nothing is allowed, the walk goes on all the same, to the highest whatever its id.
+    one = torch.zeros(4, dtype=torch.int64)
+    assert ops.group_semi_hard(images, texts, one, batch_size=4, backend=backend).tolist() == [0, 2, 1, 3]
+    # 2 is of 0's product: from 0 it goes to another one although less similar, and to 2 from there.
+    ids = torch.tensor([7, 8, 7, 9])
+    assert ops.group_semi_hard(images, texts, ids, margin=-math.inf, backend=backend).tolist() == [0, 1, 2, 3]
+    # Everything lies above the threshold: the highest allowed.
+    assert ops.group_semi_hard(images, texts, distinct, margin=100.0, backend=backend).tolist() == [
+        0,
+        2,
+        1,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threshold_is_strict(backend):
+    images = torch.tensor([[4.0], [1.0], [1.0]])
+    texts = torch.tensor([[1.0], [0.75], [0.5]])  # own pair of item 0: 4; item 1: 3; item 2: 2
+    ids = torch.arange(3)
+    assert ops.group_semi_hard(images, texts, ids, margin=1.0, backend=backend).tolist() == [0, 2, 1]
+    assert ops.group_semi_hard(images, texts, ids, margin=0.9, backend=backend).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_not_finite_is_still_a_permutation(bad, backend, generator):
+    images, texts, ids = draw(30, 8, generator)
+    images[3], texts[5, 2], images[17, 0], texts[17, 1] = bad, bad, bad, -bad
+    order = ops.group_semi_hard(images, texts, ids, batch_size=4, margin=0.1, backend=backend)
+    assert sorted(order.tolist()) == list(range(30))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    feats, ids = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    assert ops.group_semi_hard(feats, feats, ids, search_space=3, backend=backend).shape == (0,)
+    wide = torch.zeros(3, 0)
+    assert ops.group_semi_hard(wide, wide, torch.arange(3), backend=backend).tolist() == [0, 1, 2]
+
+
+@st.composite
+def walks(sample):
+    n = sample(st.integers(1, 24))
+    seed = sample(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    exact = sample(st.booleans())
+    args = (draw_integers if exact else draw)(
+        n, sample(st.integers(1, 9)), generator, sample(st.integers(1, n))
+    )
+    search_space = sample(st.none() | st.integers(1, n + 2))
+    options = dict(
+        batch_size=sample(st.integers(1, n + 1)),
+        margin=sample(st.sampled_from([-math.inf, 0.0, 0.2, 1.0, math.inf])),
+        start=sample(st.integers(0, min(n, search_space or n) - 1)),
+        search_space=search_space,
+    )
+    return args, options
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(walks())
+def test_properties(walk):
+    (images, texts, ids), options = walk
+    n, run = len(ids), options["search_space"] or len(ids)
+    orders = [ops.group_semi_hard(images, texts, ids, **options, backend="reference")]
+    if _native.loaded():
+        orders.append(ops.group_semi_hard(images, texts, ids, **options, backend="cpp"))
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(n))
+        assert order[0] == options["start"]
+        products = ids[order].tolist()
+        for begin in range(0, n, run):
+            part = products[begin : begin + run]
+            assert sorted(order[begin : begin + run].tolist()) == list(range(begin, min(n, begin + run)))
+            for p in range(1, len(part)):
+                first = p // options["batch_size"] * options["batch_size"]
+                taken = {*part[first:p], part[p - 1]}
+                # The same product twice only where every product that was left would have been.
+                assert part[p] not in taken or set(part[p:]) <= taken
+    assert all(order.equal(orders[0]) for order in orders)
+
+
+@pytest.mark.skipif(not _native.loaded(), reason=_native.status())
+def test_threads_do_not_show(generator):
+    args = draw_integers(700, 256, generator)  # enough work per step for several threads
+    threads = torch.get_num_threads()
+    try:
+        orders = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            orders.append(ops.group_semi_hard(*args, batch_size=16, margin=2.0, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    reference = ops.group_semi_hard_reference(*args, batch_size=16, margin=2.0)
+    assert all(order.equal(reference) for order in orders)
+
+
+def test_float64_reference(generator):
+    images, texts, ids = draw(40, 6, generator)
+    got = ops.group_semi_hard_reference(images.double(), texts.double(), ids, batch_size=4, margin=0.05)
+    assert got.tolist() == oracle(images, texts, ids, batch_size=4, margin=0.05)
+
+
+def good():
+    return dict(image_feats=torch.zeros(5, 4), text_feats=torch.zeros(5, 4), ids=torch.arange(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"image_feats": torch.zeros(5)}, ["image_feats ", "[5]", "[N, D]"]),
+        ({"image_feats": torch.zeros(5, 4, dtype=torch.int64)}, ["image_feats ", "int64"]),
+        ({"image_feats": torch.zeros(5, 4, dtype=torch.float64)}, ["image_feats ", "float64"]),
+        ({"text_feats": torch.zeros(4, 4)}, ["text_feats ", "[4, 4]", "[5, 4]"]),
+        ({"text_feats": torch.zeros(5, 4, dtype=torch.bfloat16)}, ["text_feats ", "bfloat16"]),
+        ({"text_feats": torch.zeros(5, 4, device="meta")}, ["text_feats ", "meta"]),
+        ({"ids": torch.zeros(5)}, ["ids ", "float32", "int64"]),
+        ({"ids": torch.arange(4)}, ["ids ", "[4]", "[5]"]),
+        ({"batch_size": 0}, ["batch_size ", "0", "at least 1"]),
+        ({"batch_size": 2.0}, ["batch_size ", "2.0"]),
+        ({"margin": math.nan}, ["margin ", "nan"]),
+        ({"start": 5}, ["start ", "5", "0 to 4"]),
+        ({"start": -1}, ["start ", "-1"]),
+        ({"start": 3, "search_space": 3}, ["start ", "3", "0 to 2"]),
+        ({"search_space": 0}, ["search_space ", "0"]),
+        ({"backend": "walk"}, ["backend ", "'walk'"]),
+        ({"backend": "triton"}, ["backend ", "'triton'", "group_semi_hard"]),
+    ],
+)
+def test_errors(change, names):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
+        ops.group_semi_hard(**(good() | change))
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_native, "_path", None)
+    monkeypatch.setattr(_native, "_problem", "the C++ extension is not built")
+    with pytest.raises(
+        ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built; .*make install"
+    ):
+        ops.group_semi_hard(**good(), backend="cpp")
+    monkeypatch.setattr(module, "_warned", False)
+    args = (*good().values(), 1, 0.0, 0, None)
+    with pytest.warns(UserWarning, match="not built.*make install"):
+        first = module._group_semi_hard._init_fn(*args)  # the body that the C++ kernel otherwise shadows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert module._group_semi_hard._init_fn(*args).equal(first)
+
+
+@pytest.mark.parametrize("name", ["group_semi_hard", "group_semi_hard_reference"])
+def test_opcheck(name, generator):
+    args = draw(9, 4, generator)
+    for search_space in (None, 4):
+        torch.library.opcheck(getattr(torch.ops.syncmask, name), (*args, 3, 0.1, 1, search_space))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compile(backend, generator):
+    def caller(images, texts, ids):
+        return ops.group_semi_hard(images * 1.0, texts, ids, batch_size=3, backend=backend) + 1
+
+    compiled = torch.compile(caller, fullgraph=True, backend="aot_eager")
+    for n in (12, 7):
+        args = draw(n, 4, generator)
+        assert compiled(*args).equal(caller(*args))

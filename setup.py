@@ -78,7 +78,8 @@ def compile_library(sources: list[str], target: Path) -> None:
         raise NotBuilt("because no C++ compiler was found (install g++, or set CXX)")
     include, library = torch / "include", torch / "lib"
     files = [str(ROOT / source) for source in sources]
-    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+    parts = sorted(file for file in ROOT.joinpath("csrc").iterdir() if file.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in parts)).hexdigest()[:12]
     version = subprocess.run(
         [compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
     ).stdout

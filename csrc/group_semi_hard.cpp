@@ -26,13 +26,6 @@
 #define SYNCMASK_BUILD_STAMP "unknown build"
 #endif
 
-// One build for every x86-64 processor: the loader picks the widest version that it can run.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SYNCMASK_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define SYNCMASK_CLONES
-#endif
-
 extern "C" __attribute__((visibility("default"))) const char* syncmask_build_stamp() {
   return SYNCMASK_BUILD_STAMP;
 }
@@ -43,8 +36,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// A thread is woken for about 0.1 ms of work. Less pays on an idle machine only: on a busy one each step waits until
-// the last thread has had its turn.
+// A thread is woken for about 0.1 ms of work. Less pays on an idle machine only: on a busy one each step
+// waits until the last thread has had its turn.
 constexpr int64_t kMinMultipliesPerThread = 1 << 20;
 
 enum Level { kUnvisited, kAllowed, kNearMiss, kLevels };
@@ -77,56 +70,35 @@ struct Query {
   float threshold;
 };
 
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
-
-inline __attribute__((always_inline)) float sum_of_lanes(const Lanes& lanes) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight eight[2];
-  std::memcpy(eight, &lanes, sizeof lanes);
-  eight[0] += eight[1];
-  Four four[2];
-  std::memcpy(four, eight, sizeof four);
-  four[0] += four[1];
-  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+// One build for every x86-64 processor: the scan in two instruction sets, picked at run time.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SYNCMASK_HAS_AVX2 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "scan.h"
+}
+#pragma GCC pop_options
+#endif
+namespace plain {
+#include "scan.h"
 }
 
-inline __attribute__((always_inline)) float dot(const float* a, const float* b, int64_t width) {
-  Lanes even = {}, odd = {};
-  Lanes x, y;
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
-    std::memcpy(&x, a + d, sizeof x);
-    std::memcpy(&y, b + d, sizeof y);
-    even += x * y;
-    std::memcpy(&x, a + d + kLanes, sizeof x);
-    std::memcpy(&y, b + d + kLanes, sizeof y);
-    odd += x * y;
+struct Scanner {
+  decltype(&plain::scan) scan = plain::scan;
+  decltype(&plain::own_similarity) own_similarity = plain::own_similarity;
+};
+
+Scanner widest_scanner() {
+#ifdef SYNCMASK_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {avx2::scan, avx2::own_similarity};
   }
-  float sum = sum_of_lanes(even + odd);
-  for (; d < width; ++d) sum += a[d] * b[d];
-  return sum;
+#endif
+  return {};
 }
 
-SYNCMASK_CLONES
-void scan(const Query& query, const int32_t* items, int64_t count, Candidates& best) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t item = items[i];
-    const float raw = dot(query.feature, query.targets + item * query.width, query.width);
-    const float score = raw == raw ? raw : kLowest;  // NaN counts as -inf
-    const int32_t product = query.product[item];
-    best.of_level[kUnvisited].offer(score, item);
-    if (product == query.current_product || query.batch_of[product] == query.batch) continue;
-    best.of_level[kAllowed].offer(score, item);
-    if (raw < query.threshold) best.of_level[kNearMiss].offer(score, item);
-  }
-}
-
-SYNCMASK_CLONES
-void own_similarities(const float* images, const float* texts, int64_t n, int64_t width, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = dot(images + i * width, texts + i * width, width);
-}
+const Scanner scanner = widest_scanner();
 
 int32_t next_item(const Query& query, const std::vector<int32_t>& unvisited, std::vector<Candidates>& parts) {
   const int64_t count = unvisited.size();
@@ -137,7 +109,7 @@ int32_t next_item(const Query& query, const std::vector<int32_t>& unvisited, std
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = std::min(count, part * share);
       parts[part] = Candidates();
-      scan(query, unvisited.data() + first, std::min(count - first, share), parts[part]);
+      scanner.scan(query, unvisited.data() + first, std::min(count - first, share), parts[part]);
     }
   };
   if (threads == 1) {
@@ -170,8 +142,6 @@ void walk(const float* images, const float* texts, const int64_t* ids, int64_t n
   int32_t products = 0;
   const std::vector<int32_t> product = number_products(ids, n, products);
   std::vector<int64_t> batch_of(products, -1);
-  std::vector<float> own(n);
-  own_similarities(images, texts, n, width, own.data());
   std::vector<int32_t> unvisited(n);
   std::iota(unvisited.begin(), unvisited.end(), 0);
   std::vector<Candidates> parts(std::max<int64_t>(1, torch::stable::get_num_threads()));
@@ -189,7 +159,8 @@ void walk(const float* images, const float* texts, const int64_t* ids, int64_t n
       query.batch_of = batch_of.data();
       query.current_product = product[current];
       query.batch = batch;
-      query.threshold = own[current] - margin;
+      const float own = scanner.own_similarity(images + current * width, texts + current * width, width);
+      query.threshold = own - margin;
       current = next_item(query, unvisited, parts);
     }
     order[position] = offset + current;

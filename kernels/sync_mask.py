@@ -132,12 +132,11 @@ def _patch_score_of_head(attention: Tensor, maskable: Tensor, rule: str) -> Tens
 
 def _highest(score: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     """Marks the count[b] highest eligible entries of score [B, N]; NaN below numbers, ties to the lowest."""
-    number = ~score.isnan()
-    by_score = score.masked_fill(~number, -math.inf).argsort(dim=1, descending=True, stable=True)
-    group = (
-        2 * eligible.int() + (eligible & number).int()
-    )  # ranked first by group, then by score, then by index
-    order = by_score.gather(1, group.gather(1, by_score).argsort(dim=1, descending=True, stable=True))
+    # Ranked by eligibility, then by score, then by index: stable sorts, the less important key first.
+    # No eligible entry scores -inf, so that -inf can stand for NaN.
+    by_score = score.masked_fill(score.isnan(), -math.inf).argsort(dim=1, descending=True, stable=True)
+    first = eligible.int().gather(1, by_score).argsort(dim=1, descending=True, stable=True)
+    order = by_score.gather(1, first)
     chosen = torch.arange(score.shape[1], device=score.device) < count[:, None]
     return torch.zeros_like(eligible, memory_format=torch.contiguous_format).scatter_(1, order, chosen)
 

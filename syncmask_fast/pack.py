@@ -14,8 +14,15 @@ from syncmask_fast.data.lookbook import draw_lookbook
 from syncmask_fast.errors import run_command
 
 
-def lookbook(out: Annotated[Path, tyro.conf.Positional], products: int = 2000, eval_products: int = 400, size: int = 96, seed: int = 0,
-             workers: int | None = None, quality: int = 90) -> None:
+def lookbook(
+    out: Annotated[Path, tyro.conf.Positional],
+    products: int = 2000,
+    eval_products: int = 400,
+    size: int = 96,
+    seed: int = 0,
+    workers: int | None = None,
+    quality: int = 90,
+) -> None:
     """Draws the lookbook: fashion products in several views, with the place of every word in every picture.
 
     Args:
@@ -27,15 +34,26 @@ def lookbook(out: Annotated[Path, tyro.conf.Positional], products: int = 2000, e
         workers: Drawing processes; default: one per core.
         quality: JPEG quality, 1 to 100.
     """
-    draw_lookbook(out, products=products, eval_products=eval_products, size=size, seed=seed, workers=workers, quality=quality)
+    draw_lookbook(
+        out,
+        products=products,
+        eval_products=eval_products,
+        size=size,
+        seed=seed,
+        workers=workers,
+        quality=quality,
+    )
 
 
 SOURCES = {"lookbook": lookbook}
 
 
 def main(args: list[str] | None = None) -> None:
-    # A lone subcommand would be folded into the command itself: the second name keeps it a subcommand.
-    run_command(lambda: tyro.extras.subcommand_cli_from_dict(SOURCES, prog="syncmask_fast.pack", description=__doc__, args=args))
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            SOURCES, prog="syncmask_fast.pack", description=__doc__, args=args
+        )
+    )
 
 
 if __name__ == "__main__":

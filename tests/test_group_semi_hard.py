@@ -190,7 +190,7 @@ def test_properties(walk):
 
 @pytest.mark.skipif(not _native.loaded(), reason=_native.status())
 def test_threads_do_not_show(generator):
-    args = draw_integers(700, 256, generator)  # enough work per step for several threads
+    args = draw_integers(400, 8192, generator)  # enough work per step for three threads
     threads = torch.get_num_threads()
     try:
         orders = []

@@ -58,8 +58,15 @@ def test_round_trip(tmp_path):
     span = {"name": "pocket", "value": "patch", "span": [2, 5], "box": [0, np.float32(1.5), 7, np.int64(8)]}
     with ShardWriter(tmp_path, samples_per_shard=3) as writer:
         for i in range(7):
-            more = {"category": "dress", "subcategory": f"kind {i % 2}", "view": ("front", "back")[i % 2], "attributes": [span]}
-            writer.write(f"p{i:03d}", jpeg(8 + i), {"product_id": i // 2, "text": f"a dress {i // 2} é", **more})
+            more = {
+                "category": "dress",
+                "subcategory": f"kind {i % 2}",
+                "view": ("front", "back")[i % 2],
+                "attributes": [span],
+            }
+            writer.write(
+                f"p{i:03d}", jpeg(8 + i), {"product_id": i // 2, "text": f"a dress {i // 2} é", **more}
+            )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
     index = ShardIndex.open(tmp_path)
     assert len(index) == 7
@@ -132,7 +139,7 @@ def test_headers_equal_tarfile(tmp_path, tar_format):
     long = ("d" * 60 + "/") * 2 + "n" * 90  # ustar: prefix; GNU: long name; pax: path
     names = ["a.jpg", "ordner/ü.json" if tar_format != tarfile.USTAR_FORMAT else "b.json", long]
     path = tmp_path / "x.tar"
-    make_tar(path, [(name, bytes(range(i * 200))[: i * 200]) for i, name in enumerate(names)], tar_format)
+    make_tar(path, [(name, b"x" * (i * 700)) for i, name in enumerate(names)], tar_format)
     with tarfile.open(path, "a", format=tar_format) as tar:
         folder = tarfile.TarInfo("folder")
         folder.type = tarfile.DIRTYPE
@@ -147,26 +154,31 @@ def test_headers_equal_tarfile(tmp_path, tar_format):
     assert len(expected) == 4
 
 
+def with_box(box: list[float]) -> bytes:
+    return record(1, attributes=[{"span": [0, 1], "box": box}])
+
+
+GOOD_IMAGE = ("bad.jpg", JPEG)
 BAD_SAMPLES = {
     "no image": ([("bad.json", record(1))], "no image"),
     "no record": ([("bad.jpg", JPEG)], "no .json or .txt"),
-    "broken JSON": ([("bad.jpg", JPEG), ("bad.json", b'{"text": ')], "JSON cannot be read"),
-    "not UTF-8": ([("bad.jpg", JPEG), ("bad.json", b'{"text": "\xff"}')], "JSON cannot be read"),
-    "deep JSON": ([("bad.jpg", JPEG), ("bad.json", b"[" * 100_000)], "JSON cannot be read"),
-    "a list": ([("bad.jpg", JPEG), ("bad.json", b"[]")], "not an object"),
-    "no text": ([("bad.jpg", JPEG), ("bad.json", b"{}")], "no text"),
-    "text a number": ([("bad.jpg", JPEG), ("bad.json", b'{"text": 3}')], "no text"),
-    "empty text": ([("bad.jpg", JPEG), ("bad.json", b'{"text": " "}')], "text is empty"),
-    "half a surrogate": ([("bad.jpg", JPEG), ("bad.json", b'{"text": "\\ud800"}')], "Unicode"),
-    "product a float": ([("bad.jpg", JPEG), ("bad.json", record(1.5))], "product_id"),
-    "product too large": ([("bad.jpg", JPEG), ("bad.json", record(2**70))], "product_id"),
-    "span beyond": ([("bad.jpg", JPEG), ("bad.json", record(1, attributes=[{"span": [0, 99], "box": None}]))], "attributes"),
-    "box of three": ([("bad.jpg", JPEG), ("bad.json", record(1, attributes=[{"span": [0, 1], "box": [1, 2, 3]}]))], "attributes"),
-    "box NaN": ([("bad.jpg", JPEG), ("bad.json", record(1, attributes=[{"span": [0, 1], "box": [1, 2, 3, float("nan")]}]))], "attributes"),
-    "attributes a dict": ([("bad.jpg", JPEG), ("bad.json", record(1, attributes={}))], "attributes"),
+    "broken JSON": ([GOOD_IMAGE, ("bad.json", b'{"text": ')], "JSON cannot be read"),
+    "not UTF-8": ([GOOD_IMAGE, ("bad.json", b'{"text": "\xff"}')], "JSON cannot be read"),
+    "deep JSON": ([GOOD_IMAGE, ("bad.json", b"[" * 100_000)], "JSON cannot be read"),
+    "a list": ([GOOD_IMAGE, ("bad.json", b"[]")], "not an object"),
+    "no text": ([GOOD_IMAGE, ("bad.json", b"{}")], "no text"),
+    "text a number": ([GOOD_IMAGE, ("bad.json", b'{"text": 3}')], "no text"),
+    "empty text": ([GOOD_IMAGE, ("bad.json", b'{"text": " "}')], "text is empty"),
+    "half a surrogate": ([GOOD_IMAGE, ("bad.json", b'{"text": "\\ud800"}')], "Unicode"),
+    "product a float": ([GOOD_IMAGE, ("bad.json", record(1.5))], "product_id"),
+    "product too large": ([GOOD_IMAGE, ("bad.json", record(2**70))], "product_id"),
+    "span beyond": ([GOOD_IMAGE, ("bad.json", record(1, attributes=[{"span": [0, 99]}]))], "attributes"),
+    "box of three": ([GOOD_IMAGE, ("bad.json", with_box([1, 2, 3]))], "attributes"),
+    "box NaN": ([GOOD_IMAGE, ("bad.json", with_box([1, 2, 3, float("nan")]))], "attributes"),
+    "attributes a dict": ([GOOD_IMAGE, ("bad.json", record(1, attributes={}))], "attributes"),
     "no image bytes": ([("bad.jpg", b""), ("bad.json", record(1))], "image is empty"),
     "a text as image": ([("bad.jpg", b"hello"), ("bad.json", record(1))], "neither JPEG"),
-    "twice": ([("bad.jpg", JPEG), ("bad.json", record(1)), ("bad.jpg", JPEG), ("bad.json", record(2))], "appears twice"),
+    "twice": ([GOOD_IMAGE, ("bad.json", record(1)), GOOD_IMAGE, ("bad.json", record(2))], "appears twice"),
 }  # fmt: skip
 
 
@@ -192,8 +204,9 @@ def test_truncated_tar(tmp_path, cut):
     whole = (tmp_path / "01.tar").read_bytes()
     (tmp_path / "01.tar").write_bytes(whole[:cut])
     index = ShardIndex.open(tmp_path)
-    assert len(index) in (150, 151)
-    assert any("01.tar" in line and "ends inside" in line for line in index.problems)
+    assert len(index) == 150
+    assert len(index.problems) == 1
+    assert index.problems[0].startswith("01.tar: the file ends inside")
 
 
 def test_not_a_tar_and_missing_end(tmp_path):
@@ -209,8 +222,16 @@ def test_not_a_tar_and_missing_end(tmp_path):
 
 
 def test_plain_webdataset(tmp_path):
-    members = [("./a/0.TXT", b" a red dress \n"), ("./a/0.PNG", jpeg(fmt="PNG")), ("./a/0.seg.png", b"ignored"), ("readme", b"x")]
-    make_tar(tmp_path / "x.tar", members + [("b.webp", jpeg(fmt="WEBP")), ("b.json", b'{"text": "blue", "product_id": null}')])
+    members = [
+        ("./a/0.TXT", b" a red dress \n"),
+        ("./a/0.PNG", jpeg(fmt="PNG")),
+        ("./a/0.seg.png", b"ignored"),
+        ("readme", b"x"),
+    ]
+    make_tar(
+        tmp_path / "x.tar",
+        members + [("b.webp", jpeg(fmt="WEBP")), ("b.json", b'{"text": "blue", "product_id": null}')],
+    )
     make_tar(tmp_path / "._x.tar", [])  # what macOS leaves beside files
     index = ShardIndex.open(tmp_path)
     assert list(index.texts) == ["a red dress", "blue"]
@@ -230,16 +251,14 @@ def test_plain_webdataset(tmp_path):
         (["7", 7, None, "a"], [0, 0, 1, 2]),
         ([2**63 - 1, None], [0, 1]),
         ([None, None], [0, 1]),
-        ([-3, None], [-3, 0]),
+        ([-3, None], [-3, -2]),
     ],
 )
 def test_product_numbers(ids, expected):
-    if ids == [-3, None]:
-        expected = [-3, 0] if shard_index.number_products(ids)[1] == 0 else [-3, -2]
     assert shard_index.number_products(ids).tolist() == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.text(max_size=3)), max_size=20))
 def test_product_numbers_tell_products_apart(ids):
     numbers = shard_index.number_products(ids).tolist()
@@ -294,7 +313,10 @@ def test_processes_build_at_once(tmp_path):
     make_tar(tmp_path / "x.tar", samples(300))
     code = f"from syncmask_fast.data.shards import ShardIndex; print(len(ShardIndex.open({str(tmp_path)!r})))"
     root = Path(__file__).parents[1]
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     assert [run.communicate()[0].strip() for run in runs] == ["300"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [shard_index.CACHE_NAME, "x.tar"]
 

@@ -1,7 +1,8 @@
 """Which crop, flip and colour change each image of an epoch gets: a pure function of (seed, epoch, position).
 
-The random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so the same
-position gets the same change for any batch size, any number of workers and after any resume.
+The random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"), so the same position gets the same change for any batch size, any number of workers and after any
+resume.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class AugmentConfig:
     """How strongly training images are varied. No hue: texts name colours."""
 
     scale: tuple[float, float] = (0.6, 1.0)  # share of the image's area in the crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn evenly on a logarithmic scale
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn evenly in its logarithm
     flip: float = 0.5  # probability of left-right mirroring
     brightness: float = 0.2  # factor drawn from 1 - x to 1 + x, and so on
     contrast: float = 0.2
@@ -43,7 +44,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class CropParams:
-    """What is done to B images: the crop in pixels of the stored image, then the resize, then colour, then the flip.
+    """What is done to B images: a crop in pixels of the stored image; after the resize, colours and a flip.
 
     x, y, width, height:              int32 [B], a window of at least 1 x 1 within the image
     flip:                             bool [B]
@@ -68,15 +69,20 @@ class CropParams:
 
 
 def crop_params(
-    seed: int, epoch: int, positions: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig
+    seed: int,
+    epoch: int,
+    positions: np.ndarray,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    config: AugmentConfig,
 ) -> CropParams:
     """Draws a random resized crop, a flip and colour factors for each position of an epoch.
 
     seed:      0 <= seed < 2**64.     epoch: 0 <= epoch < 2**32.
     positions: int64 [B], places in the epoch (over all ranks), each 0 or more.
     widths, heights: int [B], sizes of the stored images in pixels.
-    source:    the crop is torchvision's RandomResizedCrop (area and log ratio even, up to 10 tries, else the largest centred crop of a
-               legal ratio); the numbers differ from torchvision's.
+    source:    the crop is torchvision's RandomResizedCrop (area and log ratio even, up to 10 tries, else the
+               largest centred crop of a legal ratio); the numbers differ from torchvision's.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     tries = _uniform(seed, epoch, np.asarray(positions), np.arange(ATTEMPTS))  # [10, B, 4]
@@ -85,7 +91,7 @@ def crop_params(
     ratio = np.exp(log_low + (log_high - log_low) * tries[..., 1])
     width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (0 < width) & (width <= widths) & (0 < height) & (height <= heights)
+    fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
     first = fits.argmax(0)
     rows = np.arange(len(widths))
     found = fits.any(0)
@@ -99,7 +105,9 @@ def crop_params(
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     factors = (1 + strengths * (2 * colour[:, 1:] - 1)).astype(np.float32)
     return CropParams(
-        *(values.astype(np.int32) for values in (x, y, width, height)), colour[:, 0] < config.flip, *np.ascontiguousarray(factors.T)
+        *(values.astype(np.int32) for values in (x, y, width, height)),
+        colour[:, 0] < config.flip,
+        *np.ascontiguousarray(factors.T),
     )
 
 
@@ -107,7 +115,16 @@ def whole_images(widths: np.ndarray, heights: np.ndarray) -> CropParams:
     """The evaluation mode: the whole image, unchanged but for the resize."""
     count = len(widths)
     zero, one = np.zeros(count, np.int32), np.ones(count, np.float32)
-    return CropParams(zero, zero, np.asarray(widths, np.int32), np.asarray(heights, np.int32), np.zeros(count, bool), one, one, one)
+    return CropParams(
+        zero,
+        zero,
+        np.asarray(widths, np.int32),
+        np.asarray(heights, np.int32),
+        np.zeros(count, bool),
+        one,
+        one,
+        one,
+    )
 
 
 def _uniform(seed: int, epoch: int, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -127,7 +144,8 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 of Random123. counter: uint64 [4, ...] holding 32-bit words. returns: the same shape, 32-bit words."""
+    """Philox4x32-10 of Random123. counter: uint64 [4, ...] holding 32-bit words. returns: the same shape,
+    32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -1,4 +1,5 @@
-"""Where derived data (indexes, token ids) is kept, and how it is written so that no process ever sees half of it."""
+"""Where derived data (indexes, token ids) is kept, and how it is written so that no process ever sees half of
+it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def cache_places(folder: Path, name: str) -> list[Path]:
 def write_aside(places: list[Path], write: Callable[[Path], None]) -> Path | None:
     """Has `write` fill a new folder, which is then renamed to the first place that can be written.
 
-    A place that another process filled meanwhile is left as it is: its content is the same. returns the place, or None if there is none.
+    A place that another process filled meanwhile is left as it is: its content is the same. returns the
+    place, or None if there is none.
     """
     for place in places:
         aside = None

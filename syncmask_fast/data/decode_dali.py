@@ -1,9 +1,10 @@
-"""The fast way from encoded images to pixels: one DALI pipeline, on the GPU's JPEG decoder where there is one, else on CPU threads.
+"""DALI's way from encoded images to pixels: on the GPU's JPEG decoder where there is one, else on CPU.
 
-Whatever is random comes in as numbers (`CropParams`); DALI's own generators are not used. A damaged image makes DALI give up the whole
-pipeline (on CPU: an error for truncated files, no error for damage within the coded data, both as libjpeg-turbo has it). So truncated
-files are kept out beforehand (`check_image`), and when it still fails, the batch is looked through with Pillow, the pipeline is built
-anew, and everything that was under way is fed again: the consumer sees only that the batch is shorter.
+Whatever is random comes in as numbers (`CropParams`); DALI's own generators are not used. A damaged image
+makes DALI give up the whole pipeline (on CPU: an error for truncated files, no error for damage within the
+coded data, both as libjpeg-turbo has it). So truncated files are kept out beforehand (`check_image`), and
+when it still fails, the batch is looked through with Pillow, the pipeline is built anew, and everything that
+was under way is fed again: the consumer sees only that the batch is shorter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ class DaliDecoder:
     ahead = QUEUE_DEPTH
 
     def __init__(
-        self, *, batch_size: int, size: int, mean: tuple[float, ...], std: tuple[float, ...], jitter: bool, device: torch.device, threads: int
+        self,
+        *,
+        batch_size: int,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        jitter: bool,
+        device: torch.device,
+        threads: int,
     ) -> None:
         self.batch_size, self.size, self.mean, self.std, self.jitter = batch_size, size, mean, std, jitter
         self.device, self.threads = device, threads
@@ -66,7 +75,9 @@ class DaliDecoder:
                     if self._failed:
                         raise RuntimeError("the DALI pipeline stopped")
                     pixels = self._outputs()
-                except Exception as error:  # DALI raises RuntimeError, IndexError, StopIteration ... for the same damage
+                except (
+                    Exception
+                ) as error:  # DALI raises RuntimeError, IndexError, StopIteration ... for the same damage
                     self._recover(error)
                     continue
             self._started.popleft()
@@ -121,9 +132,13 @@ class DaliDecoder:
                 output_type=types.RGB,
                 adjust_orientation=False,
             )
-            pixels = fn.resize(pixels, size=[self.size, self.size], interp_type=types.INTERP_LINEAR, antialias=True)
+            pixels = fn.resize(
+                pixels, size=[self.size, self.size], interp_type=types.INTERP_LINEAR, antialias=True
+            )
             if self.jitter:
-                pixels = fn.color_twist(pixels, brightness=factors[0], contrast=factors[1], saturation=factors[2])
+                pixels = fn.color_twist(
+                    pixels, brightness=factors[0], contrast=factors[1], saturation=factors[2]
+                )
             return fn.crop_mirror_normalize(
                 pixels,
                 dtype=types.FLOAT,
@@ -155,7 +170,7 @@ class DaliDecoder:
         if len(job) == 0:
             return
         self._feed.append(job)
-        self._pipeline.reset()  # the source said "no more" after the last batch; without this the pipeline would believe it
+        self._pipeline.reset()  # the source may have said "no more", which the pipeline would keep believing
         self._pipeline.schedule_run()
 
     def _outputs(self) -> Tensor:
@@ -168,7 +183,8 @@ class DaliDecoder:
         return torch.from_dlpack(pixels.as_tensor())
 
     def _recover(self, error: Exception) -> None:
-        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it; then starts over with all batches under way."""
+        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it; then starts over with
+        all batches under way."""
         job, refused = self._started[0]
         if all(int(sample) in self._recode for sample in job.samples):
             raise error  # these are whole PNGs, made here: the images are not the cause

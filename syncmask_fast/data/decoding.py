@@ -26,8 +26,15 @@ class ImageJob:
 
     def without(self, samples: Collection[int]) -> ImageJob:
         """The job with these samples left out."""
-        keep = np.array([row for row, sample in enumerate(self.samples) if int(sample) not in samples], np.int64)
-        return ImageJob(self.samples[keep], self.positions[keep], [self.encoded[row] for row in keep], self.params.take(keep))
+        keep = np.array(
+            [row for row, sample in enumerate(self.samples) if int(sample) not in samples], np.int64
+        )
+        return ImageJob(
+            self.samples[keep],
+            self.positions[keep],
+            [self.encoded[row] for row in keep],
+            self.params.take(keep),
+        )
 
 
 class Decoder(Protocol):
@@ -41,8 +48,9 @@ class Decoder(Protocol):
     def finish(self) -> tuple[ImageJob, Tensor, dict[int, str]]:
         """Waits for the oldest started batch.
 
-        returns: the job cut to the B images that could be decoded; pixels float32 [B, 3, size, size] on the decoder's device; the sample
-                 numbers of the others, each with the reason. A damaged image never raises.
+        returns: the job cut to the B images that could be decoded; pixels float32 [B, 3, size, size] on the
+                 decoder's device; the sample numbers of the others, each with the reason. A damaged image
+                 never raises.
         """
 
     def drain(self) -> None:

@@ -13,7 +13,7 @@ _PLAIN = frozenset(b"\x01\xd0\xd1\xd2\xd3\xd4\xd5\xd6\xd7\xd8")  # JPEG markers 
 
 
 def image_format(data: bytes) -> str | None:
-    """"jpg", "png" or "webp" by the first bytes; None for anything else."""
+    """ "jpg", "png" or "webp" by the first bytes; None for anything else."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -26,8 +26,9 @@ def image_format(data: bytes) -> str | None:
 def check_image(data: bytes) -> tuple[int, int]:
     """Width and height of an encoded image, after checking that it is whole, without decoding it.
 
-    The check reads the headers and looks for the end mark: 2 microseconds for a 21 KB JPEG (256 px), where decoding takes 350. It finds
-    truncated files, which are what broken data sets hold; damage in the middle is left to the decoder.
+    The check reads the headers and looks for the end mark: 2 microseconds for a 21 KB JPEG (256 px), where
+    decoding takes 350. It finds truncated files, which are what broken data sets hold; damage in the middle
+    is left to the decoder.
     errors: ValueError with the reason: no known format, truncated, without size, or more than MAX_PIXELS.
     """
     kind = image_format(data)
@@ -60,7 +61,11 @@ def _check_jpeg(data: bytes) -> tuple[int, int, bool]:
             at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in _NOT_SIZES:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            return width, height, data.rfind(b"\xff\xd9") > at  # the end mark; it cannot occur within coded data
+            return (
+                width,
+                height,
+                data.rfind(b"\xff\xd9") > at,
+            )  # the end mark; it cannot occur within coded data
         elif marker == 0xDA or marker == 0xD9:  # the picture or its end before its size
             return 0, 0, True
         else:
@@ -87,8 +92,10 @@ def decode_image(jpeg: bytes, size: int | None = None) -> np.ndarray:
     """Decodes one image, for reports and evaluation pictures.
 
     jpeg:    an encoded JPEG, PNG or WebP of at most MAX_PIXELS.
-    size:    width and height of the result in pixels (bilinear, the aspect ratio is not kept: what the model sees); None keeps the own.
-    returns: uint8 [H, W, 3] RGB, C-contiguous. Transparency is dropped, EXIF rotation is not applied (boxes mean stored pixels).
+    size:    width and height of the result in pixels (bilinear, the aspect ratio is not kept: what the model
+             sees); None keeps the own.
+    returns: uint8 [H, W, 3] RGB, C-contiguous. Transparency is dropped, EXIF rotation is not applied (boxes
+             mean stored pixels).
     errors:  ValueError where the image is damaged or too large.
     """
     check_image(jpeg)
@@ -96,8 +103,9 @@ def decode_image(jpeg: bytes, size: int | None = None) -> np.ndarray:
         with Image.open(io.BytesIO(jpeg)) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, IndexError and more for damaged files
+            image = image.convert("RGB") if image.mode != "RGB" else image
+            image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, IndexError and more
         raise ValueError(f"the image cannot be decoded ({error})") from None
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)

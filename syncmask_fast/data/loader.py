@@ -1,8 +1,8 @@
 """The loader: an epoch's order in, batches on the device out. A pure function of (seed, epoch, position).
 
-Threads read the shards and check the images ahead, the decoder (DALI or torchvision) works further ahead, and the consumer's thread only
-collects. What an image gets (crop, flip, colours) hangs on its position in the epoch alone, so batches are the same for any number of
-threads, and an epoch can be entered at any place.
+Threads read the shards and check the images ahead, the decoder (DALI or torchvision) works further ahead, and
+the consumer's thread only collects. What an image gets (crop, flip, colours) hangs on its position in the
+epoch alone, so batches are the same for any number of threads, and an epoch can be entered at any place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = logging.getLogger("syncmask_fast")
 
 @dataclass
 class Batch:
-    """B image-text pairs. Texts are packed: the tokens of pair i are token_ids[cu_seqlens[i] : cu_seqlens[i + 1]]."""
+    """B image-text pairs. Texts are packed: pair i has token_ids[cu_seqlens[i] : cu_seqlens[i + 1]]."""
 
     pixels: Tensor  # float32 [B, 3, S, S], normalised, on the device
     token_ids: Tensor  # int64 [total], [CLS] ... [SEP] of each text, on the device
@@ -54,11 +54,13 @@ class Batch:
 class Loader:
     """Loads epochs of one dataset; keeps its threads and its DALI pipeline from one epoch to the next.
 
-    batch_size: pairs of a batch. A damaged image makes its batch shorter (and a batch without any whole image is left out).
+    batch_size: pairs of a batch. A damaged image makes its batch shorter (and a batch without any whole image
+                is left out).
     size:       width and height of the pixels; the aspect ratio of crops is not kept.
     augment:    random crop, flip and colours; None resizes the whole image (evaluation).
     seed:       0 or more; see `crop_params`.
-    backend:    "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for rounding.
+    backend:    "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
+                rounding.
     threads:    for decoding; None takes the cores that this process may use, at most 16.
     prefetch:   batches whose bytes are read ahead.
     drop_last:  leaves out a last batch that is shorter than batch_size.
@@ -67,8 +69,8 @@ class Loader:
     wait_seconds: time that the consumer waited for batches so far.
     skipped:      (sample number, reason) of each image that could not be used, once each.
 
-    A context manager; otherwise call `close`. errors: UserError if the backend cannot be used, or (while loading) if more than 1 % of the
-    dataset's images are damaged.
+    A context manager; otherwise call `close`. errors: UserError if the backend cannot be used, or (while
+    loading) if more than 1 % of the dataset's images are damaged.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class Loader:
         if len(tokens) != len(index):
             raise ValueError(f"{len(tokens)} texts were tokenised for {len(index)} samples")
         if min(batch_size, size, prefetch) < 1:
-            raise ValueError(f"batch_size {batch_size}, size {size} and prefetch {prefetch} must be at least 1")
+            raise ValueError(
+                f"batch_size {batch_size}, size {size} and prefetch {prefetch} must be at least 1"
+            )
         self.index, self.tokens, self.augment, self.seed = index, tokens, augment, seed
         self.batch_size, self.prefetch, self.drop_last = batch_size, prefetch, drop_last
         self.device = torch.device(device)
@@ -101,7 +105,9 @@ class Loader:
         self._current: Iterator[Batch] | None = None
         self.backend = choose_backend(backend, self.device)
         jitter = augment is not None and max(augment.brightness, augment.contrast, augment.saturation) > 0
-        threads = threads or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        threads = threads or min(
+            16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self._decoder = make_decoder(
             self.backend,
             batch_size=batch_size,
@@ -119,7 +125,9 @@ class Loader:
         left = max(0, count - start)
         return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
 
-    def epoch(self, order: np.ndarray, epoch: int, positions: np.ndarray | None = None, start: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, order: np.ndarray, epoch: int, positions: np.ndarray | None = None, start: int = 0
+    ) -> Iterator[Batch]:
         """The batches of one epoch, or of one rank's share of it. An earlier epoch that is still open ends.
 
         order:     int64 [n], sample numbers in the order in which this process shall see them.
@@ -131,7 +139,7 @@ class Loader:
         positions = np.arange(len(order)) if positions is None else np.asarray(positions, np.int64)
         if order.ndim != 1 or positions.shape != order.shape:
             raise ValueError(f"order {order.shape} and positions {positions.shape} must be of one length")
-        if len(order) and not (0 <= order.min() and order.max() < len(self.index)):
+        if len(order) and not (order.min() >= 0 and order.max() < len(self.index)):
             raise ValueError(f"order has sample numbers outside 0 .. {len(self.index) - 1}")
         if self._current is not None:
             self._current.close()
@@ -153,7 +161,8 @@ class Loader:
 
     def _run(self, order: np.ndarray, positions: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
         parts = [
-            slice(start + i * self.batch_size, start + (i + 1) * self.batch_size) for i in range(self.batches(len(order), start))
+            slice(start + i * self.batch_size, start + (i + 1) * self.batch_size)
+            for i in range(self.batches(len(order), start))
         ]
         waiting = deque(parts)
         reading: deque[Future[ImageJob]] = deque()
@@ -209,18 +218,24 @@ class Loader:
             return
         self._refused.add(sample)
         self.skipped.append((sample, reason))
-        _log.warning("%s: member %s: %s; skipped", self.index.shard_of(sample), self.index.key(sample), reason)
+        _log.warning(
+            "%s: member %s: %s; skipped", self.index.shard_of(sample), self.index.key(sample), reason
+        )
         if len(self.skipped) > max(MAX_BAD_IMAGES, 0.01 * len(self.index)):
             raise UserError(
-                f"{len(self.skipped)} of the {len(self.index)} images in {self.index.folder} are damaged (the last: {self.index.key(sample)}, {reason}); "
-                "repair or repack the shards"
+                f"{len(self.skipped)} of the {len(self.index)} images in {self.index.folder} are damaged; "
+                f"repair or repack the shards (the last: member {self.index.key(sample)}, {reason})"
             )
 
     def _batch(self, job: ImageJob, pixels: Tensor) -> Batch:
         token_ids, cu_seqlens = self.tokens.gather(job.samples)
         product_ids = self.index.product_ids[job.samples]
-        tokens, products, samples, positions, starts = self._upload(token_ids, product_ids, job.samples, job.positions, cu_seqlens)
-        return Batch(pixels, tokens, starts, np.diff(cu_seqlens).tolist(), products, samples, positions, job.samples)
+        tokens, products, samples, positions, starts = self._upload(
+            token_ids, product_ids, job.samples, job.positions, cu_seqlens
+        )
+        return Batch(
+            pixels, tokens, starts, np.diff(cu_seqlens).tolist(), products, samples, positions, job.samples
+        )
 
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]
@@ -230,10 +245,11 @@ class Loader:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """"dali" or "torchvision"; "auto" takes DALI on CUDA where it can be imported, and torchvision on a CPU.
+    """ "dali" or "torchvision"; "auto" takes DALI on CUDA where it can be imported, and torchvision on a CPU.
 
-    Why: on CPU, DALI's resize and color_twist are slower than torchvision's resize and ours (2 cores, 256 px JPEGs to 224 px with all
-    augmentation: about 1.4 to 1.7 times); it is the GPU that makes DALI fast.
+    Why: on CPU, DALI's resize and color_twist cost more than torchvision's resize and ours. With all
+    augmentation an image takes DALI 1.4 times the CPU time at 256 px, 0.9 times at 96 px; without, 1.3 and
+    1.0 times (2 cores, 22 KB and 4 KB JPEGs, loaded machine, medians of 4). What makes DALI fast is the GPU.
     errors: UserError for an unknown name, or for "dali" where it cannot be imported.
     """
     if backend not in ("auto", "dali", "torchvision"):
@@ -246,7 +262,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if problem is None:
         return "dali"
     if backend == "dali":
-        raise UserError(f"DALI cannot be used here ({problem}); install nvidia-dali-cuda130 or choose torchvision")
+        raise UserError(
+            f"DALI cannot be used here ({problem}); install nvidia-dali-cuda130 or choose torchvision"
+        )
     return "torchvision"
 
 

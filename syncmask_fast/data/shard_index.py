@@ -1,8 +1,8 @@
-"""Builds the index of a folder of shards, and keeps it in one cache file (numpy arrays and JSON, never pickle)."""
+"""Builds the index of a folder of shards, and keeps it in one cache file (numpy arrays and JSON, never
+pickle)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from syncmask_fast.data.caches import cache_places
 from syncmask_fast.data.images import image_format
 from syncmask_fast.data.tar import BrokenTar, tar_members
 from syncmask_fast.data.text_table import StringTable, TextTable
@@ -30,7 +31,8 @@ _NUMBERS = frozenset((int, float))
 
 
 class Labels(NamedTuple):
-    """One label per sample: `names[codes[i]]`, or none where codes[i] is -1. codes int32 [N]; names sorted."""
+    """One label per sample: `names[codes[i]]`, or none where codes[i] is -1. codes int32 [N]; names
+    sorted."""
 
     codes: np.ndarray
     names: list[str]
@@ -38,7 +40,8 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetArrays:
-    """All that is known of N samples without opening a shard. Offsets and sizes are in bytes of the shard's file."""
+    """All that is known of N samples without opening a shard. Offsets and sizes are in bytes of the shard's
+    file."""
 
     shard_names: list[str]
     shard: np.ndarray  # int32 [N], place in shard_names
@@ -58,10 +61,11 @@ class BadSample(Exception):
 
 
 def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
-    """The arrays of all shards in `folder`, from the cache if it fits the shards as they are. See `ShardIndex.open`."""
+    """The arrays of all shards in `folder`, from the cache if it fits the shards as they are. See
+    `ShardIndex.open`."""
     shards = _find_shards(folder)
     state = _state(shards)
-    caches = [folder / CACHE_NAME, _user_cache(folder)]
+    caches = cache_places(folder, CACHE_NAME)
     for cache in caches:
         loaded = _load(cache, state)
         if loaded is not None:
@@ -75,8 +79,8 @@ def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
     if count == 0 or bad > max_bad * (count + bad):
         shown = "; ".join(arrays.problems[:3]) + ("; ..." if len(arrays.problems) > 3 else "")
         raise UserError(
-            f"{folder} has {bad} bad samples beside {count} good ones, which is too many to train on; repair or repack the shards"
-            + (f" ({shown})" if shown else "")
+            f"{folder} has {bad} bad samples beside {count} good ones, which is too many to train on; "
+            "repair or repack the shards" + (f" ({shown})" if shown else "")
         )
     return arrays
 
@@ -132,7 +136,11 @@ def _build(shards: list[Path]) -> tuple[DatasetArrays, int]:
     arrays = DatasetArrays(
         shard_names=[path.name for path in shards],
         shard=np.array(columns["shard"], np.int32),
-        **{name: np.array(columns[name], np.int64) for name in _ARRAYS if name not in ("shard", "product_ids")},
+        **{
+            name: np.array(columns[name], np.int64)
+            for name in _ARRAYS
+            if name not in ("shard", "product_ids")
+        },
         product_ids=product_ids,
         keys=StringTable.of(columns["keys"]),
         texts=TextTable.of(columns["texts"]),
@@ -146,11 +154,13 @@ Members = dict[str, tuple[int, int]]  # "image", "json", "txt" -> offset, bytes
 
 
 def _group_members(archive: mmap.mmap | bytes) -> tuple[dict[str, Members], list[str], int]:
-    """Members by key in order of first appearance, faults found on the way, and how many samples they cost."""
+    """Members by key in order of first appearance, faults found on the way, and how many samples they
+    cost."""
     samples: dict[str, Members] = {}
     repeated: dict[str, None] = {}
     faults: list[str] = []
     lost = 0
+    key = ""
     try:
         for name, offset, size in tar_members(archive):
             folder, slash, base = name.rpartition("/")
@@ -166,7 +176,10 @@ def _group_members(archive: mmap.mmap | bytes) -> tuple[dict[str, Members], list
                 members[kind] = offset, size
     except BrokenTar as error:
         faults.append(str(error))
-        lost += "mark" not in str(error)  # a missing end mark alone costs nothing
+        if error.costs_a_sample:
+            lost += 1
+            if "image" not in samples.get(key, {}) or len(samples[key]) < 2:
+                samples.pop(key, None)  # the half sample before the cut is the one that is lost
     faults += [f"member {key}: appears twice; the first was kept" for key in repeated]
     return samples, faults, lost + len(repeated)
 
@@ -179,7 +192,9 @@ def _read_sample(archive: mmap.mmap | bytes, members: Members) -> dict[str, Any]
         raise BadSample("has no .json or .txt")
     image_offset, image_bytes = members["image"]
     if image_format(archive[image_offset : image_offset + 12]) is None:
-        raise BadSample("the image is empty" if image_bytes == 0 else "the image is neither JPEG, PNG nor WebP")
+        raise BadSample(
+            "the image is empty" if image_bytes == 0 else "the image is neither JPEG, PNG nor WebP"
+        )
     json_offset, json_bytes = members.get("json", (0, 0))
     record = {}
     if "json" in members:
@@ -208,7 +223,8 @@ def _read_sample(archive: mmap.mmap | bytes, members: Members) -> dict[str, Any]
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Raises BadSample where a record breaks the contract of DESIGN "Shards" in a way that would fail later."""
+    """Raises BadSample where a record breaks the contract of `shards.py` in a way that would fail
+    later."""
     text = record.get("text")
     if not isinstance(text, str):
         raise BadSample("has no text")
@@ -219,11 +235,17 @@ def check_record(record: dict[str, Any]) -> None:
     except UnicodeEncodeError:
         raise BadSample("the text is not valid Unicode") from None
     product = record.get("product_id")
-    if not (product is None or isinstance(product, str) or (_is_int(product) and -(2**63) <= product < 2**63)):
+    if not (
+        product is None or isinstance(product, str) or (_is_int(product) and -(2**63) <= product < 2**63)
+    ):
         raise BadSample("product_id is neither an integer nor a string")
     attributes = record.get("attributes")
-    if attributes is not None and not (isinstance(attributes, list) and all(_good_attribute(item, len(text)) for item in attributes)):
-        raise BadSample('attributes are not a list of {"span": [start, end], "box": [x0, y0, x1, y1] or null} within the text')
+    if attributes is not None and not (
+        isinstance(attributes, list) and all(_good_attribute(item, len(text)) for item in attributes)
+    ):
+        raise BadSample(
+            'attributes are not a list of {"span": [start, end] in the text, "box": [x0, y0, x1, y1] or null}'
+        )
 
 
 def _good_attribute(attribute: object, length: int) -> bool:
@@ -231,7 +253,12 @@ def _good_attribute(attribute: object, length: int) -> bool:
         (start, end), box = attribute["span"], attribute.get("box")
         if not (type(start) is int and type(end) is int and 0 <= start <= end <= length):
             return False
-        return box is None or (type(box) is list and len(box) == 4 and _NUMBERS.issuperset(map(type, box)) and all(map(math.isfinite, box)))
+        return box is None or (
+            type(box) is list
+            and len(box) == 4
+            and _NUMBERS.issuperset(map(type, box))
+            and all(map(math.isfinite, box))
+        )
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return False
 
@@ -241,7 +268,8 @@ def _is_int(value: object) -> bool:
 
 
 def number_products(ids: list[int | str | None]) -> np.ndarray:
-    """int64 [N]: integers as they are if all present ids are integers, else numbers by first appearance; None is a new product."""
+    """int64 [N]: integers as they are if all present ids are integers, else numbers by first appearance; None
+    is a new product."""
     present = [value for value in ids if value is not None]
     keep = all(map(_is_int, present)) and max(present, default=0) + len(ids) < 2**63
     free = max(present, default=-1) + 1 if keep else 0
@@ -272,14 +300,9 @@ def _number_labels(values: Iterable[object]) -> Labels:
 # Cache
 
 
-def _user_cache(folder: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "syncmask_fast" / f"index-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.npz"
-
-
 def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
     try:
-        with np.load(cache, allow_pickle=False) as file:
+        with open(cache, "rb") as stored, np.load(stored, allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT or meta["shards"] != state:
                 return None
@@ -297,7 +320,8 @@ def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
 
 
 def _save(cache: Path, state: list[list], arrays: DatasetArrays, bad: int) -> bool:
-    """Writes the cache aside and renames it, so that no process ever sees half of it. False where the folder cannot be written."""
+    """Writes the cache aside and renames it, so that no process ever sees half of it. False where the folder
+    cannot be written."""
     meta = {
         "format": FORMAT,
         "shards": state,
@@ -308,13 +332,20 @@ def _save(cache: Path, state: list[list], arrays: DatasetArrays, bad: int) -> bo
     columns = {name: getattr(arrays, name) for name in _ARRAYS}
     columns |= {name: labels.codes for name, labels in arrays.labels.items()}
     columns |= {"key_data": arrays.keys.data, "key_offsets": arrays.keys.offsets}
-    columns |= {"text_data": arrays.texts.distinct.data, "text_offsets": arrays.texts.distinct.offsets, "text_index": arrays.texts.index}
+    columns |= {
+        "text_data": arrays.texts.distinct.data,
+        "text_offsets": arrays.texts.distinct.offsets,
+        "text_index": arrays.texts.index,
+    }
     columns["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False
+        ) as file:
             try:
                 np.savez(file, **columns)
+                os.fchmod(file.fileno(), 0o644)  # other users may share the dataset
                 file.close()
                 os.replace(file.name, cache)
             except BaseException:

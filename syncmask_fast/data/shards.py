@@ -1,7 +1,15 @@
 """Shards: image-text samples in WebDataset tars, written atomically and read at random.
 
-A dataset is a folder of `*.tar`. One sample is the members of one key: `KEY.jpg` (or .jpeg, .png, .webp) and `KEY.json`
-(fields in DESIGN "Shards": product_id, text, category, subcategory, view, attributes), or `KEY.txt` for a plain WebDataset.
+A dataset is a folder of `*.tar`. One sample is the members of one key: `KEY.jpg` (or .jpeg, .png, .webp) and
+`KEY.json`, or `KEY.txt` for a plain WebDataset. The JSON holds
+
+    text        string
+    product_id  integer or string, or none: then the sample is a product of its own
+    category, subcategory, view     strings, where known
+    attributes  where known: [{"span": [start, end] in characters of the text,
+                               "box": [x0, y0, x1, y1] in pixels of the stored image, or null: not visible}]
+
+and anything else, which `ShardIndex.record` gives back.
 """
 
 from __future__ import annotations
@@ -30,10 +38,12 @@ MAX_OPEN_SHARDS = 256
 class ShardWriter:
     """Writes samples into `folder/PREFIX00000.tar`, `PREFIX00001.tar`, ...: each appears whole or not at all.
 
-    A shard is written as `.NAME.partial`, flushed to disk and renamed when it is full or the writer closes. If the `with` block
-    ends by an exception the shard in work is removed; earlier shards stay. The same samples give the same bytes.
+    A shard is written as `.NAME.partial`, flushed to disk and renamed when it is full or the writer closes.
+    If the `with` block ends by an exception the shard in work is removed; earlier shards stay. The same
+    samples give the same bytes.
 
-    errors: UserError if the folder already holds shards of this prefix (old and new samples would mix) or cannot be written.
+    errors: UserError if the folder already holds shards of this prefix (old and new samples would mix) or
+            cannot be written.
     """
 
     def __init__(self, folder: Path | str, samples_per_shard: int = 2000, prefix: str = "") -> None:
@@ -49,7 +59,9 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another output folder") from None
+            raise UserError(
+                f"{self.folder} cannot be made ({error.strerror}); choose another output folder"
+            ) from None
         old = sorted(self.folder.glob(f"{prefix}[0-9][0-9][0-9][0-9][0-9].tar"))
         if old:
             raise UserError(f"{old[0]} already exists; delete it or choose another output folder")
@@ -69,7 +81,9 @@ class ShardWriter:
         extension = image_format(jpeg)
         if extension is None:
             raise ValueError(f"the image of key {key!r} is neither JPEG, PNG nor WebP")
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number)
+        text = json.dumps(
+            record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number
+        )
         if self._tar is None:
             self._open_shard()
         self._add(f"{key}.{extension}", jpeg)
@@ -103,8 +117,8 @@ class ShardWriter:
 
     def _open_shard(self) -> None:
         name = f"{self.prefix}{self.count // self.samples_per_shard:05d}.tar"
-        self._file = open(self.folder / f".{name}.partial", "wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
+        self._file = open(self.folder / f".{name}.partial", "wb")  # noqa: SIM115 (closed by _finish_shard)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     def _add(self, name: str, data: bytes) -> None:
         member = tarfile.TarInfo(name)
@@ -132,12 +146,14 @@ class ShardWriter:
 
 
 class ShardIndex:
-    """Random access to the samples 0 .. len-1 of all shards of one folder, by shard name, then by place in the shard.
+    """Random access to the samples 0 .. len-1 of all shards of one folder, by shard name, then by place in
+    the shard.
 
-    product_ids:   int64 [N]; the ids of the records where all are integers, otherwise numbered by first appearance. A sample without an
-                   id is a product of its own.
+    product_ids:   int64 [N]; the ids of the records where all are integers, otherwise numbered by first
+                   appearance. A sample without an id is a product of its own.
     texts:         TextTable, a read-only sequence of N str; `texts.distinct` holds each different text once.
-    category, subcategory, view: Labels(codes int32 [N], names); code -1 where the record has none; names are sorted.
+    category, subcategory, view: Labels(codes int32 [N], names); code -1 where the record has none; names are
+                                 sorted.
     problems:      one line for each shard or sample that was left out.
 
     Methods may be called from several threads at once.
@@ -149,19 +165,24 @@ class ShardIndex:
         self.problems = arrays.problems
         self.product_ids = arrays.product_ids
         self.texts: TextTable = arrays.texts
-        self.category, self.subcategory, self.view = (arrays.labels[name] for name in ("category", "subcategory", "view"))
+        self.category, self.subcategory, self.view = (
+            arrays.labels[name] for name in ("category", "subcategory", "view")
+        )
         self._arrays = arrays
-        self._files: dict[int, BinaryIO] = {}
+        self._files: dict[int, _OpenFile] = {}
         self._opening = threading.Lock()
 
     @classmethod
     def open(cls, folder: Path | str, max_bad: float = 0.01) -> ShardIndex:
-        """Opens a folder of shards, reading each shard's headers and records once and keeping the result in a cache file.
+        """Opens a folder of shards, reading each shard's headers and records once and keeping the result in a
+        cache file.
 
-        The cache lies beside the shards (`.syncmask-index.npz`), or in the user's cache folder where that cannot be written. It is
-        rebuilt when a shard's name, size or time of change differs. Several processes may open the same folder at once.
+        The cache lies beside the shards (`.syncmask-index.npz`), or in the user's cache folder where that
+        cannot be written. It is rebuilt when a shard's name, size or time of change differs. Several
+        processes may open the same folder at once.
 
-        errors: UserError if there is no folder, no shard, no usable sample, or more than the share `max_bad` of bad samples.
+        errors: UserError if there is no folder, no shard, no usable sample, or more than the share `max_bad`
+                of bad samples.
         """
         folder = Path(folder)
         return cls(folder, load_or_build(folder, max_bad))
@@ -181,7 +202,9 @@ class ShardIndex:
         """The JSON record of sample i as stored; `text` is there too where it came from a .txt member."""
         arrays = self._arrays
         size = int(arrays.json_bytes[i])
-        record = json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
+        record = (
+            json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
+        )
         record["text"] = self.texts[i]
         return record
 
@@ -194,22 +217,36 @@ class ShardIndex:
         return self.shards[int(self._arrays.shard[i])]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        # pread rather than mmap: it lets other threads run while the disk is slow, and a file that shrinks raises instead of SIGBUS.
+        # pread, not mmap: it lets other threads run while the disk is slow, and where a file shrinks it
+        # gives less instead of ending the process by SIGBUS.
         file = self._files.get(shard) or self._open_shard(shard)
-        data = os.pread(file.fileno(), size, offset)
+        data = os.pread(file.descriptor, size, offset)
         if len(data) != size:
             raise UserError(f"{self.shards[shard]} changed while it was read; start again")
         return data
 
-    def _open_shard(self, shard: int) -> BinaryIO:
+    def _open_shard(self, shard: int) -> _OpenFile:
         with self._opening:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files)))  # closed when its last reader lets go
             try:
-                file = self._files[shard] = open(self.shards[shard], "rb", buffering=0)
+                file = self._files[shard] = _OpenFile(self.shards[shard])
             except OSError as error:
-                raise UserError(f"{self.shards[shard]} cannot be opened any more ({error.strerror}); start again") from None
+                raise UserError(
+                    f"{self.shards[shard]} cannot be opened any more ({error.strerror}); start again"
+                ) from None
             return file
+
+
+class _OpenFile:
+    """A file open for `os.pread`, closed when nobody holds it: no thread closes what another one reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def _plain_number(value: object) -> int | float | list:

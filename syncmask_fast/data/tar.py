@@ -1,7 +1,9 @@
 """Reads the headers of a tar file: where each member lies, without reading the members.
 
-Python's `tarfile` builds an object of about 20 fields for each member; an index of 260,000 samples needs a name, an offset and a size.
-Understood: ustar with prefix, GNU long names and sizes beyond 8 GiB, pax `path` and `size`. Source: POSIX.1-2008 pax, GNU tar manual.
+Python's `tarfile` builds an object of about 20 fields for each member; an index of 260,000 samples needs a
+name, an offset and a size.
+Understood: ustar with prefix, GNU long names and sizes beyond 8 GiB, pax `path` and `size`. Source:
+            POSIX.1-2008 pax, GNU tar manual.
 """
 
 from __future__ import annotations
@@ -23,14 +25,19 @@ class Buffer(Protocol):
 
 
 class BrokenTar(Exception):
-    """The archive cannot be read beyond this point; the message says why."""
+    """The archive cannot be read beyond this point; the message says why. Without its end mark only, an
+    archive may still be complete."""
+
+    def __init__(self, message: str, costs_a_sample: bool = True) -> None:
+        super().__init__(message)
+        self.costs_a_sample = costs_a_sample
 
 
 def tar_members(archive: Buffer) -> Iterator[tuple[str, int, int]]:
     """Yields (name, offset of the data, bytes of data) of each regular file, in archive order.
 
-    errors: `BrokenTar` where a header is damaged, a member's data ends beyond the file, or the end mark is missing (after the
-            last whole member, so that what came before can be used).
+    errors: `BrokenTar` where a header is damaged, a member's data ends beyond the file, or the end mark is
+            missing (after the last whole member, so that what came before can be used).
     """
     position, end = 0, len(archive)
     long_name: str | None = None
@@ -67,7 +74,7 @@ def tar_members(archive: Buffer) -> Iterator[tuple[str, int, int]]:
                 yield long_name or _name(header), data, size
             long_name = long_size = None
         position = data + -(-size // BLOCK) * BLOCK
-    raise BrokenTar("the mark at the end of the archive is missing")
+    raise BrokenTar("the mark at the end of the archive is missing", costs_a_sample=False)
 
 
 def _number(field: bytes) -> int:

@@ -38,14 +38,18 @@ class SpecialIds(NamedTuple):
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> Tokenizer:
     """Trains a lower-casing WordPiece tokenizer of BERT's kind on `texts`.
 
-    returns: a tokenizer with [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, which puts [CLS] and [SEP] around each text. It has at
-             most `vocab_size` tokens, or as many as the letters need. The same texts give the same tokenizer, in every process.
+    returns: a tokenizer with [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, which puts [CLS] and [SEP] around
+             each text. It has at most `vocab_size` tokens, or as many as the letters need. The same texts
+             give the same tokenizer, in every process.
     source:  Devlin et al. 2018 (BERT); `learn_pieces`.
     """
     tokenizer = _word_piece(WordPiece(unk_token="[UNK]"), lower=True)
     words: Counter[str] = Counter()
     for text in texts.distinct if isinstance(texts, TextTable) else texts:
-        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)))
+        words.update(
+            word
+            for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+        )
     pieces = learn_pieces(words, vocab_size - len(SPECIAL_TOKENS))
     vocabulary = {piece: number for number, piece in enumerate([*SPECIAL_TOKENS, *pieces])}
     tokenizer.model = WordPiece(vocabulary, unk_token="[UNK]")
@@ -54,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> Tokenizer:
 
 
 def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
-    """Loads a tokenizer from a local folder (tokenizer.json, or BERT's vocab.txt) or by its Hugging Face name.
+    """Loads a tokenizer from a folder (tokenizer.json, or BERT's vocab.txt) or by its Hugging Face name.
 
     returns: a tokenizer without padding or truncation that puts its [CLS] and [SEP] around each text.
     errors:  UserError if it cannot be found, or lacks one of BERT's special tokens (or RoBERTa's).
@@ -66,7 +70,10 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
         elif (folder / "vocab.txt").is_file():
             tokenizer = _bert_tokenizer(folder)
         elif folder.exists():
-            raise UserError(f"{folder} holds neither tokenizer.json nor vocab.txt; give a tokenizer's folder or a Hugging Face name")
+            raise UserError(
+                f"{folder} holds neither tokenizer.json nor vocab.txt; "
+                "give a tokenizer's folder or a Hugging Face name"
+            )
         else:
             tokenizer = _hub_tokenizer(str(name_or_folder))
     except UserError:
@@ -82,17 +89,20 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """The ids of [PAD], [UNK], [CLS], [SEP], [MASK] (or RoBERTa's names). errors: UserError naming those that are missing."""
+    """The ids of [PAD], [UNK], [CLS], [SEP], [MASK] (or RoBERTa's names). UserError if one is missing."""
     for names in (SPECIAL_TOKENS, _ROBERTA_TOKENS):
         ids = [tokenizer.token_to_id(name) for name in names]
         if None not in ids:
             return SpecialIds(*ids)
     missing = [name for name in SPECIAL_TOKENS if tokenizer.token_to_id(name) is None]
-    raise UserError(f"the tokenizer has no {', '.join(missing)}; use a tokenizer of BERT's kind, such as bert-base-uncased")
+    raise UserError(
+        f"the tokenizer has no {', '.join(missing)}; use one of BERT's kind, such as bert-base-uncased"
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt, as transformers' AutoTokenizer loads them."""
+    """Writes tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt, as transformers'
+    AutoTokenizer loads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -129,7 +139,11 @@ def _word_piece(model: WordPiece, lower: bool) -> Tokenizer:
 
 def _bert_tokenizer(folder: Path) -> Tokenizer:
     config = folder / "tokenizer_config.json"
-    lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.is_file() else True
+    lower = (
+        json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True)
+        if config.is_file()
+        else True
+    )
     tokenizer = _word_piece(WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"), lower)
     tokenizer.add_special_tokens([name for name in SPECIAL_TOKENS if tokenizer.token_to_id(name) is not None])
     return _finished(tokenizer)
@@ -140,10 +154,13 @@ def _hub_tokenizer(name: str) -> Tokenizer:
 
     try:
         return AutoTokenizer.from_pretrained(name).backend_tokenizer
-    except Exception as error:  # offline, unknown, gated, slow only: transformers and the hub raise many kinds
+    except (
+        Exception
+    ) as error:  # offline, unknown, gated, slow only: transformers and the hub raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"tokenizer {name} is neither a local folder nor to be had from Hugging Face ({reason}); give a folder with tokenizer.json"
+            f"tokenizer {name} is neither a local folder nor to be had from Hugging Face ({reason}); "
+            "give a folder with tokenizer.json"
         ) from None
 
 
@@ -151,7 +168,8 @@ class TokenCache:
     """The token ids of N texts, [CLS] and [SEP] included, and where each token stands in its text.
 
     lengths: int32 [N], tokens of each text.
-    Equal texts share one entry. Arrays are memory-mapped and read-only, so that processes share them and opening costs nothing.
+    Equal texts share one entry. Arrays are memory-mapped and read-only, so that processes share them and
+    opening costs nothing.
     """
 
     def __init__(self, index: np.ndarray, ids: np.ndarray, spans: np.ndarray, offsets: np.ndarray) -> None:
@@ -159,10 +177,14 @@ class TokenCache:
         self.lengths = np.diff(offsets).astype(np.int32)[index]
 
     @classmethod
-    def open(cls, folder_for_cache: Path | str, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> TokenCache:
-        """Opens the cache for this tokenizer, these texts and this limit, after building it where it is missing.
+    def open(
+        cls, folder_for_cache: Path | str, tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int
+    ) -> TokenCache:
+        """Opens the cache for this tokenizer, these texts and this limit, after building it where it is
+        missing.
 
-        folder_for_cache: gets `.tokens-HASH/`; the user's cache folder is used where it cannot be written, memory where none can.
+        folder_for_cache: gets `.tokens-HASH/`; the user's cache folder is used where it cannot be written,
+                          memory where none can.
         max_tokens:       longer texts are cut to this many tokens, [CLS] and [SEP] included.
         errors:           ValueError for no texts or max_tokens below 3.
         Several processes may open the same cache at once.
@@ -192,11 +214,13 @@ class TokenCache:
         return self._ids[self._range(i)]
 
     def spans(self, i: int) -> np.ndarray:
-        """int32 [L, 2]: start and end of each token in characters of text i; (0, 0) for [CLS] and [SEP]. Read-only."""
+        """int32 [L, 2]: start and end of each token in characters of text i; (0, 0) for [CLS] and [SEP].
+        Read-only."""
         return self._spans[self._range(i)]
 
     def gather(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of several texts, one after the other: ids int64 [total] and cu_seqlens int32 [B + 1]."""
+        """The tokens of several texts, one after the other: ids int64 [total] and cu_seqlens int32 [B +
+        1]."""
         cu_seqlens = np.zeros(len(samples) + 1, np.int32)
         np.cumsum(self.lengths[samples], out=cu_seqlens[1:])
         starts = self._offsets[self._index[samples]]
@@ -208,7 +232,9 @@ class TokenCache:
         return slice(int(self._offsets[text]), int(self._offsets[text + 1]))
 
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids int32 [total], spans int32 [total, 2], offsets int64 [texts + 1]
+Arrays = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # ids int32 [total], spans int32 [total, 2], offsets int64 [texts + 1]
 _FILES = ("ids.npy", "spans.npy", "offsets.npy")
 
 
@@ -248,4 +274,6 @@ def _load_arrays(folder: Path, count: int) -> Arrays | None:
         ids, spans, offsets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in _FILES)
     except (OSError, ValueError, EOFError):
         return None
-    return (ids, spans, offsets) if len(offsets) == count + 1 and offsets[-1] == len(ids) == len(spans) else None
+    return (
+        (ids, spans, offsets) if len(offsets) == count + 1 and offsets[-1] == len(ids) == len(spans) else None
+    )

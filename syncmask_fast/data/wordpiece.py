@@ -1,8 +1,10 @@
 """Learns the pieces of a WordPiece vocabulary, the same from the same texts in every process.
 
-Hugging Face's WordPieceTrainer gives the continuing letters their numbers in the order of a hash map that is seeded anew in each process, and
-numbers decide between pairs of equal frequency: two runs end with different vocabularies (seen with tokenizers 0.23). Ranks and resumed runs
-need one, so the same algorithm is here: byte-pair merging (Sennrich et al. 2016, arXiv 1508.07909) over words, the commonest pair first,
+Hugging Face's WordPieceTrainer gives the continuing letters their numbers in the order of a hash map that is
+seeded anew in each process, and numbers decide between pairs of equal frequency: two runs end with different
+vocabularies (seen with tokenizers 0.23). Ranks and resumed runs
+need one, so the same algorithm is here: byte-pair merging (Sennrich et al. 2016, arXiv 1508.07909) over
+                                         words, the commonest pair first,
 ties in alphabetical order.
 """
 
@@ -19,7 +21,8 @@ Pair = tuple[str, str]
 
 
 def learn_pieces(words: Mapping[str, int], size: int, min_count: int = 2) -> list[str]:
-    """The pieces of a vocabulary: letters first, then merged pieces in the order of learning; "##" marks those that continue a word.
+    """The pieces of a vocabulary: letters first, then merged pieces in the order of learning; "##" marks
+    those that continue a word.
 
     words:     how often each word occurs.
     size:      the most pieces to return; the letters are kept even beyond it.
@@ -29,11 +32,15 @@ def learn_pieces(words: Mapping[str, int], size: int, min_count: int = 2) -> lis
     for word, count in words.items():
         for letter in word:
             letters[letter] += count
-    kept = {letter for letter, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:MAX_LETTERS]}
+    kept = {
+        letter for letter, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:MAX_LETTERS]
+    }
     spelt = sorted((word, count) for word, count in words.items() if kept.issuperset(word))
     pieces = [[word[0], *(PREFIX + letter for letter in word[1:])] for word, _ in spelt]
     counts = [count for _, count in spelt]
-    alphabet = {piece for word in pieces for piece in word} | set(ALWAYS) | {PREFIX + letter for letter in ALWAYS}
+    alphabet = (
+        {piece for word in pieces for piece in word} | set(ALWAYS) | {PREFIX + letter for letter in ALWAYS}
+    )
     vocabulary = dict.fromkeys(sorted(alphabet))
 
     frequency: Counter[Pair] = Counter()

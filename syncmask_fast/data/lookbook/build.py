@@ -17,7 +17,7 @@ from syncmask_fast.errors import UserError
 
 from .samples import Job, draw_products
 
-VERSION = 1            # of the drawings: raise it when the same parameters give other pictures, texts or boxes
+VERSION = 2  # of the drawings: raise it when the same parameters give other pictures, texts or boxes
 PARAMETERS = "lookbook.json"
 SAMPLES_PER_SHARD = 2000
 
@@ -34,17 +34,31 @@ class Lookbook:
     version: int = VERSION
 
 
-def draw_lookbook(out: Path, *, products: int = 2000, eval_products: int = 400, size: int = 96, seed: int = 0, workers: int | None = None,
-                  quality: int = 90) -> None:
-    """Writes OUT/train/*.tar, OUT/eval/*.tar and OUT/lookbook.json; does nothing where they are there already.
+def draw_lookbook(
+    out: Path,
+    *,
+    products: int = 2000,
+    eval_products: int = 400,
+    size: int = 96,
+    seed: int = 0,
+    workers: int | None = None,
+    quality: int = 90,
+) -> None:
+    """Writes OUT/train/*.tar, OUT/eval/*.tar and OUT/lookbook.json; does nothing where they are already.
 
-    products, eval_products: numbers of products, of 3 to 5 pictures each; the ids of eval follow those of train.
-    size:    width and height of the pictures in pixels.       quality: of the JPEGs, 1 to 100.
-    workers: drawing processes; None: one per usable core. The files are the same for any number.
-    errors:  UserError for a bad number, for an OUT that holds something else or another lookbook, or that cannot be written.
+    products: number of train products, of 3 to 5 pictures each; eval_products: the same for eval, whose
+              product ids follow those of train.
+    size:     width and height of the pictures in pixels, 32 to 1024.
+    seed:     other seeds give other products.
+    workers:  drawing processes; None: one per usable core. The files are the same for any number.
+    quality:  of the JPEGs, 1 to 100.
+    errors:   UserError for a bad number, for an OUT that holds something else or another lookbook, or that
+              cannot be written.
     Everything is written beside OUT and renamed at the end: a killed run leaves nothing that looks finished.
     """
-    _check(products=products, eval_products=eval_products, size=size, seed=seed, workers=workers, quality=quality)
+    _check(
+        products=products, eval_products=eval_products, size=size, seed=seed, workers=workers, quality=quality
+    )
     out = Path(out)
     plan = Lookbook(products, eval_products, size, seed, quality)
     if _is_there(out, plan):
@@ -55,23 +69,30 @@ def draw_lookbook(out: Path, *, products: int = 2000, eval_products: int = 400, 
         aside.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        jobs = (Job(seed, "train", products, 0, size, quality), Job(seed, "eval", eval_products, products, size, quality))
+        jobs = (
+            Job(seed, "train", products, 0, size, quality),
+            Job(seed, "eval", eval_products, products, size, quality),
+        )
         _draw(jobs, aside, workers or _cores())
         (aside / PARAMETERS).write_text(json.dumps(asdict(plan), indent=1) + "\n")
         if out.is_dir():
-            out.rmdir()                   # it is empty: _is_there has looked
+            out.rmdir()  # it is empty: _is_there has looked
         os.rename(aside, out)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another output folder") from None
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); choose another output folder"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check(*, products: int, eval_products: int, size: int, seed: int, workers: int | None, quality: int) -> None:
-    for flag, value, least, most in (("--products", products, 1, 10**7), ("--eval-products", eval_products, 1, 10**7), ("--size", size, 32, 1024),
-                                     ("--seed", seed, 0, 2**63 - 1), ("--workers", workers or 1, 1, 1024), ("--quality", quality, 1, 100)):
-        if not least <= value <= most or (flag == "--workers" and workers == 0):
-            raise UserError(f"{flag} must be between {least} and {most}, not {0 if flag == '--workers' and workers == 0 else value}")
+def _check(**numbers: int | None) -> None:
+    limits = dict(products=(1, 10**7), eval_products=(1, 10**7), size=(32, 1024), seed=(0, 2**63 - 1))
+    limits |= dict(workers=(1, 1024), quality=(1, 100))
+    for name, value in numbers.items():
+        least, most = limits[name]
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be between {least} and {most}, not {value}")
 
 
 def _is_there(out: Path, plan: Lookbook) -> bool:
@@ -89,10 +110,13 @@ def _is_there(out: Path, plan: Lookbook) -> bool:
     if found != asdict(plan):
         wanted = asdict(plan)
         other = [name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
-        raise UserError(f"{out} holds another lookbook ({', '.join(other)} differ); delete it or choose another output folder")
+        names = ", ".join(other)
+        raise UserError(
+            f"{out} holds another lookbook ({names} differ); delete it or choose another output folder"
+        )
     for split in ("train", "eval"):
         if not list((out / split).glob("*.tar")):
-            raise UserError(f"{out / split} holds no shards although {out / PARAMETERS} is there; delete {out} and draw it again")
+            raise UserError(f"{out / split} has lost its shards; delete {out} and draw it again")
     return True
 
 
@@ -104,7 +128,13 @@ def _draw(jobs: tuple[Job, ...], folder: Path, workers: int) -> None:
     total = sum(job.count for job in jobs)
     start, samples = time.monotonic(), 0
     terminal = sys.stdout.isatty()
-    columns = (TextColumn("drawing the lookbook"), BarColumn(), MofNCompleteColumn(), TextColumn("products"), TimeRemainingColumn())
+    columns = (
+        TextColumn("drawing the lookbook"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("products"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not terminal) as progress:
         task = progress.add_task("", total=total)
         for job in jobs:
@@ -114,4 +144,7 @@ def _draw(jobs: tuple[Job, ...], folder: Path, workers: int) -> None:
                         writer.write(key, jpeg, record)
                     samples += len(product)
                     progress.advance(task)
-    print(f"drew the lookbook: {total} products, {samples} pictures, {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"drew the lookbook: {total} products, {samples} pictures, {time.monotonic() - start:.0f} s",
+        flush=True,
+    )

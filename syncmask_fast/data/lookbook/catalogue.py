@@ -1,7 +1,8 @@
-"""Which product is number i: its kind, colours, cloth and details, and where they sit. No pictures and no words yet.
+"""Which product is number i: its kind, colours, cloth and details, and where they sit. No pictures and no
+words yet.
 
-Product i of a split is a pure function of (seed, split, i). In every group of four the last is a sibling of one of the
-three before: the same but for one attribute.
+Product i of a split is a pure function of (seed, split, i). In every group of four the last is a sibling of
+one of the three before: the same but for one attribute.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from PIL import Image, ImageDraw
 
 from .details import CLOTHES, KINDS
 from .fabric import CLOTH, COLOURS, METALS, PATTERNS, RGB, distance
-from .garments import SUBCATEGORIES, build
+from .garments import build
 from .geometry import Affine, affine, bounds
-from .parts import Garment
+from .parts import Garment, Style
+from .subcategories import SUBCATEGORIES
 
 SPLITS = ("train", "eval")
-GROUP = 4                    # one product in so many is a sibling
-CONTRAST = 36.0              # colour difference between a detail and what it lies on
+GROUP = 4  # one product in so many is a sibling
+CONTRAST = 42.0  # colour difference between a detail and what it lies on
 MIN_DETAILS, MAX_DETAILS = 4, 8
-INSIDE = "inside"            # on the turned-over flap of a close-up: lining, label, hidden pocket
-SECOND_FACE = 0.14           # share of details that are on two faces
-CIRCLE = 0.42                # radius of the room that a detail takes, as a share of its diagonal
-_RIM = 0.47 * np.array([(-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (0, 0), (0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5)])
+STUDS = (*METALS, "black")
+COLOURLESS = ("cut-out",)  # kinds whose colour nobody mentions
+SIDELESS = ("scarf", "shoe")  # categories without a side view
+INSIDE = "inside"  # on the turned-over flap of a close-up: lining, label, hidden pocket
+SECOND_FACE = 0.14  # share of details that are on two faces
+CIRCLE = 0.42  # radius of the room that a detail takes, as a share of its diagonal
+_RIM = 0.47 * np.stack(np.meshgrid(np.linspace(-1, 1, 7), np.linspace(-1, 1, 7)), axis=-1).reshape(-1, 2)
 _STREAMS = ("product", "text", "view")
 
 
@@ -36,7 +41,8 @@ def stream(seed: int, split: str, number: int, use: str, part: int = 0) -> np.ra
 
 @dataclass(frozen=True)
 class Placement:
-    """A detail on a face: its centre, width and height in garment units (on the flap: in flap widths) and its turn."""
+    """A detail on a face: its centre, width and height in garment units (on the flap: in flap widths) and
+    its turn."""
 
     part: str
     x: float
@@ -54,7 +60,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class Detail:
-    """`kind` is unique in a product; `what` is its variant; `faces` where it is ("front", "back", "side", "inside")."""
+    """`kind` is unique in a product; `what` is its variant; `faces` where it is ("front", "back", "side",
+    "inside")."""
 
     kind: str
     what: str
@@ -66,18 +73,19 @@ class Detail:
 class Product:
     number: int
     subcategory: str
-    style: dict                      # what garments.build needs
+    style: Style
     colour: str
     rgb: RGB
     material: str
     pattern: str | None
     pattern_colour: str | None
     pattern_scale: float
-    trim: str | None                 # place of the second colour
+    pattern_seed: int
+    trim: str | None  # place of the second colour
     trim_colour: str | None
     belt_colour: str | None
-    lining: tuple[str, str | None]   # colour and pattern of the inside
-    lining_named: bool               # the lining counts as a detail
+    lining: tuple[str, str | None]  # colour and pattern of the inside
+    lining_named: bool  # the lining counts as a detail
     details: tuple[Detail, ...]
     views: tuple[str, ...]
     sibling_of: int | None = None
@@ -111,7 +119,9 @@ def garment_of(product: Product, face: str) -> Garment:
     return build(product.subcategory, face, product.style)
 
 
-def _pick(g: np.random.Generator, options: tuple[str, ...] | list[str], weights: list[float] | None = None) -> str:
+def _pick(
+    g: np.random.Generator, options: tuple[str, ...] | list[str], weights: list[float] | None = None
+) -> str:
     if weights is None:
         return options[int(g.integers(len(options)))]
     p = np.array(weights) / sum(weights)
@@ -119,10 +129,14 @@ def _pick(g: np.random.Generator, options: tuple[str, ...] | list[str], weights:
 
 
 def _tinted(g: np.random.Generator, colour: str) -> RGB:
-    return tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + g.uniform(-9, 9, 3) + g.uniform(-7, 7), 8, 250))  # type: ignore[return-value]
+    return tuple(
+        int(v) for v in np.clip(np.array(COLOURS[colour]) + g.uniform(-9, 9, 3) + g.uniform(-7, 7), 8, 250)
+    )  # type: ignore[return-value]
 
 
-def contrasting(g: np.random.Generator, grounds: list[str], options: tuple[str, ...] = CLOTH, least: float = CONTRAST) -> str:
+def contrasting(
+    g: np.random.Generator, grounds: list[str], options: tuple[str, ...] = CLOTH, least: float = CONTRAST
+) -> str:
     """A colour that stands out from all `grounds` by `least`, or else the one that stands out most."""
     gap = {name: min(distance(COLOURS[name], COLOURS[ground]) for ground in grounds) for name in options}
     fit = [name for name in options if gap[name] >= least]
@@ -130,7 +144,8 @@ def contrasting(g: np.random.Generator, grounds: list[str], options: tuple[str, 
 
 
 class PanelMap:
-    """Where details may lie on a garment: a coarse map of the part that is on top, and the circles already taken."""
+    """Where details may lie on a garment: a coarse map of the part that is on top, and the circles
+    already taken."""
 
     CELLS = 176
 
@@ -167,7 +182,8 @@ class PanelMap:
         return np.where(inside, self.top[cells[..., 1], cells[..., 0]], 0)
 
     def place(self, g: np.random.Generator, kind: str) -> Placement | None:
-        """A free random place for a detail of this kind, a little smaller where there is little room; None without any."""
+        """A free random place for a detail of this kind, a little smaller where there is little room;
+        None without any."""
         rule = KINDS[kind]
         tries = 48
         height = g.uniform(*rule.size) * self.side * (0.9 ** np.repeat(np.arange(6), 8))
@@ -191,10 +207,19 @@ class PanelMap:
         i = int(np.argmax(free))
         self.taken.append((float(centre[i, 0]), float(centre[i, 1]), float(radius[i])))
         name = self.garment.parts[self.panels[int(panel[i])]].name
-        return Placement(name, float(centre[i, 0]), float(centre[i, 1]), float(width[i]), float(height[i]), float(degrees[i]))
+        return Placement(
+            name,
+            float(centre[i, 0]),
+            float(centre[i, 1]),
+            float(width[i]),
+            float(height[i]),
+            float(degrees[i]),
+        )
 
 
-def _place_inside(g: np.random.Generator, taken: list[tuple[float, float, float]], kind: str) -> Placement | None:
+def _place_inside(
+    g: np.random.Generator, taken: list[tuple[float, float, float]], kind: str
+) -> Placement | None:
     """A place on the flap, which is one unit wide and 0.62 high."""
     rule = KINDS[kind]
     aspect = g.uniform(*rule.aspect)
@@ -214,7 +239,7 @@ def _place_inside(g: np.random.Generator, taken: list[tuple[float, float, float]
 
 def _sample_views(g: np.random.Generator, category: str) -> tuple[str, ...]:
     views = ["front", "back"]
-    if category != "scarf" and g.random() < 0.62:
+    if category not in SIDELESS and g.random() < 0.62:
         views.append("side")
     views += ["detail"] * int(g.choice((0, 1, 2), p=(0.22, 0.55, 0.23)))
     return tuple(views if len(views) > 2 else [*views, "detail"])
@@ -226,9 +251,15 @@ def _sample_details(g: np.random.Generator, product: Product, count: int) -> lis
     flap: list[tuple[float, float, float]] = []
     for detail in product.details:
         for face, p in detail.places.items():
-            (flap if face == INSIDE else maps[face].taken).append((p.x, p.y, CIRCLE * float(np.hypot(p.width, p.height))))
+            (flap if face == INSIDE else maps[face].taken).append(
+                (p.x, p.y, CIRCLE * float(np.hypot(p.width, p.height)))
+            )
     faces, already = list(maps), {detail.kind for detail in product.details}
-    kinds = [name for name, kind in KINDS.items() if name not in already and (not kind.only or product.category in kind.only)]
+    kinds = [
+        name
+        for name, kind in KINDS.items()
+        if name not in already and (not kind.only or product.category in kind.only)
+    ]
     grounds = [product.colour] + ([product.pattern_colour] if product.pattern_colour else [])
     details: list[Detail] = []
     for _ in range(4 * count):
@@ -245,7 +276,9 @@ def _sample_details(g: np.random.Generator, product: Product, count: int) -> lis
         under = grounds if not inside else [product.lining[0]]
         if product.trim == "sleeves" and product.trim_colour and not inside:
             under = [*under, product.trim_colour]
-        colour = contrasting(g, under, METALS if rule.metal else CLOTH + (METALS if kind in ("zip", "buttons") else ()))
+        colour = contrasting(
+            g, under, STUDS if rule.metal else CLOTH + (METALS if kind in ("zip", "buttons") else ())
+        )
         places = {}
         for each in chosen:
             place = _place_inside(g, flap, kind) if each == INSIDE else maps[each].place(g, kind)
@@ -269,17 +302,38 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
     pattern_colour = contrasting(g, [colour], least=30.0) if pattern else None
     grounds = [colour] + ([pattern_colour] if pattern_colour else [])
     trim = _pick(g, sub.trims) if sub.trims and g.random() < 0.42 else None
-    style = dict(sleeves=_pick(g, sub.sleeves) if sub.sleeves else None, neck=_pick(g, sub.necks) if sub.necks else None,
-                 arm=float(g.uniform(6, 30)), trim=trim, belt=bool(sub.belt and g.random() < 0.30),
-                 proportions=(float(g.uniform(0.95, 1.12)), float(g.uniform(0.92, 1.06))))
-    if style["sleeves"] in (None, "none", "short", "puff") and trim in ("cuffs", "sleeves"):
-        trim = style["trim"] = "sleeves" if style["sleeves"] in ("short", "puff") and "sleeves" in sub.trims else None
+    sleeves = _pick(g, sub.sleeves) if sub.sleeves else None
+    if trim in ("cuffs", "sleeves") and sleeves in ("none", "short", "puff"):
+        trim = "sleeves" if sleeves != "none" and "sleeves" in sub.trims else None
+    style = Style(
+        sleeves,
+        _pick(g, sub.necks) if sub.necks else None,
+        float(g.uniform(6, 30)),
+        trim,
+        bool(sub.belt and g.random() < 0.30),
+        (float(g.uniform(0.95, 1.12)), float(g.uniform(0.92, 1.06))),
+    )
     views = _sample_views(g, category)
-    product = Product(number, sub.name, style, colour, _tinted(g, colour), material, pattern, pattern_colour, float(g.uniform(0.085, 0.13)), trim,
-                      contrasting(g, grounds) if trim else None, contrasting(g, grounds) if style["belt"] else None,
-                      (contrasting(g, [colour], least=20.0), _pick(g, PATTERNS) if g.random() < 0.35 else None),
-                      "detail" in views and bool(g.random() < 0.35), (), views)
-    sewn = bool(trim) + bool(style["belt"]) + product.lining_named
+    product = Product(
+        number,
+        sub.name,
+        style,
+        colour,
+        _tinted(g, colour),
+        material,
+        pattern,
+        pattern_colour,
+        float(g.uniform(0.085, 0.13)),
+        int(g.integers(2**31)),
+        trim,
+        contrasting(g, grounds) if trim else None,
+        contrasting(g, grounds) if style.belt else None,
+        (contrasting(g, [colour], least=20.0), _pick(g, PATTERNS) if g.random() < 0.35 else None),
+        "detail" in views and bool(g.random() < 0.35),
+        (),
+        views,
+    )
+    sewn = bool(trim) + bool(style.belt) + product.lining_named
     count = int(np.clip(g.integers(MIN_DETAILS, MAX_DETAILS + 1) - sewn, 3, 6))
     return replace(product, details=tuple(_sample_details(g, product, count)))
 
@@ -288,12 +342,20 @@ def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
     """`base` but for exactly one attribute."""
     clean = replace(base, number=number, sibling_of=base.number)
     grounds = [base.colour] + ([base.pattern_colour] if base.pattern_colour else [])
-    worn = [d.colour for d in base.details] + [c for c in (base.trim_colour, base.belt_colour, base.pattern_colour) if c]
-    changes = ["colour", "detail", "detail", "detail", "add", "remove"] + (["pattern"] if base.pattern else []) + (["trim"] if base.trim else [])
+    worn = [d.colour for d in base.details] + [
+        c for c in (base.trim_colour, base.belt_colour, base.pattern_colour) if c
+    ]
+    changes = (
+        ["colour", "detail", "detail", "detail", "add", "remove"]
+        + (["pattern"] if base.pattern else [])
+        + (["trim"] if base.trim else [])
+    )
     while True:
         change = _pick(g, changes)
         if change == "colour":
-            return replace(clean, colour=(new := contrasting(g, [base.colour, *worn], least=30.0)), rgb=_tinted(g, new))
+            new_colour = contrasting(g, [base.colour, *worn], least=30.0)
+            if min(distance(COLOURS[new_colour], COLOURS[other]) for other in [base.colour, *worn]) > 26:
+                return replace(clean, colour=new_colour, rgb=_tinted(g, new_colour))
         if change == "pattern":
             return replace(clean, pattern=_pick(g, [p for p in PATTERNS if p != base.pattern]))
         if change == "trim":
@@ -310,11 +372,18 @@ def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
             old = base.details[at]
             rule = KINDS[old.kind]
             others = [what for what in rule.variants if what != old.what]
-            if others and g.random() < 0.5:
+            if others and (old.kind in COLOURLESS or g.random() < 0.5):
                 new = replace(old, what=_pick(g, others))
             else:
                 under = [base.lining[0]] if INSIDE in old.places else grounds
-                new = replace(old, colour=contrasting(g, [*under, old.colour], tuple(c for c in (METALS if rule.metal else CLOTH) if c != old.colour)))
+                new = replace(
+                    old,
+                    colour=contrasting(
+                        g,
+                        [*under, old.colour],
+                        tuple(c for c in (STUDS if rule.metal else CLOTH) if c != old.colour),
+                    ),
+                )
             if new != old:
                 return replace(clean, details=base.details[:at] + (new,) + base.details[at + 1 :])
 

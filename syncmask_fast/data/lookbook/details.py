@@ -1,4 +1,5 @@
-"""The local details: what each kind looks like, drawn in its own unit square (x and y from -0.5 to 0.5, y down)."""
+"""The local details: what each kind looks like, drawn in its own unit square (x and y from -0.5 to 0.5, y
+down)."""
 
 from __future__ import annotations
 
@@ -10,20 +11,22 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .fabric import COLOURS, RGB, darker, lighter, mix
-from .geometry import Affine, ellipse, outline, rectangle, ribbon
+from .geometry import Affine, ellipse, outline, rectangle
+from .motifs import LETTERS, MOTIFS
 
 METAL = COLOURS["silver"]
 
 
 @dataclass
 class Brush:
-    """Draws shapes given in unit coordinates on a cut-out of the picture (`image`, RGB) and on `mask` (L, 255 where painted)."""
+    """Draws shapes given in unit coordinates on a cut-out of the picture (`image`, RGB) and on `mask` (L,
+    255 where painted)."""
 
     image: Image.Image
     mask: Image.Image
-    place: Affine      # unit square -> pixels of `image`
-    aspect: float      # width / height of the detail on the garment
-    ground: RGB        # the fabric below
+    place: Affine  # unit square -> pixels of `image`
+    aspect: float  # width / height of the detail on the garment
+    ground: RGB  # the fabric below
 
     def __post_init__(self) -> None:
         self._image, self._mask = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
@@ -45,79 +48,11 @@ class Brush:
         self.polygon(ellipse(x, y, radius / self.aspect, radius, 20), fill)
 
 
-# Motifs: lists of (polygon in the unit square, tone); tone 0 is the motif's colour, 1 a hole of the ground, 2 a darker shade.
-
-def _star(points: int, inner: float) -> np.ndarray:
-    angle = np.arange(2 * points) * math.pi / points - math.pi / 2
-    radius = np.where(np.arange(2 * points) % 2 == 0, 0.5, 0.5 * inner)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def _arc(x: float, y: float, r: float, start: float, end: float) -> np.ndarray:
-    a = np.radians(np.linspace(start, end, 24))
-    return np.stack([x + r * np.cos(a), y + r * np.sin(a)], axis=1)
-
-
-def _flower() -> list[tuple[np.ndarray, int]]:
-    petals = [(ellipse(0.27 * math.cos(a), 0.27 * math.sin(a), 0.2, 0.2, 16), 0) for a in np.arange(5) * 2 * math.pi / 5 - math.pi / 2]
-    return [*petals, (ellipse(0, 0, 0.12, 0.12, 14), 2)]
-
-
-def _sun() -> list[tuple[np.ndarray, int]]:
-    rays = []
-    for a in np.arange(8) * math.pi / 4:
-        c, s = math.cos(a), math.sin(a)
-        rays.append((np.array([(0.5 * c, 0.5 * s), (0.3 * c - 0.09 * s, 0.3 * s + 0.09 * c), (0.3 * c + 0.09 * s, 0.3 * s - 0.09 * c)]), 0))
-    return [*rays, (ellipse(0, 0, 0.27, 0.27), 0)]
-
-
-def _motifs() -> dict[str, list[tuple[np.ndarray, int]]]:
-    heart = outline((0, 0.48), (-0.56, 0.06, -0.48, -0.22), (-0.36, -0.52, 0, -0.22), (0.36, -0.52, 0.48, -0.22), (0.56, 0.06, 0, 0.48))
-    bolt = np.array([(0.1, -0.5), (-0.34, 0.08), (-0.04, 0.08), (-0.16, 0.5), (0.34, -0.12), (0.04, -0.12), (0.28, -0.5)])
-    moon = np.concatenate([_arc(0.0, 0.0, 0.48, 40, 320), _arc(0.2, 0.0, 0.36, 305, 55)[::1]])
-    anchor = [(ribbon(np.array([(0, -0.3), (0, 0.42)]), 0.12), 0), (ribbon(np.array([(-0.24, -0.16), (0.24, -0.16)]), 0.11), 0),
-              (ellipse(0, -0.37, 0.13, 0.13), 0), (ellipse(0, -0.37, 0.05, 0.05), 1),
-              (ribbon(_arc(0, 0.06, 0.38, 10, 170), 0.12), 0), (np.array([(0.5, 0.2), (0.24, 0.12), (0.44, -0.04)]), 0),
-              (np.array([(-0.5, 0.2), (-0.24, 0.12), (-0.44, -0.04)]), 0)]
-    leaf = [(outline((0, -0.5), (0.5, -0.1, 0, 0.36), (-0.5, -0.1, 0, -0.5)), 0), (ribbon(np.array([(0, -0.2), (0, 0.5)]), 0.06), 2)]
-    crown = np.array([(-0.48, 0.34), (-0.5, -0.3), (-0.24, 0.02), (0, -0.42), (0.24, 0.02), (0.5, -0.3), (0.48, 0.34)])
-    fish = [(outline((0.5, 0.0), (0.2, -0.36, -0.22, 0.0), (0.2, 0.36, 0.5, 0.0)), 0), (np.array([(-0.14, 0), (-0.5, -0.26), (-0.5, 0.26)]), 0),
-            (ellipse(0.3, -0.04, 0.045, 0.045, 10), 1)]
-    cloud = [(ellipse(-0.24, 0.08, 0.24, 0.2), 0), (ellipse(0.05, -0.08, 0.28, 0.27), 0), (ellipse(0.29, 0.1, 0.21, 0.18), 0), (rectangle(-0.3, 0.06, 0.34, 0.28), 0)]
-    mountain = [(np.array([(-0.5, 0.38), (-0.12, -0.42), (0.12, 0.02), (0.22, -0.14), (0.5, 0.38)]), 0), (np.array([(-0.12, -0.42), (-0.24, -0.17), (-0.1, -0.1), (0.0, -0.2)]), 1)]
-    cherry = [(ribbon(outline((-0.22, 0.1), (-0.1, -0.3, 0.16, -0.46)), 0.07), 2), (ribbon(outline((0.24, 0.16), (0.2, -0.2, 0.16, -0.46)), 0.07), 2),
-              (ellipse(-0.24, 0.22, 0.23, 0.23), 0), (ellipse(0.25, 0.27, 0.22, 0.22), 0)]
-    paw = [(ellipse(0, 0.2, 0.26, 0.24), 0)] + [(ellipse(x, y, 0.11, 0.14), 0) for x, y in ((-0.36, -0.02), (-0.14, -0.26), (0.14, -0.26), (0.36, -0.02))]
-    butterfly = [(outline((0, -0.05), (0.3, -0.6, 0.5, -0.25), (0.5, 0.05, 0, 0.06), (0.42, 0.1, 0.34, 0.36), (0.16, 0.5, 0, 0.1)), 0),
-                 (outline((0, -0.05), (-0.3, -0.6, -0.5, -0.25), (-0.5, 0.05, 0, 0.06), (-0.42, 0.1, -0.34, 0.36), (-0.16, 0.5, 0, 0.1)), 0),
-                 (ellipse(0, 0.04, 0.05, 0.3), 2)]
-    arrow = np.array([(0, -0.5), (0.38, -0.08), (0.14, -0.08), (0.14, 0.5), (-0.14, 0.5), (-0.14, -0.08), (-0.38, -0.08)])
-    mushroom = [(outline((-0.5, 0.02), (-0.46, -0.48, 0, -0.48), (0.46, -0.48, 0.5, 0.02)), 0), (outline((-0.16, 0.02), (-0.12, 0.3, -0.2, 0.48), (0.2, 0.48), (0.12, 0.3, 0.16, 0.02)), 2),
-                (ellipse(-0.18, -0.18, 0.08, 0.08, 12), 1), (ellipse(0.16, -0.22, 0.09, 0.09, 12), 1)]
-    tree = [(np.array([(0, -0.5), (0.3, -0.12), (-0.3, -0.12)]), 0), (np.array([(0, -0.28), (0.4, 0.26), (-0.4, 0.26)]), 0), (rectangle(-0.08, 0.26, 0.08, 0.5), 2)]
-    return {"star": [(_star(5, 0.42), 0)], "heart": [(heart, 0)], "moon": [(moon, 0)], "flower": _flower(), "lightning bolt": [(bolt, 0)],
-            "anchor": anchor, "sun": _sun(), "leaf": leaf, "crown": [(crown, 0)], "fish": fish, "cloud": cloud, "mountain": mountain,
-            "cherry": cherry, "paw": paw, "butterfly": butterfly, "arrow": [(arrow, 0)], "mushroom": mushroom, "tree": tree}
-
-
-MOTIFS = _motifs()
-
-LETTERS: dict[str, list[list[tuple[float, float]]]] = {
-    "A": [[(0, 1), (0.5, 0), (1, 1)], [(0.2, 0.62), (0.8, 0.62)]], "E": [[(1, 0), (0, 0), (0, 1), (1, 1)], [(0, 0.5), (0.8, 0.5)]],
-    "H": [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(0, 0.5), (1, 0.5)]], "K": [[(0, 0), (0, 1)], [(1, 0), (0, 0.5), (1, 1)]],
-    "L": [[(0, 0), (0, 1), (1, 1)]], "M": [[(0, 1), (0, 0), (0.5, 0.6), (1, 0), (1, 1)]], "N": [[(0, 1), (0, 0), (1, 1), (1, 0)]],
-    "O": [[(0.2, 0), (0.8, 0), (1, 0.3), (1, 0.7), (0.8, 1), (0.2, 1), (0, 0.7), (0, 0.3), (0.2, 0)]], "T": [[(0, 0), (1, 0)], [(0.5, 0), (0.5, 1)]],
-    "V": [[(0, 0), (0.5, 1), (1, 0)]], "X": [[(0, 0), (1, 1)], [(1, 0), (0, 1)]], "Y": [[(0, 0), (0.5, 0.5), (1, 0)], [(0.5, 0.5), (0.5, 1)]],
-    "1": [[(0.2, 0.25), (0.6, 0), (0.6, 1)]], "4": [[(0.75, 1), (0.75, 0), (0, 0.7), (1, 0.7)]], "7": [[(0, 0), (1, 0), (0.4, 1)]]}
-
-
 def motif(brush: Brush, name: str, colour: RGB, scale: float = 1.0) -> None:
     tones = (colour, brush.ground, darker(colour, 0.4))
     for polygon, tone in MOTIFS[name]:
         brush.polygon(polygon * scale, tones[tone])
 
-
-# Kinds. Each draws the variant `what` in `colour`.
 
 def draw_print(brush: Brush, what: str, colour: RGB) -> None:
     motif(brush, what, colour)
@@ -130,17 +65,24 @@ def draw_embroidery(brush: Brush, what: str, colour: RGB) -> None:
     for polygon, tone in MOTIFS[what]:
         brush.polygon(polygon * 0.9, tones[tone])
         brush.line(np.concatenate([polygon, polygon[:1]]) * 0.9, light if tone == 0 else dark, 0.07)
-    for polygon, tone in MOTIFS[what][:1]:
-        x0, y0 = polygon.min(axis=0) * 0.6
-        x1, y1 = polygon.max(axis=0) * 0.6
-        del tone
+    for polygon, _ in MOTIFS[what][:1]:
+        (x0, y0), (x1, y1) = polygon.min(axis=0) * 0.6, polygon.max(axis=0) * 0.6
         for t in np.linspace(0.2, 0.8, 3):
-            brush.line([(x0 + (x1 - x0) * t - 0.06, y0 * 0.5), (x0 + (x1 - x0) * t + 0.06, y1 * 0.5)], dark, 0.05)
+            brush.line(
+                [(x0 + (x1 - x0) * t - 0.06, y0 * 0.5), (x0 + (x1 - x0) * t + 0.06, y1 * 0.5)], dark, 0.05
+            )
 
 
 def draw_patch(brush: Brush, what: str, colour: RGB) -> None:
-    shapes = {"round": ellipse(0, 0, 0.5, 0.5), "square": rectangle(-0.48, -0.48, 0.48, 0.48), "oval": ellipse(0, 0, 0.5, 0.36),
-              "shield": outline((-0.42, -0.46), (0.42, -0.46), (0.5, 0.3, 0, 0.5), (-0.5, 0.3, -0.42, -0.46)), "diamond-shaped": np.array([(0, -0.5), (0.46, 0), (0, 0.5), (-0.46, 0)])}
+    shapes = {
+        "round": ellipse(0, 0, 0.5, 0.5),
+        "square": rectangle(-0.48, -0.48, 0.48, 0.48),
+        "oval": ellipse(0, 0, 0.5, 0.36),
+        "shield-shaped": outline(
+            (-0.42, -0.46), (0.42, -0.46), (0.5, 0.3, 0, 0.5), (-0.5, 0.3, -0.42, -0.46)
+        ),
+        "diamond-shaped": np.array([(0, -0.5), (0.46, 0), (0, 0.5), (-0.46, 0)]),
+    }
     shape = shapes[what]
     rim = darker(colour, 0.5) if sum(colour) > 240 else lighter(colour, 0.55)
     brush.polygon(shape, rim)
@@ -176,16 +118,22 @@ def draw_pocket(brush: Brush, what: str, colour: RGB) -> None:
 
 
 def draw_zip(brush: Brush, what: str, colour: RGB) -> None:
-    tape = darker(brush.ground, 0.45) if sum(brush.ground) > 240 else lighter(brush.ground, 0.35)
-    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), tape)
-    brush.polygon(rectangle(-0.3, -0.5, 0.3, 0.5), colour)
-    teeth = max(6, int(2.2 / brush.aspect))
-    for i in range(teeth):
-        y = -0.48 + 0.96 * i / teeth
+    """A coloured tape with metal teeth; a metal zip has a dark tape."""
+    metal = colour in (COLOURS["silver"], COLOURS["gold"])
+    tape, teeth = ((52, 50, 56), colour) if metal else (colour, METAL)
+    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), darker(tape, 0.3))
+    brush.polygon(rectangle(-0.43, -0.49, 0.43, 0.49), tape)
+    width = 0.26 if metal else 0.16
+    brush.polygon(rectangle(-width, -0.47, width, 0.47), darker(tape, 0.55))
+    count = max(7, int(2.4 / brush.aspect))
+    for i in range(count):
+        y = -0.46 + 0.92 * i / count
         side = -1 if i % 2 else 1
-        brush.polygon(rectangle(min(0, side * 0.26), y, max(0, side * 0.26), y + 0.45 / teeth), darker(colour, 0.5))
-    brush.polygon(rectangle(-0.48, -0.5, 0.48, -0.42), lighter(colour, 0.3))
-    brush.polygon(outline((-0.28, -0.42), (0.28, -0.42), (0.4, -0.22), (0, -0.16), (-0.4, -0.22)), lighter(colour, 0.2))
+        brush.polygon(rectangle(min(0, side * width), y, max(0, side * width), y + 0.55 / count), teeth)
+    brush.polygon(
+        outline((-0.24, -0.5), (0.24, -0.5), (0.36, -0.36), (0, -0.3, -0.36, -0.36)), lighter(teeth, 0.35)
+    )
+    brush.polygon(rectangle(-0.12, -0.36, 0.12, -0.2), lighter(teeth, 0.15))
 
 
 def draw_buttons(brush: Brush, what: str, colour: RGB) -> None:
@@ -202,7 +150,9 @@ def draw_buttons(brush: Brush, what: str, colour: RGB) -> None:
 def draw_bow(brush: Brush, what: str, colour: RGB) -> None:
     dark = darker(colour, 0.35)
     for s in (-1, 1):
-        brush.polygon(outline((0, 0), (s * 0.06, 0.3, s * 0.24, 0.5), (s * 0.38, 0.38), (s * 0.2, 0.2, 0, -0.04)), dark)
+        brush.polygon(
+            outline((0, 0), (s * 0.06, 0.3, s * 0.24, 0.5), (s * 0.38, 0.38), (s * 0.2, 0.2, 0, -0.04)), dark
+        )
         loop = outline((0, -0.08), (s * 0.3, -0.52, s * 0.5, -0.34), (s * 0.5, 0.16), (s * 0.3, 0.24, 0, 0.0))
         brush.polygon(loop, dark)
         brush.polygon((loop - [s * 0.27, -0.08]) * 0.86 + [s * 0.27, -0.08], colour)
@@ -212,7 +162,10 @@ def draw_bow(brush: Brush, what: str, colour: RGB) -> None:
 
 def draw_lacing(brush: Brush, what: str, colour: RGB) -> None:
     rows = 4
-    brush.polygon(rectangle(-0.46, -0.5, 0.46, 0.42), darker(brush.ground, 0.35) if sum(brush.ground) > 200 else lighter(brush.ground, 0.25))
+    brush.polygon(
+        rectangle(-0.46, -0.5, 0.46, 0.42),
+        darker(brush.ground, 0.35) if sum(brush.ground) > 200 else lighter(brush.ground, 0.25),
+    )
     for i in range(rows):
         a, b = -0.44 + 0.86 * i / rows, -0.44 + 0.86 * (i + 1) / rows
         brush.line([(-0.36, a), (0.36, b)], colour, 0.055)
@@ -227,7 +180,10 @@ def draw_lacing(brush: Brush, what: str, colour: RGB) -> None:
 def draw_band(brush: Brush, what: str, colour: RGB) -> None:
     brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), colour)
     if what == "double":
-        brush.polygon(rectangle(-0.14, -0.5, 0.14, 0.5), darker(colour, 0.5) if sum(colour) > 240 else lighter(colour, 0.5))
+        brush.polygon(
+            rectangle(-0.14, -0.5, 0.14, 0.5),
+            darker(colour, 0.5) if sum(colour) > 240 else lighter(colour, 0.5),
+        )
 
 
 def draw_studs(brush: Brush, what: str, colour: RGB) -> None:
@@ -246,8 +202,15 @@ def draw_fringe(brush: Brush, what: str, colour: RGB) -> None:
     for i in range(strands):
         x = -0.5 + (i + 0.5) / strands
         sway = 0.03 * math.sin(i * 2.1)
-        brush.polygon([(x - 0.035, -0.3), (x + 0.035, -0.3), (x + 0.028 + sway, 0.5 - 0.05 * (i % 2)), (x - 0.028 + sway, 0.5 - 0.05 * (i % 2))],
-                      colour if i % 2 else darker(colour, 0.2))
+        brush.polygon(
+            [
+                (x - 0.035, -0.3),
+                (x + 0.035, -0.3),
+                (x + 0.028 + sway, 0.5 - 0.05 * (i % 2)),
+                (x - 0.028 + sway, 0.5 - 0.05 * (i % 2)),
+            ],
+            colour if i % 2 else darker(colour, 0.2),
+        )
 
 
 def draw_lace(brush: Brush, what: str, colour: RGB) -> None:
@@ -268,7 +231,9 @@ def draw_ruffle(brush: Brush, what: str, colour: RGB) -> None:
     dark, light = darker(colour, 0.3), lighter(colour, 0.2)
     x = np.linspace(-0.5, 0.5, 41)
     wave = 0.42 + 0.08 * np.cos(x * 38)
-    brush.polygon(np.concatenate([np.stack([x, np.full_like(x, -0.5)], 1), np.stack([x, wave], 1)[::-1]]), colour)
+    brush.polygon(
+        np.concatenate([np.stack([x, np.full_like(x, -0.5)], 1), np.stack([x, wave], 1)[::-1]]), colour
+    )
     for i in range(6):
         at = -0.415 + i * 0.1653
         brush.polygon([(at - 0.02, -0.4), (at + 0.055, 0.42), (at - 0.055, 0.42)], dark if i % 2 else light)
@@ -321,8 +286,12 @@ def draw_label(brush: Brush, what: str, colour: RGB) -> None:
 
 
 def draw_cutout(brush: Brush, what: str, colour: RGB) -> None:
-    shape = {"keyhole": outline((-0.08, -0.5), (0.08, -0.5), (0.5, 0.2, 0.3, 0.4), (0.0, 0.6, -0.3, 0.4), (-0.5, 0.2, -0.08, -0.5)),
-             "round": ellipse(0, 0, 0.46, 0.46)}[what]
+    shape = {
+        "keyhole": outline(
+            (-0.08, -0.5), (0.08, -0.5), (0.5, 0.2, 0.3, 0.4), (0.0, 0.6, -0.3, 0.4), (-0.5, 0.2, -0.08, -0.5)
+        ),
+        "round": ellipse(0, 0, 0.46, 0.46),
+    }[what]
     brush.polygon(shape, colour)
     brush.polygon((shape - shape.mean(axis=0)) * 0.8 + shape.mean(axis=0), (226, 178, 148))
     brush.polygon((shape - shape.mean(axis=0)) * [0.8, 0.4] + shape.mean(axis=0) - [0, 0.12], (188, 138, 110))
@@ -339,8 +308,9 @@ def draw_quilting(brush: Brush, what: str, colour: RGB) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of local detail. `size`: its height as a share of the garment's larger side, from and to; `aspect`: width over
-    height, from and to; `tilt`: degrees either way; `metal`: its colours are metals; `inside`: may lie on the lining."""
+    """A kind of local detail. `size`: its height as a share of the garment's larger side, from and to;
+    `aspect`: width over height, from and to; `tilt`: degrees either way; `metal`: its colours are metals;
+    `inside`: may lie on the lining."""
 
     draw: Callable[[Brush, str, RGB], None]
     variants: tuple[str, ...]
@@ -350,17 +320,33 @@ class Kind:
     metal: bool = False
     inside: bool = True
     weight: float = 1.0
-    only: tuple[str, ...] = ()        # categories; empty: all
+    only: tuple[str, ...] = ()  # categories; empty: all
 
 
 CLOTHES = ("top", "knitwear", "jacket", "coat", "dress", "jumpsuit", "trousers", "shorts", "skirt")
+
+
 KINDS: dict[str, Kind] = {
     "print": Kind(draw_print, tuple(MOTIFS), (0.20, 0.31), weight=2.2, tilt=15),
-    "embroidery": Kind(draw_embroidery, ("flower", "leaf", "butterfly", "star", "heart", "sun", "moon", "cherry"), (0.19, 0.28), tilt=15, weight=1.3),
-    "patch": Kind(draw_patch, ("round", "square", "oval", "shield", "diamond-shaped"), (0.16, 0.24), weight=1.3),
-    "pocket": Kind(draw_pocket, ("patch pocket", "flap pocket", "zip pocket", "round pocket", "kangaroo pocket"), (0.19, 0.28), (0.9, 1.15), tilt=4,
-                   weight=2.0),
-    "zip": Kind(draw_zip, ("straight",), (0.26, 0.46), (0.15, 0.2), tilt=25, inside=True, weight=1.3),
+    "embroidery": Kind(
+        draw_embroidery,
+        ("flower", "leaf", "butterfly", "star", "heart", "sun", "moon", "cherry"),
+        (0.19, 0.28),
+        tilt=15,
+        weight=1.3,
+    ),
+    "patch": Kind(
+        draw_patch, ("round", "square", "oval", "shield-shaped", "diamond-shaped"), (0.16, 0.24), weight=1.3
+    ),
+    "pocket": Kind(
+        draw_pocket,
+        ("patch pocket", "flap pocket", "zip pocket", "round pocket", "kangaroo pocket"),
+        (0.19, 0.28),
+        (0.9, 1.15),
+        tilt=4,
+        weight=2.0,
+    ),
+    "zip": Kind(draw_zip, ("straight",), (0.28, 0.46), (0.19, 0.25), tilt=25, inside=True, weight=1.3),
     "buttons": Kind(draw_buttons, ("three", "four", "five"), (0.26, 0.42), (0.24, 0.3), tilt=12, weight=1.3),
     "bow": Kind(draw_bow, ("bow",), (0.15, 0.23), (1.25, 1.5), tilt=14),
     "lacing": Kind(draw_lacing, ("lacing",), (0.22, 0.34), (0.5, 0.65), tilt=5),
@@ -369,12 +355,26 @@ KINDS: dict[str, Kind] = {
     "fringe": Kind(draw_fringe, ("fringe",), (0.13, 0.19), (1.4, 2.0), tilt=6),
     "lace": Kind(draw_lace, ("lace",), (0.18, 0.26), (0.9, 1.2), tilt=6, only=CLOTHES + ("scarf",)),
     "ruffle": Kind(draw_ruffle, ("ruffle",), (0.12, 0.17), (1.6, 2.2), tilt=8),
-    "lettering": Kind(draw_lettering, ("LOVE", "OXO", "HALO", "MOTEL", "VELO", "TAKE", "747", "1471"), (0.12, 0.17), (1.9, 2.5), tilt=10,
-                      weight=1.3),
+    "lettering": Kind(
+        draw_lettering,
+        ("LOVE", "OXO", "HALO", "MOTEL", "VELO", "TAKE", "747", "1471"),
+        (0.12, 0.17),
+        (1.9, 2.5),
+        tilt=10,
+        weight=1.3,
+    ),
     "strap": Kind(draw_strap, ("strap",), (0.10, 0.14), (2.2, 3.0), tilt=20),
     "tassel": Kind(draw_tassel, ("tassel",), (0.20, 0.28), (0.5, 0.65), tilt=8),
     "pompoms": Kind(draw_pompoms, ("pompoms",), (0.10, 0.14), (2.2, 2.8), tilt=12),
     "label": Kind(draw_label, ("label",), (0.10, 0.15), (1.5, 2.2), tilt=8, weight=1.2),
-    "cut-out": Kind(draw_cutout, ("keyhole", "round"), (0.15, 0.22), tilt=8, inside=False, only=("top", "knitwear", "dress", "jumpsuit"), weight=0.7),
+    "cut-out": Kind(
+        draw_cutout,
+        ("keyhole", "round"),
+        (0.15, 0.22),
+        tilt=8,
+        inside=False,
+        only=("top", "knitwear", "dress", "jumpsuit"),
+        weight=0.7,
+    ),
     "quilting": Kind(draw_quilting, ("quilted panel",), (0.18, 0.26), (0.9, 1.2), tilt=8),
 }

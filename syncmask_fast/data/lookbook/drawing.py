@@ -1,426 +1,379 @@
-"""The photograph: a product's view as a picture, with the box of every attribute that it shows.
+"""A view of a product: its picture, with the box of every attribute that it shows.
 
-Shapes are painted without shades on a canvas a few times as large, each also on a map of numbers (which attribute is seen
-at which pixel), so that boxes and visible shares follow from what was painted, whatever turned, covered or cut it. Light,
-shadow, cloth and background are then laid over the reduced picture.
+Shapes are painted flat on a canvas a few times as large, each also on a map of numbers (which thing is seen
+at which pixel), so that boxes and visible shares follow from what was painted, whatever turned, covered or
+cut it. Light comes after (light.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from .canvas import Box, Canvas, Regions, where
 from .catalogue import INSIDE, Detail, Product, garment_of, stream
 from .details import KINDS, Brush
-from .fabric import COLOURS, GLOSS, RGB, background, darker, draw_pattern, lighter, mix, texture
-from .geometry import Affine, affine, area, outline
-from .parts import Garment
+from .fabric import COLOURS, RGB, darker, draw_pattern, lighter, mix
+from .geometry import Affine, affine, area, contains, outline, rectangle
+from .light import crease, photograph
+from .parts import Garment, Part
 
-VISIBLE_SHARE = 0.30          # less of a thing than this counts as hidden
-SMALLEST = 4.0                # a box below this (pixels at size 96) counts as hidden
-FLAT = ("print", "lettering", "embroidery", "band", "lacing", "cut-out", "quilting", "lace")   # cast no shadow
-
-Box = list[float]
-
-
-def supersampling(size: int) -> int:
-    return 3 if size <= 128 else 2
-
-
-@dataclass
-class Canvas:
-    """`paint` RGB, `seen` L (number of the thing on top, 0 none), `props` L (255 where a hanger or the like was painted)."""
-
-    size: int
-    factor: int
-    ground: RGB
-    numbers: dict[str, int] = field(default_factory=dict)
-    full: dict[str, float] = field(default_factory=dict)       # pixels of the whole thing, unhidden and uncut
-
-    def __post_init__(self) -> None:
-        n = self.size * self.factor
-        self.n = n
-        self.paint = Image.new("RGB", (n, n), self.ground)
-        self.props = Image.new("L", (n, n), 0)
-        self.seen = Image.new("L", (n, n), 0)
-
-    def number(self, name: str) -> int:
-        return self.numbers.setdefault(name, len(self.numbers) + 1)
-
-    def mask(self, polygons: list[np.ndarray]) -> Image.Image:
-        mask = Image.new("L", (self.n, self.n), 0)
-        draw = ImageDraw.Draw(mask)
-        for polygon in polygons:
-            draw.polygon(polygon.ravel().tolist(), fill=255)
-        return mask
-
-    def lay(self, name: str | None, mask: Image.Image, fill: RGB | Image.Image) -> None:
-        """Paints `fill` where `mask` is set, as the thing `name` (None: a prop)."""
-        box = mask.getbbox()
-        if box is None:
-            return
-        cut = mask.crop(box)
-        self.paint.paste(fill.crop(box) if isinstance(fill, Image.Image) else fill, box, cut)
-        if name:
-            self.seen.paste(self.number(name), box, cut)
-        else:
-            self.props.paste(255, box, cut)
-
-    def cover(self) -> Image.Image:
-        """255 where anything was painted."""
-        return Image.fromarray(np.where(np.asarray(self.seen) > 0, np.uint8(255), np.asarray(self.props)))
-
-
-class Regions:
-    """Which pixels of a map of numbers (L) carry which number: how many, and the box around them."""
-
-    def __init__(self, seen: Image.Image) -> None:
-        cells = np.asarray(seen)
-        self.counts = seen.histogram()
-        self._boxes: dict[int, tuple[int, int, int, int]] = {}
-        for number in range(1, 256):
-            if self.counts[number]:
-                own = (cells == number).view(np.uint8)
-                self._boxes[number] = Image.frombuffer("L", seen.size, own, "raw", "L", 0, 1).getbbox()   # type: ignore[assignment]
-
-    def box(self, numbers: set[int], factor: int) -> Box | None:
-        """The tight box around all pixels that carry one of `numbers`, in pixels of the reduced picture."""
-        found = np.array([self._boxes[number] for number in numbers if number in self._boxes])
-        if not len(found):
-            return None
-        return [float(v) / factor for v in (*found[:, :2].min(axis=0), *found[:, 2:].max(axis=0))]
-
-    def count(self, numbers: set[int]) -> int:
-        return int(sum(self.counts[number] for number in numbers))
+VISIBLE_SHARE = 0.30  # less of a thing than this counts as hidden
+SMALLEST = 4.0  # a box below this (pixels at size 96) counts as hidden
+FLAT = ("print", "lettering", "embroidery", "band", "lacing", "cut-out", "quilting", "lace")  # cast no shadow
+FLAP_OUTER = outline(
+    (-0.3, -0.3), (1.0, -0.3), (1.0, 0.02), (1.02, 0.34, 0.95, 0.62), (0.5, 0.69, -0.02, 0.62), (-0.3, 0.6)
+)
+FLAP_INNER = outline(
+    (-0.3, -0.3),
+    (0.95, -0.3),
+    (0.95, 0.02),
+    (0.965, 0.32, 0.90, 0.57),
+    (0.5, 0.635, -0.02, 0.57),
+    (-0.3, 0.55),
+)
 
 
 @dataclass
 class View:
-    """One photograph before it is encoded. `boxes` has every attribute of the product: its box in pixels, or None."""
+    """One photograph before it is encoded. `boxes` has every attribute of the product: [x0, y0, x1, y1]
+    in pixels, or None."""
 
     image: Image.Image
     boxes: dict[str, Box | None]
-    share: float                # of the picture's area that the garment's box takes
+    share: float  # of the picture's area that the garment's box takes
 
 
-def render(product: Product, index: int, size: int, seed: int, split: str, *, without: str | None = None) -> View:
-    """View `index` of `product.views` at `size` x `size` pixels. `without` leaves one local detail unpainted (for tests)."""
+def render(
+    product: Product, index: int, size: int, seed: int, split: str, *, without: str | None = None
+) -> View:
+    """View `index` of `product.views` at `size` x `size` pixels. `without` leaves one local detail
+    unpainted (for tests)."""
     g = stream(seed, split, product.number, "view", index)
     close = product.views[index] == "detail"
     face, target, flap = _subject(product, index, g)
     garment = garment_of(product, face)
-    factor = supersampling(size)
-    canvas = Canvas(size, factor, product.rgb)
+    canvas = Canvas(size, 3 if size <= 128 else 2, product.rgb)
     fit = _fit(garment, canvas.n, g)
-    place = _zoom(product, garment, fit, face, target, flap is not None, canvas.n, g) if close else fit
-    scene = _Scene(product, garment, canvas, place, face, close, g, without)
-    scene.paint(hanger=not close and g.random() < 0.16)
+    place = _zoom(garment, fit, face, target, flap is not None, canvas.n, g) if close else fit
+    hanger = not close and g.random() < 0.16
+    scene = _Scene(product, garment, canvas, place, face, close, without)
+    if hanger and garment.hanger:
+        scene.hang(*garment.hanger, (150, 106, 66) if g.random() < 0.6 else (70, 70, 74))
+    scene.paint_parts()
     if flap is not None:
-        scene.turn_over(flap)
-    picture = scene.photograph()
+        scene.turn_over(affine(canvas.n).after(flap))
+    scene.base = canvas.seen.copy()
+    scene.paint_details(None if flap is None else affine(canvas.n).after(flap))
+    crease(canvas, place, garment.bounds(), product.material, scene.unit, g)
+    picture = photograph(canvas, scene.base, product.rgb, product.material, close, g)
     base = Regions(scene.base)
-    boxes = scene.boxes(base, Regions(canvas.seen))
-    whole = base.box(scene.garment_numbers(), factor)
+    whole = base.box(canvas.numbers_of("part:"), canvas.factor)
     share = 0.0 if whole is None else (whole[2] - whole[0]) * (whole[3] - whole[1]) / size**2
-    return View(picture, boxes, share)
+    return View(picture, scene.boxes(base, Regions(canvas.seen)), share)
 
 
-def _subject(product: Product, index: int, g: np.random.Generator) -> tuple[str, Detail | None, Affine | None]:
-    """Which face a view looks at; for a close-up also the detail it is about and whether a flap is turned over
-    (as a map from the flap's units to the unit picture)."""
+def _subject(
+    product: Product, index: int, g: np.random.Generator
+) -> tuple[str, Detail | None, Affine | None]:
+    """Which face a view looks at; for a close-up also the detail that it is about, and where a flap is
+    turned over (a map from the flap's units to the picture's, which is one unit wide) or None."""
     view = product.views[index]
     if view != "detail":
         return view, None, None
     shown = [(face, d) for d in product.details for face in d.places if face != INSIDE]
-    hidden = any(INSIDE in d.places for d in product.details) or product.lining_named
+    hidden = product.lining_named or any(INSIDE in d.places for d in product.details)
     face, target = ("front" if g.random() < 0.6 else "back"), None
     if shown:
         face, target = shown[int(g.integers(len(shown)))]
-    flap = None
-    if hidden and g.random() < 0.8:
-        corner = int(g.integers(4))
-        wide = g.uniform(0.66, 0.82)
-        turn = g.uniform(-10, 10) + (180 if corner in (2, 3) else 0)
-        x, y = ((-0.05, -0.04), (1.0 - wide + 0.06, -0.04), (1.05, 1.04), (wide - 0.06, 1.04))[corner]
-        flap = affine(wide, turn, offset=(x, y))
-    return face, target, flap
+    if not hidden or g.random() >= 0.8:
+        return face, target, None
+    corner, wide = int(g.integers(4)), g.uniform(0.66, 0.82)
+    turn = g.uniform(-10, 10) + (180 if corner >= 2 else 0)
+    spot = ((-0.05, -0.04), (1.06 - wide, -0.04), (1.05, 1.04), (wide - 0.06, 1.04))[corner]
+    return face, target, affine(wide, turn, offset=spot)
 
 
 def _fit(garment: Garment, n: int, g: np.random.Generator) -> Affine:
-    """Garment units to canvas pixels in a full view: turned, leaning, 36 to 64 % of the picture, anywhere in it."""
-    turn = affine((1.0, 1.0), float(np.clip(g.normal(0, 5.5), -13, 13)), float(g.uniform(-0.06, 0.06)))
-    points = np.concatenate([turn(part.polygon) for part in garment.parts if part.clip is None])
-    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
-    wide, tall = x1 - x0, y1 - y0
-    scale = min(math.sqrt(g.uniform(0.40, 0.64) / (wide * tall)), g.uniform(0.90, 0.965) / max(wide, tall))
-    free = 1.0 - scale * np.array([wide, tall])
-    corner = free * g.uniform(0.06, 0.94, 2)
-    return affine(n).after(Affine(turn.matrix * scale, corner - scale * np.array([x0, y0])))
+    """Garment units to canvas pixels in a full view: turned, leaning, its box 35 to 64 % of the picture,
+    anywhere in it."""
+    turn = affine(1.0, float(np.clip(g.normal(0, 5.5), -13, 13)), float(g.uniform(-0.06, 0.06)))
+    points = turn(np.concatenate([part.polygon for part in garment.parts if part.clip is None]))
+    low, high = points.min(axis=0), points.max(axis=0)
+    extent = high - low
+    scale = min(
+        math.sqrt(g.uniform(0.40, 0.64) / float(extent.prod())), g.uniform(0.90, 0.965) / float(extent.max())
+    )
+    corner = (1.0 - scale * extent) * g.uniform(0.06, 0.94, 2)
+    return affine(n).after(Affine(turn.matrix * scale, corner - scale * low))
 
 
-def _zoom(product: Product, garment: Garment, fit: Affine, face: str, target: Detail | None, flapped: bool, n: int,
-          g: np.random.Generator) -> Affine:
-    """A close-up: larger than `fit`, with the target (or a random piece of the garment) somewhere near the middle."""
+def _zoom(
+    garment: Garment,
+    fit: Affine,
+    face: str,
+    target: Detail | None,
+    flapped: bool,
+    n: int,
+    g: np.random.Generator,
+) -> Affine:
+    """A close-up: 1.5 to 2.7 times as large as `fit`, with the target (or the middle of the garment) not
+    far from the middle."""
     if target is not None:
         spot = target.places[face]
-        centre, reach = np.array([[spot.x, spot.y]]), max(spot.width, spot.height)
+        centre, reach = np.array([spot.x, spot.y]), max(spot.width, spot.height)
     else:
         panel = max((part.polygon for part in garment.parts if part.panel), key=area)
-        centre, reach = panel.mean(axis=0, keepdims=True) + g.uniform(-0.05, 0.05, (1, 2)), 0.25
-    larger = np.clip(g.uniform(0.30, 0.46) * n / (reach * fit.scale), 1.5, 2.7)
-    matrix = fit.matrix * larger
-    spread = 0.12 if not flapped else 0.06
-    at = n * (0.5 + g.uniform(-spread, spread, 2))
-    if flapped:
-        at = n * np.array([g.uniform(0.35, 0.65), 0.5])
-    return Affine(matrix, at - (centre @ matrix.T)[0])
+        centre, reach = panel.mean(axis=0) + g.uniform(-0.05, 0.05, 2), 0.25
+    matrix = fit.matrix * float(np.clip(g.uniform(0.30, 0.46) * n / (reach * fit.scale), 1.5, 2.7))
+    at = np.array([g.uniform(0.35, 0.65), 0.5]) if flapped else 0.5 + g.uniform(-0.12, 0.12, 2)
+    return Affine(matrix, n * at - matrix @ centre)
 
 
 class _Scene:
-    """A garment on its canvas, from the first part to the finished picture."""
+    """A garment on its canvas. First the parts (`base`: the map of numbers with them alone), then the
+    details."""
 
-    def __init__(self, product: Product, garment: Garment, canvas: Canvas, place: Affine, face: str, close: bool, g: np.random.Generator,
-                 without: str | None) -> None:
+    def __init__(
+        self,
+        product: Product,
+        garment: Garment,
+        canvas: Canvas,
+        place: Affine,
+        face: str,
+        close: bool,
+        without: str | None,
+    ) -> None:
         self.product, self.garment, self.canvas, self.place = product, garment, canvas, place
-        self.face, self.close, self.g, self.without = face, close, g, without
-        self.masks: dict[str, Image.Image] = {}             # of every part, by name
-        self.layers: list[Image.Image] = []                 # masks in the order of painting, for light and shadow
-        self.fabrics: dict[str, set[int]] = {}              # numbers by fabric
-        self.lines = Image.new("L", (canvas.n, canvas.n), 128)
-        self.stroke = max(1, round(canvas.n / 300))
+        self.face, self.close, self.without = face, close, without
+        self.unit = canvas.size / 96 * (1.7 if close else 1.0)
+        self.thin = max(1, round(canvas.n / 300))
+        self.edge = darker(product.rgb, 0.45)
+        self.full: dict[str, float] = {}  # pixels of whole details, unhidden and uncut
+        self.base = canvas.seen
+        self._pattern: Image.Image | None = None
 
-    # The garment
+    # Parts
 
     def _fill(self, fabric: str) -> RGB | Image.Image:
         p = self.product
         if fabric == "main" and p.pattern:
-            if not hasattr(self, "_pattern"):
-                self._pattern = Image.new("RGB", (self.canvas.n, self.canvas.n))
+            if self._pattern is None:
                 x0, y0, x1, y1 = self.garment.bounds()
-                pad = 0.1
-                draw_pattern(self._pattern, p.pattern, p.rgb, mix(COLOURS[p.pattern_colour or "white"], p.rgb, 0.08), self.place,
-                             (x0 - pad, y0 - pad, x1 + pad, y1 + pad), p.pattern_scale * max(x1 - x0, y1 - y0) / 1.1,
-                             stream(0, "train", p.number, "product", 1))
+                self._pattern = self._printed(
+                    p.pattern,
+                    p.rgb,
+                    mix(COLOURS[p.pattern_colour or "white"], p.rgb, 0.08),
+                    self.place,
+                    (x0 - 0.1, y0 - 0.1, x1 + 0.1, y1 + 0.1),
+                    p.pattern_scale * max(x1 - x0, y1 - y0) / 1.1,
+                )
             return self._pattern
-        light_sole = (236, 232, 226) if sum(p.rgb) < 560 else (176, 128, 84)
-        return {"main": p.rgb, "plain": darker(p.rgb, 0.06), "inner": darker(p.rgb, 0.5), "trim": COLOURS[p.trim_colour or "white"],
-                "belt": COLOURS[p.belt_colour or "brown"], "metal": COLOURS["silver"], "sole": light_sole}[fabric]
+        sole = (236, 232, 226) if sum(p.rgb) < 560 else (176, 128, 84)
+        return {
+            "main": p.rgb,
+            "plain": darker(p.rgb, 0.06),
+            "inner": darker(p.rgb, 0.5),
+            "trim": COLOURS[p.trim_colour or "white"],
+            "belt": COLOURS[p.belt_colour or "brown"],
+            "metal": COLOURS["silver"],
+            "sole": sole,
+        }[fabric]
 
-    def paint(self, hanger: bool) -> None:
-        canvas, place = self.canvas, self.place
-        if hanger and self.garment.hanger:
-            self._hang()
-        edge = darker(self.product.rgb, 0.45)
-        groups: list[list] = []
+    def _printed(
+        self,
+        pattern: str,
+        ground: RGB,
+        ink: RGB,
+        place: Affine,
+        box: tuple[float, float, float, float],
+        scale: float,
+    ) -> Image.Image:
+        image = Image.new("RGB", (self.canvas.n, self.canvas.n))
+        draw_pattern(
+            image,
+            pattern,
+            ground,
+            ink,
+            place,
+            box,
+            scale,
+            np.random.Generator(np.random.Philox(self.product.pattern_seed)),
+        )
+        return image
+
+    def paint_parts(self) -> None:
+        groups: list[list[Part]] = []
         for part in self.garment.parts:
-            if groups and groups[-1][0].name == part.name and groups[-1][0].fabric == part.fabric and part.clip is None:
+            if groups and (groups[-1][0].name, groups[-1][0].fabric, groups[-1][0].clip) == (
+                part.name,
+                part.fabric,
+                part.clip,
+            ):
                 groups[-1].append(part)
             else:
                 groups.append([part])
+        band = "behind"
         for group in groups:
-            part = group[0]
-            polygons = [place(each.polygon) for each in group]
-            mask = canvas.mask(polygons)
-            if part.clip:
-                mask = ImageChops.multiply(mask, self.masks[part.clip])
-            name = f"part:{part.name}:{part.fabric}"
-            canvas.lay(name, mask, self._fill(part.fabric))
-            self.fabrics.setdefault(part.fabric, set()).add(canvas.number(name))
-            self.masks[part.name] = ImageChops.lighter(self.masks[part.name], mask) if part.name in self.masks else mask
-            if part.clip is None and part.name not in ("neckline", "neckband", "cuff"):
-                self.layers.append(mask)
-            if part.clip is None and part.fabric != "inner":
-                draw = ImageDraw.Draw(canvas.paint)
-                for polygon in polygons:
-                    points = polygon.ravel().tolist()
-                    draw.line(points + points[:2], fill=edge if part.fabric in ("main", "plain") else (70, 66, 66), width=self.stroke)
-            elif part.clip and part.fabric in ("plain", "trim", "belt"):
-                draw = ImageDraw.Draw(canvas.paint)
-                box = place(part.polygon).tolist()
-                draw.line([tuple(box[0]), tuple(box[1])], fill=edge, width=self.stroke)
-                draw.line([tuple(box[2]), tuple(box[3])], fill=edge, width=self.stroke)
+            part, polygons = group[0], [self.place(each.polygon) for each in group]
+            band = "body" if part.name == "body" else "front" if band != "behind" else band
+            volume = part.clip is None and part.name not in ("neckline", "neckband", "cuff")
+            on = self.canvas.numbers_of(f"part:{part.clip}:") if part.clip else None
+            self.canvas.polygons(
+                f"part:{part.name}:{part.fabric}",
+                polygons,
+                self._fill(part.fabric),
+                on=on,
+                band=band if volume else None,
+            )
+            line = self.edge if part.fabric in ("main", "plain") else (70, 66, 66)
+            for polygon in polygons:
+                if part.clip is None and part.fabric != "inner":
+                    self.canvas.stroke(np.concatenate([polygon, polygon[:1]]), line, self.thin)
+                elif part.clip and len(polygon) == 4:
+                    own = self.canvas.numbers_of(f"part:{part.name}:")
+                    self._edge_on(polygon[:2], own | (on or set()))
+                    self._edge_on(polygon[2:], own | (on or set()))
         for seam in self.garment.seams:
-            self._seam(place(seam.line), seam.style, edge)
-        for detail in self.product.details:
-            if self.face in detail.places:
-                spot = detail.places[self.face]
-                self._detail(detail, place.after(spot.unit_map), spot.width / spot.height, self.masks[spot.part], self.product.rgb)
-        self.base = canvas.seen.copy()
-        names = {number for name, number in canvas.numbers.items() if name.startswith("part:")}
-        if len(names) < len(canvas.numbers):
-            self.base = self._parts_only
+            self._seam(self.place(seam.line), seam.style)
 
-    def _hang(self) -> None:
-        half, top = self.garment.hanger or (0.25, 0.0)
+    def _edge_on(self, pair: np.ndarray, on: set[int]) -> None:
+        """A dark line from one point to another where it lies on the garment."""
+        mask = self.canvas.blank()
+        ImageDraw.Draw(mask).line([tuple(p) for p in pair.tolist()], fill=255, width=self.thin)
+        box = mask.getbbox()
+        if box:
+            self.canvas.paint.paste(
+                self.edge, box, ImageChops.multiply(mask.crop(box), where(self.canvas.seen.crop(box), on))
+            )
+
+    def hang(self, half: float, top: float, wood: RGB) -> None:
+        """A hanger behind the garment."""
         canvas = self.canvas
-        wood = (150, 106, 66) if self.g.random() < 0.6 else (70, 70, 74)
-        hook = outline((0.0, -0.02), (0.0, -0.09), (0.05, -0.11, 0.05, -0.15), (0.05, -0.2, 0.0, -0.2), (-0.05, -0.2, -0.05, -0.15))
-        mask = Image.new("L", (canvas.n, canvas.n), 0)
-        draw = ImageDraw.Draw(mask)
-        draw.line([tuple(p) for p in self.place(hook + [0.0, top])], fill=255, width=max(2, round(0.018 * self.place.scale)), joint="curve")
-        canvas.lay(None, mask, (150, 152, 158))
-        bar = canvas.mask([self.place(np.array([(-half * 0.92, 0.07), (0.0, -0.05), (half * 0.92, 0.07), (half * 0.9, 0.10), (0.0, 0.0), (-half * 0.9, 0.10)]) + [0.0, top])])
-        canvas.lay(None, bar, wood)
+        hook = outline(
+            (0.0, -0.02),
+            (0.0, -0.09),
+            (0.05, -0.11, 0.05, -0.15),
+            (0.05, -0.2, 0.0, -0.2),
+            (-0.05, -0.2, -0.05, -0.15),
+        )
+        bar = np.array(
+            [
+                (-half * 0.92, 0.07),
+                (0.0, -0.05),
+                (half * 0.92, 0.07),
+                (half * 0.9, 0.10),
+                (0.0, 0.0),
+                (-half * 0.9, 0.10),
+            ]
+        )
+        canvas.props = canvas.blank()
+        for image, metal, timber in ((canvas.paint, (150, 152, 158), wood), (canvas.props, 255, 255)):
+            draw = ImageDraw.Draw(image)
+            draw.line(
+                [tuple(p) for p in self.place(hook + [0.0, top])],
+                fill=metal,
+                width=max(2, round(0.018 * self.place.scale)),
+                joint="curve",
+            )
+            draw.polygon(self.place(bar + [0.0, top]).ravel().tolist(), fill=timber)
 
-    def _seam(self, line: np.ndarray, style: str, edge: RGB) -> None:
-        draw = ImageDraw.Draw(self.canvas.paint)
-        points = [tuple(p) for p in line.tolist()]
-        shade = ImageDraw.Draw(self.lines)
-        unit = self.canvas.n / 96 * (1.8 if self.close else 1.0)
+    def _seam(self, line: np.ndarray, style: str) -> None:
+        canvas, unit = self.canvas, self.unit * self.canvas.factor
         if style == "seam":
-            draw.line(points, fill=edge, width=self.stroke)
+            canvas.stroke(line, self.edge, self.thin)
         elif style == "stitch":
             light = lighter(self.product.rgb, 0.4)
-            for a, b in zip(line[:-1], line[1:]):
+            for a, b in zip(line[:-1], line[1:], strict=True):
                 count = max(1, int(np.hypot(*(b - a)) / (1.6 * unit)))
                 for k in range(count):
-                    p, q = a + (b - a) * (k / count), a + (b - a) * ((k + 0.55) / count)
-                    draw.line([tuple(p), tuple(q)], fill=light, width=self.stroke)
+                    canvas.stroke(
+                        np.array([a + (b - a) * (k / count), a + (b - a) * ((k + 0.55) / count)]),
+                        light,
+                        self.thin,
+                    )
         elif style == "cord":
-            draw.line(points, fill=darker(self.product.rgb, 0.6), width=self.stroke * 3, joint="curve")
-            draw.line(points, fill=lighter(self.product.rgb, 0.55), width=self.stroke * 2, joint="curve")
-        elif style == "quilt":
-            shade.line([(x, y + 1.6 * unit) for x, y in points], fill=158, width=round(2.0 * unit))
-            shade.line(points, fill=58, width=round(1.0 * unit))
-        elif style == "pleat":
-            shade.line([(x + 1.5 * unit, y) for x, y in points], fill=158, width=round(2 * unit))
-            shade.line(points, fill=56, width=round(1.0 * unit))
+            canvas.stroke(line, darker(self.product.rgb, 0.6), self.thin * 3)
+            canvas.stroke(line, lighter(self.product.rgb, 0.55), self.thin * 2)
         else:
-            shade.line([(x + 1.5 * unit, y) for x, y in points], fill=142, width=round(2.6 * unit))
-            shade.line(points, fill=104, width=round(2.2 * unit))
+            shift, wide, light, narrow, dark = dict(
+                quilt=((0, 1.6), 2.0, 158, 1.0, 58),
+                pleat=((1.5, 0), 2.0, 158, 1.0, 56),
+                fold=((1.5, 0), 2.6, 142, 2.2, 104),
+            )[style]
+            draw = ImageDraw.Draw(canvas.lines)
+            draw.line([tuple(p) for p in line + np.array(shift) * unit], fill=light, width=round(wide * unit))
+            draw.line([tuple(p) for p in line], fill=dark, width=round(narrow * unit))
+
+    def turn_over(self, flap: Affine) -> None:
+        """Lays a turned-over piece of the garment on a close-up; its inside is the lining."""
+        canvas, p = self.canvas, self.product
+        colour, pattern = p.lining
+        ground = COLOURS[colour]
+        fill: RGB | Image.Image = ground
+        if pattern:
+            ink = lighter(ground, 0.55) if sum(ground) < 380 else darker(ground, 0.5)
+            fill = self._printed(pattern, ground, ink, flap, (-0.4, -0.4, 1.1, 0.8), 0.10)
+        canvas.polygons("part:flap:plain", [flap(FLAP_OUTER)], darker(p.rgb, 0.12), band="front")
+        canvas.polygons("part:lining:lining", [flap(FLAP_INNER)], fill)
+        canvas.stroke(flap(FLAP_INNER[2:]), darker(p.rgb, 0.5), self.thin)
+        for step in range(3):  # the flap lies a little above the cloth
+            rim = flap(FLAP_OUTER[2:]) + np.array([0.4, 1.0]) * (step + 1) * self.canvas.factor
+            ImageDraw.Draw(canvas.lines).line(
+                [tuple(q) for q in rim], fill=40 + 25 * step, width=2 * canvas.factor
+            )
 
     # Details
 
-    def _detail(self, detail: Detail, unit_map: Affine, aspect: float, clip: Image.Image, ground: RGB) -> None:
-        if not hasattr(self, "_parts_only"):
-            self._parts_only = self.canvas.seen.copy()
+    def paint_details(self, flap: Affine | None) -> None:
+        p = self.product
+        for detail in p.details:
+            for face, spot in detail.places.items():
+                if face == self.face:
+                    on = self.canvas.numbers_of(f"part:{spot.part}:")
+                    self._detail(detail, self.place.after(spot.unit_map), spot.width / spot.height, on, p.rgb)
+                elif face == INSIDE and flap is not None:
+                    on = self.canvas.numbers_of("part:lining:")
+                    self._detail(
+                        detail, flap.after(spot.unit_map), spot.width / spot.height, on, COLOURS[p.lining[0]]
+                    )
+
+    def _detail(self, detail: Detail, unit_map: Affine, aspect: float, on: set[int], ground: RGB) -> None:
         canvas = self.canvas
-        corners = unit_map(np.array([(-0.6, -0.6), (0.6, -0.6), (0.6, 0.6), (-0.6, 0.6)]))
-        x0, y0 = (int(math.floor(v)) for v in corners.min(axis=0))
-        x1, y1 = (int(math.ceil(v)) for v in corners.max(axis=0))
-        cut = canvas.paint.crop((x0, y0, x1, y1))
+        corners = unit_map(rectangle(-0.6, -0.6, 0.6, 0.6))
+        x0, y0 = (math.floor(v) for v in corners.min(axis=0))
+        x1, y1 = (math.ceil(v) for v in corners.max(axis=0))
+        box = (x0, y0, x1, y1)
+        cut = canvas.paint.crop(box)
         mask = Image.new("L", cut.size, 0)
         brush = Brush(cut, mask, Affine(unit_map.matrix, unit_map.offset - [x0, y0]), aspect, ground)
         KINDS[detail.kind].draw(brush, detail.what, COLOURS[detail.colour])
         name = f"detail:{detail.kind}"
-        canvas.full[name] = canvas.full.get(name, 0.0) + mask.histogram()[255]
-        if detail.kind == self.without:
+        self.full[name] = self.full.get(name, 0.0) + mask.histogram()[255]
+        if detail.kind == self.without or x1 <= 0 or y1 <= 0 or x0 >= canvas.n or y0 >= canvas.n:
             return
-        seen = ImageChops.multiply(mask, clip.crop((x0, y0, x1, y1)))
+        clip = where(self.base.crop(box), on)
+        seen = ImageChops.multiply(mask, clip)
         if detail.kind not in FLAT:
             off = max(1, round(canvas.n / 130))
-            shadow = _fainter(seen.filter(ImageFilter.BoxBlur(off)))
-            shadow = ImageChops.multiply(shadow, clip.crop((x0 + off // 2, y0 + off, x1 + off // 2, y1 + off)))
-            canvas.paint.paste((20, 16, 20), (x0 + off // 2, y0 + off, x1 + off // 2, y1 + off), shadow)
-        canvas.paint.paste(cut, (x0, y0, x1, y1), seen)
-        canvas.seen.paste(canvas.number(name), (x0, y0, x1, y1), seen)
-
-    def turn_over(self, flap: Affine) -> None:
-        """Lays a turned-over piece of the garment on a close-up: the lining, and what lies on it."""
-        canvas, p = self.canvas, self.product
-        to_pixels = affine(canvas.n).after(flap)
-        outer = outline((-0.3, -0.3), (1.0, -0.3), (1.0, 0.02), (1.02, 0.34, 0.95, 0.62), (0.5, 0.69, -0.02, 0.62), (-0.3, 0.6))
-        inner = outline((-0.3, -0.3), (0.95, -0.3), (0.95, 0.02), (0.965, 0.32, 0.90, 0.57), (0.5, 0.635, -0.02, 0.57), (-0.3, 0.55))
-        rim, cloth = canvas.mask([to_pixels(outer)]), canvas.mask([to_pixels(inner)])
-        colour, pattern = p.lining
-        fill: RGB | Image.Image = COLOURS[colour]
-        if pattern:
-            fill = Image.new("RGB", (canvas.n, canvas.n))
-            ink = lighter(COLOURS[colour], 0.55) if sum(COLOURS[colour]) < 380 else darker(COLOURS[colour], 0.5)
-            draw_pattern(fill, pattern, COLOURS[colour], ink, to_pixels, (-0.4, -0.4, 1.1, 0.8), 0.10, stream(0, "train", p.number, "product", 2))
-        shadow = _fainter(rim.filter(ImageFilter.BoxBlur(canvas.n // 28)))
-        canvas.paint.paste((16, 12, 16), (0, 0, canvas.n, canvas.n), shadow)
-        canvas.lay("part:flap:plain", rim, darker(p.rgb, 0.12))
-        canvas.lay("part:lining:lining", cloth, fill)
-        self.base.paste(canvas.number("part:flap:plain"), (0, 0, canvas.n, canvas.n), rim)
-        self.base.paste(canvas.number("part:lining:lining"), (0, 0, canvas.n, canvas.n), cloth)
-        self.fabrics.setdefault("plain", set()).add(canvas.number("part:flap:plain"))
-        ImageDraw.Draw(canvas.paint).line([tuple(q) for q in to_pixels(inner[2:])], fill=darker(p.rgb, 0.5), width=self.stroke)
-        self.layers += [rim, cloth]
-        for detail in p.details:
-            if INSIDE in detail.places:
-                spot = detail.places[INSIDE]
-                self._detail(detail, to_pixels.after(spot.unit_map), spot.width / spot.height, cloth, COLOURS[colour])
-
-    # Light
-
-    def photograph(self) -> Image.Image:
-        canvas, g, product = self.canvas, self.g, self.product
-        size, factor = canvas.size, canvas.factor
-        unit = size / 96 * (1.7 if self.close else 1.0)
-        angle = g.uniform(0, 2 * math.pi)
-        light = np.array([math.cos(angle), math.sin(angle) * 0.6 - 0.4])
-
-        shade = np.ones((size, size), np.float32)
-        gloss = GLOSS.get(product.material, 0.0)
-        for layer in self.layers:
-            if layer.getbbox() is None:
-                continue
-            m8 = layer.reduce(factor)
-            m = np.asarray(m8, np.float32) * (1 / 255)
-            narrow, wide = _soft(m8, 1.6 * unit, 1), _soft(m8, 4.0 * unit)
-            sx, sy = (int(round(v * 5 * unit)) for v in light)
-            relief = wide - np.roll(wide, (-sy, -sx), (0, 1))
-            own = 0.80 + 0.11 * np.maximum(2 * narrow - 1, 0) + 0.10 * np.maximum(2 * wide - 1, 0) + (0.17 + 0.10 * gloss) * relief
-            cast = np.roll(narrow, (max(1, round(1.2 * unit)), round(0.8 * unit)), (0, 1))
-            shade *= 1 - 0.30 * cast * (1 - m)
-            shade += (own - shade) * m
-        folds = self._folds(unit)
-        shade = shade * folds
-        cloth = texture(product.material, size, self.close)
-        top, left = (int(v) for v in g.integers(0, size, 2))
-        cloth = cloth[top : top + size, left : left + size]
-        rgb = np.asarray(canvas.paint.reduce(factor), np.float32)
-        cover = canvas.cover().reduce(factor)
-        factor_map = shade * cloth * g.uniform(0.94, 1.10)
-        rgb = rgb * factor_map[..., None]
-        if gloss:
-            rgb = rgb + (gloss * 150 * np.clip(factor_map - 1.06, 0, 0.6))[..., None]
-        picture = background(size, product.rgb, g)
-        strength, reach = g.uniform(0.22, 0.5), g.uniform(2.0, 6.0)
-        shadow = _soft(cover, g.uniform(1.8, 5.0) * size / 96)
-        dx, dy = (int(round(v)) for v in -light * reach * size / 96 + np.array([0.0, 1.2 * size / 96]))
-        shadow = _shifted(shadow, dx, dy)
-        contact = _soft(cover, 1.3 * size / 96, 1)
-        picture = picture * (1 - strength * shadow)[..., None] * (1 - 0.22 * contact)[..., None]
-        alpha = np.asarray(cover, np.float32)[..., None] * (1 / 255)
-        picture = picture * (1 - alpha) + rgb * alpha
-        warm = g.normal(0, 0.018)
-        picture = picture * np.array([1 + warm, 1.0, 1 - warm], np.float32) + g.standard_normal((size, size, 1)).astype(np.float32) * 1.6
-        return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-
-    def _folds(self, unit: float) -> np.ndarray:
-        """Soft creases: brightness factors around 1."""
-        g, canvas = self.g, self.canvas
-        draw = ImageDraw.Draw(self.lines)
-        x0, y0, x1, y1 = self.garment.bounds()
-        supple = {"satin": 7, "velvet": 6, "cotton": 5, "linen": 6, "wool": 4, "fleece": 3}.get(self.product.material, 4)
-        for _ in range(supple):
-            x, y = g.uniform(x0, x1), g.uniform(y0 + 0.15 * (y1 - y0), y1)
-            dx, dy = g.normal(0, 0.07), g.uniform(0.10, 0.32) * (y1 - y0)
-            crease = self.place(outline((x, y), (x + dx * 2 + g.normal(0, 0.03), y + dy * 0.5, x + dx, y + dy)))
-            wide = max(1, round(g.uniform(1.2, 2.6) * unit * canvas.factor))
-            points = crease.tolist()
-            draw.line([(a + wide, b) for a, b in points], fill=int(g.uniform(142, 164)), width=wide)
-            draw.line([tuple(q) for q in points], fill=int(g.uniform(84, 110)), width=wide)
-        small = self.lines.reduce(canvas.factor).filter(ImageFilter.GaussianBlur(0.75 * unit))
-        return 1 + (np.asarray(small, np.float32) - 128) / 150
+            shadow = ImageChops.multiply(
+                mask.filter(ImageFilter.BoxBlur(off)), Image.new("L", mask.size, 120)
+            )
+            shadow = ImageChops.multiply(ImageChops.offset(shadow, off // 2, off), clip)
+            canvas.paint.paste((20, 16, 20), box, shadow)
+        canvas.paint.paste(cut, box, seen)
+        canvas.seen.paste(canvas.number(name), box, seen)
 
     # Ground truth
 
-    def garment_numbers(self) -> set[int]:
-        return {number for name, number in self.canvas.numbers.items() if name.startswith("part:") and not name.endswith(":lining")}
-
-    def _part_numbers(self, name: str) -> set[int]:
-        return {number for key, number in self.canvas.numbers.items() if key.split(":")[:2] == ["part", name]}
-
     def boxes(self, base: Regions, top: Regions) -> dict[str, Box | None]:
+        """The box of every attribute of the product. `base`: what is seen of the parts, `top`: with the
+        details on them."""
         canvas, product = self.canvas, self.product
         least = SMALLEST * canvas.size / 96
-        small = canvas.n**2 * 0.04 if self.close else 0.0
 
         def region(numbers: set[int], full: float, regions: Regions) -> Box | None:
             visible = regions.count(numbers)
@@ -429,55 +382,50 @@ class _Scene:
             box = regions.box(numbers, canvas.factor)
             return box if box and min(box[2] - box[0], box[3] - box[1]) >= least else None
 
-        fabric = self.fabrics
-        cloth = fabric.get("main", set()) | fabric.get("plain", set())
+        sorts: dict[str, set[int]] = {}
+        for name, number in canvas.numbers.items():
+            if name.startswith("part:"):
+                sorts.setdefault(name.rsplit(":", 1)[1], set()).add(number)
+        main = sorts.get("main", set())
+        plain, trim = main | sorts.get("plain", set()), sorts.get("trim", set())
+        some = canvas.n**2 * 0.04 / VISIBLE_SHARE if self.close else 0.0
         result: dict[str, Box | None] = {}
         for name in product.names():
             if name in ("category", "subcategory"):
-                result[name] = None if self.close else region(self.garment_numbers(), 0.0, base)
+                result[name] = None if self.close else region(canvas.numbers_of("part:"), 0.0, base)
             elif name in ("colour", "material"):
-                result[name] = region(cloth | (fabric.get("trim", set()) if name == "material" else set()), small, base)
+                result[name] = region(plain | trim if name == "material" else plain, some, base)
             elif name == "pattern":
-                result[name] = region(fabric.get("main", set()), small, base) if product.pattern else None
-            elif f"detail:{name}" in canvas.full:
-                number = canvas.numbers.get(f"detail:{name}")
-                result[name] = None if number is None else region({number}, canvas.full[f"detail:{name}"], top)
+                result[name] = region(main, some, base) if product.pattern else None
+            elif any(detail.kind == name for detail in product.details):
+                result[name] = region(
+                    canvas.numbers_of(f"detail:{name}"), self.full.get(f"detail:{name}", 0.0), top
+                )
             else:
-                numbers = self._part_numbers(name)
-                result[name] = region(numbers, self._full_area(name), base) if numbers else None
+                result[name] = region(canvas.numbers_of(f"part:{name}:"), self._full_area(name), base)
         return result
 
     def _full_area(self, name: str) -> float:
-        """Pixels that the part would take if the picture did not cut it; 0 in a full view, where nothing is cut."""
-        if not self.close:
-            return 0.0
-        if name == "lining":
+        """Pixels that the part would take if the picture did not cut it; 0 in a full view, where nothing
+        is cut."""
+        parts = [part for part in self.garment.parts if part.name == name]
+        if not self.close or not parts:
             return 0.0
         x0, y0, x1, y1 = self.garment.bounds()
-        n = 160
-        fit = affine(n / max(x1 - x0, y1 - y0)).after(affine(1.0, offset=(-x0, -y0)))
-        masks = Canvas(n, 1, (0, 0, 0))
-        own = masks.mask([fit(part.polygon) for part in self.garment.parts if part.name == name])
-        clips = {part.clip for part in self.garment.parts if part.name == name and part.clip}
-        for clip in clips:
-            own = ImageChops.multiply(own, masks.mask([fit(part.polygon) for part in self.garment.parts if part.name == clip]))
-        return own.histogram()[255] * (self.place.scale / fit.scale) ** 2
-
-
-def _fainter(mask: Image.Image) -> Image.Image:
-    return ImageChops.multiply(mask, Image.new("L", mask.size, 120))
-
-
-def _soft(mask: Image.Image, radius: float, times: int = 2) -> np.ndarray:
-    """A blurred L mask as float32 from 0 to 1; `radius` in pixels, about that of a Gaussian."""
-    for _ in range(times):
-        mask = mask.filter(ImageFilter.BoxBlur(radius * 1.1))
-    return np.asarray(mask, np.float32) * (1 / 255)
-
-
-def _shifted(field_: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """The array moved by whole pixels; what comes in from outside is 0."""
-    result = np.zeros_like(field_)
-    h, w = field_.shape
-    result[max(0, dy) : h + min(0, dy), max(0, dx) : w + min(0, dx)] = field_[max(0, -dy) : h + min(0, -dy), max(0, -dx) : w + min(0, -dx)]
-    return result
+        cells = np.stack(np.meshgrid(np.linspace(x0, x1, 36), np.linspace(y0, y1, 36)), axis=-1).reshape(
+            -1, 2
+        )
+        own = np.zeros(len(cells), bool)
+        for part in parts:
+            within = contains(part.polygon, cells)
+            if part.clip:
+                within &= np.any(
+                    [
+                        contains(other.polygon, cells)
+                        for other in self.garment.parts
+                        if other.name == part.clip
+                    ],
+                    axis=0,
+                )
+            own |= within
+        return float(own.mean()) * (x1 - x0) * (y1 - y0) * self.place.scale**2

@@ -1,4 +1,5 @@
-"""Colours, patterns, fabric textures and studio backgrounds. All sizes scale with the picture (`unit` = picture size / 96)."""
+"""Colours, patterns, fabric textures and studio backgrounds. All sizes scale with the picture (`unit` =
+picture size / 96)."""
 
 from __future__ import annotations
 
@@ -13,19 +14,45 @@ from .geometry import Affine
 
 RGB = tuple[int, int, int]
 
+
 COLOURS: dict[str, RGB] = {
-    "white": (244, 242, 238), "black": (34, 34, 38), "grey": (142, 144, 148), "red": (206, 34, 42), "burgundy": (112, 22, 48),
-    "orange": (240, 126, 30), "yellow": (248, 212, 52), "green": (36, 136, 70), "mint": (160, 224, 192), "turquoise": (32, 178, 182),
-    "blue": (44, 98, 208), "navy": (28, 38, 92), "purple": (116, 52, 156), "lilac": (192, 162, 224), "pink": (244, 140, 178),
-    "brown": (116, 72, 42), "beige": (216, 192, 154), "olive": (112, 114, 48), "silver": (196, 200, 208), "gold": (214, 172, 62)}
+    "white": (244, 242, 238),
+    "black": (34, 34, 38),
+    "grey": (142, 144, 148),
+    "red": (206, 34, 42),
+    "burgundy": (112, 22, 48),
+    "orange": (240, 126, 30),
+    "yellow": (248, 212, 52),
+    "green": (36, 136, 70),
+    "mint": (160, 224, 192),
+    "turquoise": (32, 178, 182),
+    "blue": (44, 98, 208),
+    "navy": (28, 38, 92),
+    "purple": (116, 52, 156),
+    "lilac": (192, 162, 224),
+    "pink": (244, 140, 178),
+    "brown": (116, 72, 42),
+    "beige": (216, 192, 154),
+    "olive": (112, 114, 48),
+    "silver": (196, 200, 208),
+    "gold": (214, 172, 62),
+}
+
+
 CLOTH = tuple(name for name in COLOURS if name not in ("silver", "gold"))
+
+
 METALS = ("silver", "gold")
 
 
 def _lab(rgb: RGB) -> np.ndarray:
     c = np.array(rgb) / 255.0
     c = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ c / np.array([0.9505, 1.0, 1.089])
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ c
+        / np.array([0.9505, 1.0, 1.089])
+    )
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
@@ -38,7 +65,7 @@ def distance(a: RGB, b: RGB) -> float:
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
     """`share` of b in a."""
-    return tuple(int(round(x + (y - x) * share)) for x, y in zip(a, b))  # type: ignore[return-value]
+    return tuple(int(round(x + (y - x) * share)) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 def darker(a: RGB, share: float) -> RGB:
@@ -49,15 +76,15 @@ def lighter(a: RGB, share: float) -> RGB:
     return mix(a, (255, 255, 255), share)
 
 
-# Textures: float32 brightness factors around 1, twice the picture's size, cut at random places.
-
-def _noise(generator: np.random.Generator, height: int, width: int, blur: float) -> np.ndarray:
+def noise(generator: np.random.Generator, height: int, width: int, blur: float) -> np.ndarray:
     """Smooth noise with zero mean and unit deviation; `blur` in pixels."""
     raw = generator.standard_normal((height, width)).astype(np.float32)
     if blur > 0.3:
         spectrum = np.fft.rfft2(raw)
         fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-        raw = np.fft.irfft2(spectrum * np.exp(-2 * (math.pi * blur) ** 2 * (fx**2 + fy**2)), s=(height, width)).astype(np.float32)
+        raw = np.fft.irfft2(
+            spectrum * np.exp(-2 * (math.pi * blur) ** 2 * (fx**2 + fy**2)), s=(height, width)
+        ).astype(np.float32)
     raw -= raw.mean()
     return raw / max(float(raw.std()), 1e-6)
 
@@ -67,22 +94,27 @@ def _texture(material: str, n: int, unit: float, g: np.random.Generator) -> np.n
     turn = 2 * math.pi
 
     def fine(blur: float) -> np.ndarray:
-        return _noise(g, n, n, blur * unit)
+        return noise(g, n, n, blur * unit)
 
     if material == "denim":
         return 1 + 0.11 * np.sin(turn * (x + y) / 3.2) + 0.08 * fine(0.5) + 0.06 * fine(5)
     if material == "knit":
         rows = np.abs(((x / 5.0) % 1.0) - 0.5) * 5.0
-        return 1 + 0.20 * np.sin(turn * (y + rows) / 4.2) - 0.14 * (np.abs(((x / 5.0) % 1.0) - 0.5) > 0.42) + 0.03 * fine(0.6)
+        return (
+            1
+            + 0.20 * np.sin(turn * (y + rows) / 4.2)
+            - 0.14 * (np.abs(((x / 5.0) % 1.0) - 0.5) > 0.42)
+            + 0.03 * fine(0.6)
+        )
     if material == "corduroy":
         return 1 + 0.20 * np.sin(turn * x / 4.0) + 0.04 * fine(0.8)
     if material == "tweed":
-        return 1 + 0.20 * fine(0.55) + 0.09 * np.sin(turn * (x + np.abs((y % 8) - 4)) / 4)
+        return 1 + 0.13 * fine(0.55) + 0.09 * np.sin(turn * (x + np.abs((y % 8) - 4)) / 4)
     if material == "linen":
         return 1 + 0.09 * np.sign(np.sin(turn * x / 3.1)) * np.sign(np.sin(turn * y / 3.1)) + 0.05 * fine(0.4)
     if material == "leather":
         blotch = fine(3.2)
-        return 1 + 0.10 * blotch + 0.22 * np.clip(blotch - 0.9, 0, None) + 0.05 * fine(0.7)
+        return 1 + 0.05 * blotch + 0.14 * np.clip(blotch - 1.1, 0, None) + 0.05 * fine(0.7)
     if material == "satin":
         wave = np.sin(turn * (x / 26 + 0.14 * fine(12))) + 0.5 * np.sin(turn * (x + 0.4 * y) / 11 + fine(9))
         return 1 + 0.13 * wave + 0.20 * np.clip(wave - 0.7, 0, None)
@@ -92,13 +124,28 @@ def _texture(material: str, n: int, unit: float, g: np.random.Generator) -> np.n
         return 1 + 0.06 * fine(0.5) + 0.07 * fine(4)
     if material == "fleece":
         bumps = fine(1.25)
-        return 1 + 0.15 * np.clip(bumps, -1.4, 1.4)
+        return 1 + 0.10 * np.clip(bumps, -1.4, 1.4)
     if material == "wool":
         return 1 + 0.09 * fine(0.7) + 0.05 * np.sin(turn * (x - y) / 6)
-    return 1 + 0.025 * fine(0.5) + 0.015 * fine(4)   # cotton
+    return 1 + 0.025 * fine(0.5) + 0.015 * fine(4)  # cotton
 
 
-MATERIALS = ("cotton", "linen", "denim", "satin", "velvet", "wool", "knit", "fleece", "corduroy", "tweed", "leather", "suede")
+MATERIALS = (
+    "cotton",
+    "linen",
+    "denim",
+    "satin",
+    "velvet",
+    "wool",
+    "knit",
+    "fleece",
+    "corduroy",
+    "tweed",
+    "leather",
+    "suede",
+)
+
+
 GLOSS = dict(satin=0.55, leather=0.5, velvet=0.25, suede=0.1)
 
 
@@ -106,13 +153,20 @@ GLOSS = dict(satin=0.55, leather=0.5, velvet=0.25, suede=0.1)
 def texture(material: str, size: int, close: bool) -> np.ndarray:
     """float32 [2 * size, 2 * size]; `close`: as a close-up sees it, 2.2 times as large."""
     generator = np.random.Generator(np.random.Philox(zlib.crc32(f"{material}/{close}".encode())))
-    return np.clip(_texture(material, 2 * size, size / 96 * (2.2 if close else 1.0), generator), 0.45, 1.6).astype(np.float32)
+    return np.clip(
+        _texture(material, 2 * size, size / 96 * (2.2 if close else 1.0), generator), 0.45, 1.6
+    ).astype(np.float32)
 
 
-# Patterns: drawn in the garment's own units, so that they turn and grow with it.
-
-def _lines(draw: ImageDraw.ImageDraw, place: Affine, box: tuple[float, float, float, float], fill: RGB, step: float, share: float,
-           upright: bool) -> None:
+def _lines(
+    draw: ImageDraw.ImageDraw,
+    place: Affine,
+    box: tuple[float, float, float, float],
+    fill: RGB,
+    step: float,
+    share: float,
+    upright: bool,
+) -> None:
     x0, y0, x1, y1 = box
     start, end = (x0, x1) if upright else (y0, y1)
     for i in range(int((end - start) / step) + 2):
@@ -130,9 +184,18 @@ def _spots(g: np.random.Generator, box: tuple[float, float, float, float], step:
     return grid.reshape(-1, 2) + g.uniform(-0.28, 0.28, (grid.shape[0] * grid.shape[1], 2)) * step
 
 
-def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place: Affine, box: tuple[float, float, float, float],
-                 scale: float, generator: np.random.Generator) -> None:
-    """Fills `image` (mode RGB) with the pattern. `box`: what must be covered, in garment units; `scale`: about the period."""
+def draw_pattern(
+    image: Image.Image,
+    pattern: str,
+    ground: RGB,
+    ink: RGB,
+    place: Affine,
+    box: tuple[float, float, float, float],
+    scale: float,
+    generator: np.random.Generator,
+) -> None:
+    """Fills `image` (mode RGB) with the pattern. `box`: what must be covered, in garment units; `scale`:
+    about the period."""
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, *image.size), fill=ground)
     x0, y0, x1, y1 = box
@@ -148,7 +211,10 @@ def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place:
             for j in range(int((y1 - y0) / scale / 1.3) + 2):
                 a, b = x0 + i * scale * 1.3, y0 + j * scale * 1.3
                 s = scale * 0.65
-                draw.polygon(place(np.array([(a, b), (a + s, b), (a + s, b + s), (a, b + s)])).ravel().tolist(), fill=ink)
+                draw.polygon(
+                    place(np.array([(a, b), (a + s, b), (a + s, b + s), (a, b + s)])).ravel().tolist(),
+                    fill=ink,
+                )
     elif pattern == "tartan":
         for upright in (True, False):
             _lines(draw, place, box, mix(ground, ink, 0.55), scale * 2.0, 0.34, upright)
@@ -166,10 +232,15 @@ def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place:
         spots = _spots(generator, box, scale * 1.45)
         r = scale * 0.25 * place.scale
         leaf = mix(mix(ground, ink, 0.5), (70, 130, 70), 0.5)
-        for (x, y), angle in zip(place(spots).tolist(), generator.uniform(0, 2 * math.pi, len(spots)).tolist()):
+        for (x, y), angle in zip(
+            place(spots).tolist(), generator.uniform(0, 2 * math.pi, len(spots)).tolist(), strict=True
+        ):
             draw.ellipse((x + r * 1.2, y + r * 0.6, x + r * 2.3, y + r * 1.4), fill=leaf)
             for k in range(5):
-                px, py = x + 1.15 * r * math.cos(angle + k * 1.2566), y + 1.15 * r * math.sin(angle + k * 1.2566)
+                px, py = (
+                    x + 1.15 * r * math.cos(angle + k * 1.2566),
+                    y + 1.15 * r * math.sin(angle + k * 1.2566),
+                )
                 draw.ellipse((px - r * 0.8, py - r * 0.8, px + r * 0.8, py + r * 0.8), fill=ink)
             draw.ellipse((x - r * 0.6, y - r * 0.6, x + r * 0.6, y + r * 0.6), fill=darker(ink, 0.45))
     elif pattern == "chevrons":
@@ -178,16 +249,26 @@ def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place:
         zig = np.where(np.arange(len(xs)) % 2 == 0, 0.0, teeth * 0.75)
         for i in range(int((y1 - y0) / step) + 3):
             top = np.stack([xs, y0 - scale + i * step + zig], axis=1)
-            draw.polygon(place(np.concatenate([top, (top + [0, step * 0.42])[::-1]])).ravel().tolist(), fill=ink)
+            draw.polygon(
+                place(np.concatenate([top, (top + [0, step * 0.42])[::-1]])).ravel().tolist(), fill=ink
+            )
     elif pattern in ("camouflage", "leopard spots"):
         camouflage = pattern == "camouflage"
-        tones = (ink, darker(mix(ground, ink, 0.5), 0.45), lighter(mix(ground, ink, 0.5), 0.25)) if camouflage else (ink,)
+        tones = (
+            (ink, darker(mix(ground, ink, 0.5), 0.45), lighter(mix(ground, ink, 0.5), 0.25))
+            if camouflage
+            else (ink,)
+        )
         for tone in tones:
             spots = _spots(generator, box, scale * (2.3 if camouflage else 0.95))
             count = 9
             angle = np.linspace(0, 2 * math.pi, count, endpoint=False)
-            radius = scale * (0.62 if camouflage else 0.30) * generator.uniform(0.55, 1.35, (len(spots), count))
-            blob = spots[:, None] + np.stack([radius * np.cos(angle) * (1.35 if camouflage else 1.0), radius * np.sin(angle)], axis=-1)
+            radius = (
+                scale * (0.62 if camouflage else 0.30) * generator.uniform(0.55, 1.35, (len(spots), count))
+            )
+            blob = spots[:, None] + np.stack(
+                [radius * np.cos(angle) * (1.35 if camouflage else 1.0), radius * np.sin(angle)], axis=-1
+            )
             for i, points in enumerate(place(blob.reshape(-1, 2)).reshape(len(spots), -1).tolist()):
                 draw.polygon(points, fill=tone)
                 if not camouflage:
@@ -200,7 +281,9 @@ def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place:
         zig = np.where(np.arange(len(ys)) % 2 == 0, 0.0, teeth * 0.6)
         for i in range(int((x1 - x0) / scale) + 3):
             left = np.stack([x0 - scale + i * scale + zig, ys], axis=1)
-            draw.polygon(place(np.concatenate([left, (left + [scale * 0.36, 0])[::-1]])).ravel().tolist(), fill=ink)
+            draw.polygon(
+                place(np.concatenate([left, (left + [scale * 0.36, 0])[::-1]])).ravel().tolist(), fill=ink
+            )
     elif pattern == "diamonds":
         step = scale * 1.5
         xs, ys = np.arange(x0, x1 + step, step), np.arange(y0, y1 + step, step * 1.2)
@@ -210,85 +293,16 @@ def draw_pattern(image: Image.Image, pattern: str, ground: RGB, ink: RGB, place:
             draw.polygon(points, fill=ink)
 
 
-PATTERNS = ("stripes", "pinstripes", "checks", "tartan", "polka dots", "flowers", "chevrons", "camouflage", "leopard spots", "zigzags",
-            "diamonds")
-
-
-# Backgrounds: float32 [size, size, 3] in 0..255.
-
-@functools.lru_cache(maxsize=16)
-def _surface(kind: str, size: int) -> np.ndarray:
-    """float32 [2 * size, 2 * size, 3]: a plank floor, a marble top, a plastered wall or a cloth."""
-    g = np.random.Generator(np.random.Philox(zlib.crc32(kind.encode())))
-    n, unit = 2 * size, size / 96
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / unit
-    if kind == "wood":
-        plank = (x // 27).astype(int)
-        tone = g.uniform(-16, 16, plank.max() + 1)[plank]
-        shift = g.uniform(0, 90, plank.max() + 1)[plank]
-        low, high = _noise(g, n, n, 7 * unit), _noise(g, n, n, 0.5 * unit)
-        grain = np.sin((x % 27) * 0.55 + 2.2 * low + np.sin((y + shift) * 0.06) * 2.4)
-        value = tone + 8 * grain + 3 * high - 34 * ((x % 27) < 0.9) - 26 * (((y + shift) % 90) < 0.8)
-        return (np.array(SURFACES["wood"], np.float32) + value[..., None] * np.array([1, 0.92, 0.8], np.float32)).astype(np.float32)
-    if kind == "marble":
-        low, mid = _noise(g, n, n, 14 * unit), _noise(g, n, n, 4 * unit)
-        vein = np.exp(-np.abs(np.sin(0.055 * (x + 0.7 * y) + 1.1 * low + 0.35 * mid)) * 13)
-        value = 5 * mid - 52 * vein
-        return (np.array(SURFACES["marble"], np.float32) + value[..., None]).astype(np.float32)
-    if kind == "plaster":
-        value = 7 * _noise(g, n, n, 9 * unit) + 4 * _noise(g, n, n, 1.3 * unit)
-        return (np.array(SURFACES["plaster"], np.float32) + value[..., None]).astype(np.float32)
-    value = 8 * np.sin(2 * math.pi * x / 2.6) * np.sin(2 * math.pi * y / 2.6) + 6 * _noise(g, n, n, 8 * unit) + 3 * _noise(g, n, n, 0.5 * unit)
-    return (np.array(SURFACES["cloth"], np.float32) + value[..., None]).astype(np.float32)
-
-
-PASTELS: tuple[RGB, ...] = ((250, 224, 222), (222, 236, 248), (226, 244, 228), (250, 240, 208), (236, 226, 248), (250, 228, 204), (212, 234, 232))
-STRONG: tuple[RGB, ...] = ((232, 148, 120), (118, 164, 196), (136, 172, 132), (226, 190, 96), (168, 142, 190), (206, 118, 128), (96, 130, 138))
-
-
-@functools.lru_cache(maxsize=8)
-def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    return y, x
-
-
-SURFACES = dict(wood=(186, 150, 112), marble=(232, 231, 232), plaster=(190, 186, 180), cloth=(206, 196, 180))
-BACKGROUNDS = ("white", "grey", "pastel", "gradient", "gradient", "room", "room", "wood", "marble", "plaster", "cloth")
-
-
-def background(size: int, main: RGB, g: np.random.Generator) -> np.ndarray:
-    """A background that sets off a garment of colour `main`: float32 [size, size, 3], 0 to 255."""
-    y, x = _grid(size)
-    for _ in range(12):
-        kind = BACKGROUNDS[int(g.integers(len(BACKGROUNDS)))]
-        tones = STRONG if kind == "gradient" or (kind == "room" and g.random() < 0.4) else PASTELS
-        base = SURFACES.get(kind) or {"white": (246, 246, 246), "grey": (196, 198, 202)}.get(kind) or tones[int(g.integers(len(tones)))]
-        if distance(base, main) > 26:
-            break
-    tone = np.array(base, np.float32)
-    if kind in SURFACES:
-        surface = _surface(kind, size)
-        top, left = (int(v) for v in g.integers(0, size, 2))
-        picture = surface[top : top + size, left : left + size]
-        picture = picture[:, ::-1] if g.random() < 0.5 else picture
-        picture = picture.swapaxes(0, 1) if kind == "wood" and g.random() < 0.5 else picture
-        picture = picture * (g.uniform(0.82, 1.06) * (1 + g.uniform(-0.05, 0.05, 3))).astype(np.float32)
-    elif kind == "room":
-        floor = tone * 0.82 if g.random() < 0.5 else np.array((196, 170, 140), np.float32) * np.float32(g.uniform(0.8, 1.1))
-        line = g.uniform(0.62, 0.9) + g.uniform(-0.05, 0.05) * x - y
-        share = np.clip(0.5 - line * (size / 2.0), 0, 1)
-        wall = (1.02 - 0.16 * np.abs(x - g.uniform(0.2, 0.8))) * (1 - 0.10 * np.exp(-np.abs(line) * 22)) * (1 - share)
-        picture = wall[..., None] * tone + (share * (0.75 + 0.25 * y))[..., None] * floor
-    else:
-        other = np.array(PASTELS[int(g.integers(len(PASTELS)))], np.float32) if kind == "gradient" else tone * 0.93
-        angle = g.uniform(0, 2 * math.pi)
-        ramp = np.clip(0.5 + (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle), 0, 1)
-        cx, cy = g.uniform(0.3, 0.7, 2)
-        fall = 1.02 - g.uniform(0.05, 0.28) * ((x - cx) ** 2 + (y - cy) ** 2)
-        picture = (fall * (1 - ramp))[..., None] * tone + (fall * ramp)[..., None] * other
-    if g.random() < 0.22:                # light through a window
-        slope, at, wide = g.uniform(-1.2, 1.2), g.uniform(-0.2, 1.0), g.uniform(0.15, 0.35)
-        across = x + slope * y - at
-        light = np.clip(np.minimum(across, wide - across) * 14 + 0.5, 0, 1) * np.clip(np.abs(((y * 2.2 + slope) % 1.0) - 0.06) * 20, 0, 1)
-        picture = picture * (0.93 + 0.13 * light)[..., None]
-    return np.clip(picture, 0, 255).astype(np.float32)
+PATTERNS = (
+    "stripes",
+    "pinstripes",
+    "checks",
+    "tartan",
+    "polka dots",
+    "flowers",
+    "chevrons",
+    "camouflage",
+    "leopard spots",
+    "zigzags",
+    "diamonds",
+)

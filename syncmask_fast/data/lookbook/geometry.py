@@ -12,7 +12,8 @@ _CURVE_T = np.linspace(0.0, 1.0, CURVE_STEPS + 1)[1:, None]
 
 
 def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
-    """A polyline [n, 2] from `start`: (x, y) draws a line to it, (cx, cy, x, y) a quadratic curve with control point c."""
+    """A polyline [n, 2] from `start`: (x, y) draws a line to it, (cx, cy, x, y) a quadratic curve with
+    control point c."""
     points = [np.array([start], dtype=np.float64)]
     for segment in segments:
         if len(segment) == 2:
@@ -45,7 +46,8 @@ def ellipse(x: float, y: float, rx: float, ry: float, steps: int = 32) -> np.nda
 
 
 def ribbon(line: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """The closed outline of a band of `width` (one number, or one per point) along an open polyline [n, 2]."""
+    """The closed outline of a band of `width` (one number, or one per point) along an open polyline [n,
+    2]."""
     step = np.gradient(line, axis=0)
     normal = np.stack([-step[:, 1], step[:, 0]], axis=1)
     normal /= np.maximum(np.hypot(normal[:, 0], normal[:, 1]), 1e-9)[:, None]
@@ -95,8 +97,12 @@ class Affine:
         return math.sqrt(abs(float(np.linalg.det(self.matrix))))
 
 
-def affine(scale: float | tuple[float, float] = 1.0, degrees: float = 0.0, lean: float = 0.0,
-           offset: tuple[float, float] = (0.0, 0.0)) -> Affine:
+def affine(
+    scale: float | tuple[float, float] = 1.0,
+    degrees: float = 0.0,
+    lean: float = 0.0,
+    offset: tuple[float, float] = (0.0, 0.0),
+) -> Affine:
     """Scale, then lean sideways (x += lean * y), then turn, then move."""
     sx, sy = scale if isinstance(scale, tuple) else (scale, scale)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

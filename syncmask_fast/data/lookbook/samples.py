@@ -1,8 +1,8 @@
 """Products to samples: (key, JPEG, record) in product order, drawn by worker processes that share nothing.
 
 A worker is a plain child process that writes its samples to a pipe.
-Neither fork (unsafe beside the threads of a trainer) nor spawn (which imports the trainer's main module, and with it torch,
-once more in every worker) would do.
+Neither fork (unsafe beside the threads of a trainer) nor spawn (which imports the trainer's main module,
+and with it torch, once more in every worker) would do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .catalogue import sample_product, stream
 from .drawing import render
 from .wording import describe
 
-CHUNK = 8          # products that a worker draws in a row
+CHUNK = 8  # products that a worker draws in a row
 _HEADER = struct.Struct("<III")
-_AHEAD = 4         # chunks that a worker may be ahead of the writer
+_AHEAD = 4  # chunks that a worker may be ahead of the writer
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,23 @@ def draw_product(job: Job, number: int) -> list[Sample]:
     samples: list[Sample] = []
     for index, name in enumerate(product.views):
         view = render(product, index, job.size, job.seed, job.split)
-        attributes = [dict(name=m.name, value=m.value, span=[m.start, m.end], box=_rounded(view.boxes[m.name])) for m in mentions]
-        record = dict(product_id=job.first_id + number, text=text, category=product.category, subcategory=product.subcategory, view=name,
-                      attributes=attributes, facts=product.facts)
+        attributes = [
+            dict(name=m.name, value=m.value, span=[m.start, m.end], box=_rounded(view.boxes[m.name]))
+            for m in mentions
+        ]
+        record = dict(
+            product_id=job.first_id + number,
+            text=text,
+            category=product.category,
+            subcategory=product.subcategory,
+            view=name,
+            attributes=attributes,
+            facts=product.facts,
+        )
         if product.sibling_of is not None:
             record["sibling_of"] = job.first_id + product.sibling_of
         buffer = BytesIO()
-        view.image.save(buffer, "JPEG", quality=job.quality)
+        view.image.save(buffer, "JPEG", quality=job.quality, subsampling=0)
         samples.append((f"{job.first_id + number:07d}_{index}_{name}", buffer.getvalue(), record))
     return samples
 
@@ -83,14 +93,26 @@ def draw_products(job: Job, workers: int) -> Iterator[list[Sample]]:
 
 
 class _Worker:
-    """A child process that draws every `of`-th chunk, and a thread that reads what it writes a little ahead."""
+    """A child process that draws every `of`-th chunk, and a thread that reads what it writes a little
+    ahead."""
 
     def __init__(self, job: Job, index: int, of: int) -> None:
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-c", f"import {__name__} as samples; samples.work()", json.dumps(asdict(job)), str(index), str(of)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                                         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-c",
+            f"import {__name__} as samples; samples.work()",
+            json.dumps(asdict(job)),
+            str(index),
+            str(of),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
         self._products: queue.Queue[list[Sample] | None] = queue.Queue(_AHEAD * CHUNK)
         self._stopped = False
         threading.Thread(target=self._read, daemon=True).start()
@@ -107,14 +129,16 @@ class _Worker:
     def next_product(self) -> list[Sample]:
         product = self._products.get()
         if product is None:
-            raise RuntimeError(f"a process that draws the lookbook ended early (exit code {self._process.wait()})")
+            raise RuntimeError(
+                f"a process that draws the lookbook ended early (exit code {self._process.wait()})"
+            )
         return product
 
     def stop(self) -> None:
         self._stopped = True
         if self._process.poll() is None:
             self._process.terminate()
-        while True:                       # let the reader out of a full queue
+        while True:  # let the reader out of a full queue
             try:
                 self._products.get_nowait()
             except queue.Empty:
@@ -140,7 +164,8 @@ def _read_product(pipe: BinaryIO) -> list[Sample] | None:
 
 
 def work() -> None:
-    """A worker: draws every `of`-th chunk of the job in its arguments (job, index, of) to its standard output."""
+    """A worker: draws every `of`-th chunk of the job in its arguments (job, index, of) to its standard
+    output."""
     job, index, of = Job(**json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     pipe = sys.stdout.buffer
     try:
@@ -153,4 +178,4 @@ def work() -> None:
                     pipe.write(_HEADER.pack(*(len(part) for part in parts)) + b"".join(parts))
                 pipe.flush()
     except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(1)                       # whoever reads is gone: no traceback
+        os._exit(1)  # whoever reads is gone: no traceback

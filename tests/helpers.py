@@ -1,0 +1,48 @@
+"""Small things that several tests need: a small configuration, a tokenizer, a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from syncmask_fast.config import PRESETS, TrainConfig
+from syncmask_fast.data.loader import Batch
+from syncmask_fast.data.text import train_tokenizer
+
+WORDS = "a red navy green dress coat skirt bag with star moon zip pocket and the of cotton wool".split()
+
+
+def small_config(**changes) -> TrainConfig:
+    """A model of a few ten thousand parameters: 48 px, 4 x 4 patches."""
+    base = PRESETS["tiny"][1]
+    vocabulary = small_tokenizer().get_vocab_size()
+    return dataclasses.replace(
+        base,
+        embed=16,
+        batch_size=6,
+        image=dataclasses.replace(base.image, size=48, width=32, depth=2, heads=2),
+        text=dataclasses.replace(base.text, vocabulary=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_tokens=24),
+        loss=dataclasses.replace(base.loss, queue=20),
+        **changes,
+    )
+
+
+def small_tokenizer() -> Tokenizer:
+    return train_tokenizer([" ".join(WORDS)] * 3, 120)
+
+
+def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
+    """A batch of random pixels and words; pairs 0 and 1 are of one product."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 15, (pairs,), generator=generator).tolist()
+    size = config.image.size
+    ids = torch.randint(5, config.text.vocabulary, (sum(lengths),), generator=generator)
+    products = torch.arange(pairs).clamp(min=1) - 1
+    places = torch.arange(pairs)
+    return Batch(
+        torch.randn(pairs, 3, size, size, generator=generator), ids, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), lengths,
+        products, places, places, np.arange(pairs),
+    )  # fmt: skip

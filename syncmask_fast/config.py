@@ -79,6 +79,8 @@ class LossConfig:
     itm: float = 1.0
     mlm: float = 1.0
     mim: float = 1.0
+    align: float = 0.0
+    """First part of the training, 0 to 1, in which ITC stands alone: image and text are aligned before they are fused."""
     queue: int = 65_536
     """Momentum features kept as further ITC candidates (ALBEF: 65,536)."""
     alpha: float = 0.4
@@ -111,7 +113,7 @@ class OptimConfig:
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.995
-    """Momentum of the teacher (ALBEF: 0.995)."""
+    """Momentum of the teacher (ALBEF: 0.995); at step s never more than (1 + s) / (10 + s), so that it leaves its random start soon."""
     accumulate: int = 1
     """Batches whose gradients are added up before a step."""
 
@@ -190,7 +192,7 @@ class TrainConfig:
                 raise UserError(f"{flag} is {value}, but must be more than 0.")
         shares = {
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
-            "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--loss.align": self.loss.align, "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
         }  # fmt: skip
         for flag, value in shares.items():
             if not 0 <= value <= 1:
@@ -207,6 +209,8 @@ class TrainConfig:
             raise UserError(f"--text.max-tokens is {self.text.max_tokens}, but must be 3 or more: [CLS], a word, [SEP].")
         if self.loss.queue < 0:
             raise UserError(f"--loss.queue is {self.loss.queue}, but must be 0 or more.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}, but must be 0 or more.")
         low, high = self.mask.ramp
         if not 0 <= low <= high <= 1:
             raise UserError(f"--mask.ramp is {low} {high}, but must be two rising parts of the training within 0 and 1.")
@@ -220,10 +224,10 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             steps=600,
             batch_size=64,
             embed=128,
-            image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=12, width=128, depth=4, heads=4),
-            text=TextConfig(vocabulary=2_000, width=128, heads=4, layers=2, fusion_layers=3, max_tokens=96),
-            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.3, layer=1),
-            loss=LossConfig(queue=1024),
+            image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2),
+            text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96),
+            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.25, layer=1, ramp=(0.65, 0.8)),
+            loss=LossConfig(align=0.6, queue=0, alpha=0.0),
             optim=OptimConfig(lr=1e-3, min_lr=1e-5, ema=0.99),
             save_every=200,
         ),

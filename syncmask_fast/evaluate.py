@@ -114,8 +114,8 @@ def teacher_masks(model: SyncMaskModel, data: SyncData, configs: Sequence[MaskCo
 
 
 def _split_masks(masks: Masks, lengths: list[int]) -> list[sync.SyncMask]:
-    words, patches, score = masks.words.cpu().numpy(), masks.patches.cpu().numpy(), masks.word_score.float().cpu().numpy()
-    return [sync.SyncMask(words[i, 1 : n - 1], patches[i], score[i, 1 : n - 1]) for i, n in enumerate(lengths)]
+    words, patches, word_score, patch_score = (x.cpu().numpy() for x in masks)
+    return [sync.SyncMask(words[i, 1 : n - 1], patches[i], word_score[i, 1 : n - 1], patch_score[i]) for i, n in enumerate(lengths)]
 
 
 def evaluate_sync(model: SyncMaskModel, data: SyncData) -> dict[str, float]:
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         data = SyncData.of(split, tokens, model.config.image.size // model.config.image.patch)
         if data is None:
-            raise UserError(f"{command.data} has no attributes in its records: synchrony can be measured on drawn truth only, such as the lookbook's.")
+            raise UserError(f"{command.data} has no attributes in its records: synchrony needs drawn truth, such as the lookbook's.")
         results = compare_rules(model, data) if command.every_rule else evaluate_sync(model, data)
     if isinstance(results, dict):
         print_results(results)

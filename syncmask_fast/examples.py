@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def write_run_report(out: Path, model: SyncMaskModel, split: Split, results: dic
         "command": f"python -m syncmask_fast.train {config.preset} --data {config.data} --out {out} --seed {config.seed}",
         "versions": f"syncmask_fast {syncmask_fast.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
         "device": str(model.device),
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
     write_report(
         out / "report.html", title=f"SyncMask: {out.name}", config=to_json(config), metrics=[json.loads(line) for line in lines], results=results,
@@ -71,7 +73,7 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
         examples.append(
             MaskExample(
                 decode_image(split.index.jpeg(i), size), record["text"], words, grid, drawn.patches[row].numpy(), mask.patches,
-                mask.patches.astype(np.float32), boxes, record.get("view", ""), str(split.index.product_ids[i]),
+                mask.patch_score, boxes, record.get("view", ""), str(split.index.product_ids[i]),
             )  # fmt: skip
         )
     return examples
@@ -89,7 +91,9 @@ def retrieval_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, s
     for query in rng.permutation(len(first))[: shown // 2]:
         score = (gallery.images @ gallery.texts[query]).cpu().numpy()
         best = score.argsort()[::-1]
-        items = [RetrievedItem(decode_image(split.index.jpeg(place[j]), size), None, float(score[j]), bool(product[j] == query)) for j in best[:ANSWERS]]
+        items = [
+            RetrievedItem(decode_image(split.index.jpeg(place[j]), size), None, float(score[j]), bool(product[j] == query)) for j in best[:ANSWERS]
+        ]
         examples.append(RetrievalExample("t2i", split.index.texts[place[first[query]]], None, items, 1 + int((product[best] == query).argmax())))
     for query in rng.permutation(len(product))[: shown - shown // 2]:
         score = (gallery.texts @ gallery.images[query]).cpu().numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 from syncmask_fast.errors import UserError
 from syncmask_fast.step import Losses
+
+LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 
 
 class MetricsLog:
@@ -52,12 +55,12 @@ class MetricsLog:
         """Prints and writes what has come together, every `every` steps."""
         if self.rows and (self.rows[-1]["step"] % self.every == 0 or self.rows[-1]["step"] == self.steps):
             shown = self.flush()
-            mean = {name: sum(row[name] for row in shown) / len(shown) for name in shown[0] if name not in ("step", "epoch") and "/" not in name}
             last = shown[-1]
-            losses = " ".join(f"{name} {mean[f'loss_{name}']:.3f}" for name in ("itc", "itm", "mlm", "mim"))
+            mean = {name: sum(row[name] for row in shown) / len(shown) for name in last if all(name in row for row in shown)}
+            losses = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
             print(
-                f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s  data {100 * mean['data_wait_share']:2.0f} %"
-                f"  loss {mean['loss']:.3f} ({losses}){self.lift}",
+                f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s"
+                f"  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f} ({losses}){self.lift}",
                 flush=True,
             )
 
@@ -67,7 +70,7 @@ class MetricsLog:
             return []
         values = torch.stack(self.losses).float().cpu().tolist()
         for row, (total, *parts) in zip(self.rows, values, strict=True):
-            row |= {"loss": total, **dict(zip(("loss_itc", "loss_itm", "loss_mlm", "loss_mim"), parts, strict=True))}
+            row |= {"loss": total} | {name: value for name, value in zip(LOSSES, parts, strict=True) if not math.isnan(value)}
             self.file.write(json.dumps(row) + "\n")
             if self.board is not None:
                 for name, value in row.items():

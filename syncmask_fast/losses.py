@@ -40,9 +40,11 @@ class Queue(NamedTuple):
 def contrastive_loss(
     images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor, ids: Tensor, queue: Queue, temperature: Tensor, alpha: float
 ) -> Tensor:
-    """ITC with momentum features and soft targets (ALBEF, equations 1, 2 and 6), positives by product id (FashionSAP).
+    """ITC with a momentum queue and soft targets (ALBEF, equations 1, 2 and 6), positives by product id (FashionSAP).
 
     images, texts, teacher_images, teacher_texts: unit vectors [B, E]; ids: int64 [B].
+    The candidates are the batch's own features, with gradient (our choice: ALBEF takes the teacher's, from which a model that starts from
+    random weights does not leave the state in which all features are alike), and the teacher's features in the queue.
     The targets are alpha * the teacher's softmax + (1 - alpha) * the uniform distribution over the candidates of the same product.
     """
     candidate_ids = torch.cat([ids, queue.ids])
@@ -50,12 +52,12 @@ def contrastive_loss(
     positive = (ids[:, None] == candidate_ids).float()
     positive = positive / positive.sum(1, keepdim=True)
     loss = images.new_zeros(())
-    pairs = ((images, teacher_images, teacher_texts, queue.texts), (texts, teacher_texts, teacher_images, queue.images))
-    for anchors, teacher_anchors, others, queued in pairs:
-        candidates = torch.cat([others, queued])
-        logits = (anchors @ candidates.T / temperature).masked_fill(empty, -torch.inf)
+    image_side = images, texts, teacher_images, teacher_texts, queue.texts
+    text_side = texts, images, teacher_texts, teacher_images, queue.images
+    for anchors, others, teacher_anchors, teacher_others, queued in (image_side, text_side):
+        logits = (anchors @ torch.cat([others, queued]).T / temperature).masked_fill(empty, -torch.inf)
         with torch.no_grad():
-            soft = (teacher_anchors @ candidates.T / temperature).masked_fill(empty, -torch.inf).softmax(1)
+            soft = (teacher_anchors @ torch.cat([teacher_others, queued]).T / temperature).masked_fill(empty, -torch.inf).softmax(1)
             targets = alpha * soft + (1 - alpha) * positive
         loss = loss - (targets * logits.log_softmax(1).masked_fill(empty, 0)).sum(1).mean()
     return loss / 2

@@ -45,7 +45,7 @@ def random_masks(layout: Layout, patches: int, config: MaskConfig, generator: to
     word_score = torch.rand(allowed.shape, **draw).masked_fill(~allowed, -torch.inf)
     patch_score = torch.rand(len(layout), patches, **draw)
     m = allowed.sum(1)
-    words = (config.token_ratio * m + 0.5).floor().clamp(min=1).minimum(m) if config.token_ratio else m * 0
+    words = (config.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m) if config.token_ratio else m * 0
     return Masks(_highest(word_score, words), _highest(patch_score, m * 0 + count(config.patch_ratio, patches)), word_score, patch_score)
 
 

@@ -82,8 +82,10 @@ class SyncMaskModel(nn.Module):
         self.word_head = WordHead(width, text.vocabulary)
         target = 3 * config.image.patch**2 if config.loss.mim_target == "pixels" else self.image.width
         self.patch_head = PatchHead(width, text.heads, self.image.width, target)
+        if not config.image.pretrained:
+            self.image.apply(_init_scratch)
         for part in (self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
-            part.apply(_init_bert)
+            part.apply(_init_scratch)
 
     @property
     def mask_id(self) -> int:
@@ -188,8 +190,9 @@ def without_start_weights(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, image=dataclasses.replace(config.image, pretrained=False))
 
 
-def _init_bert(module: nn.Module) -> None:
+def _init_scratch(module: nn.Module) -> None:
+    """Weights with variance 1 / inputs (LeCun et al. 1998): small models learn much sooner than from BERT's 0.02."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -1,6 +1,7 @@
 """Retrieval metrics on features: 101 candidates and the full gallery, both directions, tile by tile (no N x N matrix).
 
-A query's rank counts every candidate that scores as high as the truth or higher: a tie is a miss, so constant features score nothing.
+A query's rank counts every candidate that does not score lower than the truth: a tie is a miss, so that constant features score nothing, nor do
+features that are NaN.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def full_recall(gallery: Gallery, tile: int = 1024) -> dict[str, float]:
     for begin in range(0, len(images), tile):
         score = images[begin : begin + tile] @ texts.T
         own = score.gather(1, product[begin : begin + tile, None])
-        i2t.append((score >= own).sum(1))
+        i2t.append((~(score < own)).sum(1))
     t2i = []
     for begin in range(0, len(texts), tile):
         score = texts[begin : begin + tile] @ images.T
         mine = product[None, :] == torch.arange(begin, begin + len(score), device=product.device)[:, None]
         own = score.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
-        t2i.append(1 + ((score >= own) & ~mine).sum(1))
+        t2i.append(1 + (~(score < own) & ~mine).sum(1))
     return {f"{way}/full/R@{k}": recall(torch.cat(rank), k) for way, rank in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
 
 
@@ -64,7 +65,7 @@ def candidate_recall(gallery: Gallery, *, queries: int = 1000, draws: int = 5, s
     recalls: dict[str, list[float]] = {}
     topped_up = []
     for draw in range(draws):
-        rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, draw]))
+        rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, draw], np.uint64)))
         query = rng.permutation(len(image_product))[:queries]
         chosen, extra = _candidates(rng, image_product[query], group[image_product[query]], np.arange(products), group)
         rank = _rank(gallery.images[query], gallery.texts, image_product[query], chosen)
@@ -113,7 +114,7 @@ def _rank(queries: Tensor, items: Tensor, truth: np.ndarray, chosen: np.ndarray)
     """Ranks int64 [Q], from 1, of the items `truth` among themselves and the chosen ones."""
     at = torch.from_numpy(np.column_stack([truth, chosen])).to(items.device)
     score = torch.stack([items[row] @ query for row, query in zip(at, queries, strict=True)])
-    return (score >= score[:, :1]).sum(1)
+    return (~(score < score[:, :1])).sum(1)
 
 
 def _add(recalls: dict[str, list[float]], way: str, rank: Tensor) -> None:

@@ -21,7 +21,7 @@ from syncmask_fast.model import SyncMaskModel
 
 
 class Losses(NamedTuple):
-    """The weighted sum and its parts, float32 scalars on the device."""
+    """The weighted sum and its parts, float32 scalars on the device; NaN for a part that was not computed."""
 
     total: Tensor
     itc: Tensor
@@ -43,8 +43,9 @@ def make_teacher(model: SyncMaskModel) -> SyncMaskModel:
 
 
 @torch.no_grad()
-def update_teacher(teacher: SyncMaskModel, model: SyncMaskModel, momentum: float) -> None:
-    """Moves the teacher towards the model: teacher = momentum * teacher + (1 - momentum) * model."""
+def update_teacher(teacher: SyncMaskModel, model: SyncMaskModel, momentum: float, step: int) -> None:
+    """Moves the teacher towards the model: teacher = m * teacher + (1 - m) * model with m = min(momentum, (1 + step) / (10 + step))."""
+    momentum = min(momentum, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - momentum)
 
 
@@ -69,12 +70,14 @@ def training_losses(
     queue: losses.Queue,
     config: TrainConfig,
     *,
+    fuse: bool = True,
     sync_share: float,
     alpha: float,
     seed: int,
 ) -> tuple[Losses, Momentum]:
     """All losses of a batch, and the teacher's features of it for the queue and the feature bank.
 
+    fuse:       False computes ITC alone (`config.loss.align`).
     sync_share: a sample's chance of a sync mask instead of a random one (`config.masking` "sync").
     alpha:      share of the teacher's soft targets in ITC.
     seed:       of this step: every draw (masks, negatives) follows from it.
@@ -88,9 +91,9 @@ def training_losses(
         teacher_texts = teacher.text(batch.token_ids, layout)
         momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
         masks = None
-        if config.masking != "none":
+        if fuse and config.masking != "none":
             masks = random_masks(layout, model.image.patches, config.mask, generator)
-        if config.masking == "sync" and sync_share > 0:
+        if masks is not None and config.masking == "sync" and sync_share > 0:
             masks = blend(sync_masks(teacher, teacher_images, teacher_texts, layout, config.mask), masks, sync_share, generator)
 
     words = patches = 0
@@ -109,6 +112,10 @@ def training_losses(
 
     image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
     itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
+
+    if not fuse:
+        missing = itc.new_tensor(torch.nan)
+        return Losses(config.loss.itc * itc, itc.detach(), missing, missing, missing), momentum
 
     itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed)
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-PLACE_AREA = 0.2  # attributes whose box covers less of the picture than this have a place; where larger ones lie, anything on the garment would be a hit
+# Attributes whose box covers less of the picture than this have a place; on larger ones anything on the garment would be a hit.
+PLACE_AREA = 0.2
 
 
 class SyncTruth(NamedTuple):
@@ -36,6 +37,8 @@ class SyncMask(NamedTuple):
     """bool [P]."""
     word_score: np.ndarray
     """float32 [m]."""
+    patch_score: np.ndarray
+    """float32 [P]."""
 
 
 def truth(spans: np.ndarray, attributes: Sequence[dict], width: int, height: int, grid: int) -> SyncTruth:
@@ -62,7 +65,8 @@ def truth(spans: np.ndarray, attributes: Sequence[dict], width: int, height: int
         across = np.clip(np.minimum(edges[1:], x1) - np.maximum(edges[:-1], x0), 0, None)
         down = np.clip(np.minimum(edges[1:], y1) - np.maximum(edges[:-1], y0), 0, None)
         area = (x1 - x0) * (y1 - y0)
-        on = np.outer(down >= 0.5 * min(1.0, y1 - y0), across >= 0.5 * min(1.0, x1 - x0)).ravel() & (area > 0)
+        half = 0.5 - 1e-6  # so that a box right between two patches lies on both, however its numbers round
+        on = np.outer(down >= half * min(1.0, y1 - y0), across >= half * min(1.0, x1 - x0)).ravel() & (area > 0)
         any_patches |= on
         if area < PLACE_AREA * grid * grid:
             patches |= on
@@ -80,8 +84,8 @@ def partners(words: np.ndarray, views: np.ndarray, products: np.ndarray, seed: i
     for view in np.unique(views):
         run = order[views[order] == view]
         for place, sample in enumerate(run):
-            near = sorted(range(max(0, place - 8), min(len(run), place + 9)), key=lambda j: (abs(int(words[run[j]]) - int(words[sample])), j <= place, abs(j - place)))
-            others = [run[j] for j in near if products[run[j]] != products[sample]]
+            near = np.delete(run, place)[max(0, place - 8) : place + 8]
+            others = sorted(near[products[near] != products[sample]], key=lambda j: abs(int(words[j]) - int(words[sample])))
             partner[sample] = others[0] if others else run[(place + 1) % len(run)]
     return partner
 

@@ -92,7 +92,8 @@ def start_run(out: Path, config: TrainConfig, data: Path) -> TrainConfig:
     """Makes the run's folder, or checks that the one that is there belongs to this configuration; points runs/latest to it."""
     config = dataclasses.replace(config, data=data, out=out)
     known = out / "config.json"
-    if known.is_file():
+    begun = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # a run that stopped at a mistake before is no hindrance
+    if known.is_file() and begun:
         if config.resume == "never":
             raise UserError(f"{out} holds a run already: choose another --out, or drop --resume never to go on with it.")
         before = to_json(from_json(TrainConfig, _read_json(known)))
@@ -141,7 +142,10 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
     else:
         state.order = torch.from_numpy(plan(config, state, product_ids))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(train_split):,} pictures of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, {steps} steps of {config.batch_size} on {device}")
+    print(
+        f"{len(train_split):,} pictures of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
+        f"{steps} steps of {config.batch_size} on {device}"
+    )
 
     grid = config.image.size // config.image.patch
     eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_tokens)
@@ -165,7 +169,8 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
                 log.flush()
                 save_checkpoint(out / "checkpoints", state)
             if stop:
-                print(f"\nstopped at step {state.step} of {steps}; to go on: python -m syncmask_fast.train {config.preset} --out {out} with the same flags")
+                again = f"python -m syncmask_fast.train {config.preset} --out {out}"
+                print(f"\nstopped at step {state.step} of {steps}; to go on: {again} with the same flags")
                 raise SystemExit(130)
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
@@ -178,13 +183,16 @@ def one_step(
     """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank."""
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
+    fuse = state.step >= round(config.loss.align * steps)
     alpha = config.loss.alpha * min(1.0, state.step * config.optim.accumulate / batches_per_epoch)
     parts: list[Losses] = []
     for part in range(config.optim.accumulate):
         batch = next(batches)
         seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device)):
-            found, momentum = training_losses(state.model, state.teacher, batch, state.queue, config, sync_share=share, alpha=alpha, seed=seed)
+            found, momentum = training_losses(
+                state.model, state.teacher, batch, state.queue, config, fuse=fuse, sync_share=share, alpha=alpha, seed=seed
+            )
         (found.total / config.optim.accumulate).backward()
         state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
         state.bank.store(batch.samples, *momentum)
@@ -193,7 +201,7 @@ def one_step(
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    update_teacher(state.teacher, state.model, config.optim.ema)
+    update_teacher(state.teacher, state.model, config.optim.ema, state.step)
     return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
 
 

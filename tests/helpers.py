@@ -1,35 +1,40 @@
-"""Small things that several tests need: a small configuration, a tokenizer, a batch."""
+"""Small things that several tests need: a small configuration, a tokenizer, a batch, a drawn dataset."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer
 
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.loader import Batch
+from syncmask_fast.data.lookbook import draw_lookbook
 from syncmask_fast.data.text import train_tokenizer
 
-WORDS = "a red navy green dress coat skirt bag with star moon zip pocket and the of cotton wool".split()
+WORDS = ["a", "red", "navy", "green", "dress", "coat", "skirt", "bag", "with", "star", "moon", "zip", "pocket", "and", "the", "of", "cotton", "wool"]
 
 
 def small_config(**changes) -> TrainConfig:
     """A model of a few ten thousand parameters: 48 px, 4 x 4 patches."""
     base = PRESETS["tiny"][1]
     vocabulary = small_tokenizer().get_vocab_size()
-    return dataclasses.replace(
+    config = dataclasses.replace(
         base,
         embed=16,
         batch_size=6,
-        image=dataclasses.replace(base.image, size=48, width=32, depth=2, heads=2),
+        image=dataclasses.replace(base.image, size=48, patch=12, width=32, depth=2, heads=2),
         text=dataclasses.replace(base.text, vocabulary=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_tokens=24),
         loss=dataclasses.replace(base.loss, queue=20),
-        **changes,
     )
+    return dataclasses.replace(config, **changes)
 
 
+@functools.cache
 def small_tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(WORDS)] * 3, 120)
 
@@ -46,3 +51,10 @@ def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
         torch.randn(pairs, 3, size, size, generator=generator), ids, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), lengths,
         products, places, places, np.arange(pairs),
     )  # fmt: skip
+
+
+def small_lookbook(folders: pytest.TempPathFactory) -> Path:
+    """A lookbook drawn once for all tests of the session: 5 batches of 16 to train on, 105 products to evaluate on."""
+    folder = folders.getbasetemp() / "lookbook"
+    draw_lookbook(folder, products=22, eval_products=105, size=96, workers=1)
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import timm
 import torch
-from helpers import small_config, small_tokenizer
 from PIL import Image
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -13,6 +12,7 @@ from syncmask_fast.attention import Layout, attention, block_diagonal_mask
 from syncmask_fast.config import ImageConfig, TextConfig
 from syncmask_fast.encoders import FusionEncoder, ImageEncoder, TextEncoder, pack_by_image, pack_pairs
 from syncmask_fast.model import SyncMaskModel
+from tests.helpers import small_config, small_tokenizer
 
 WIDTH, HEADS, LAYERS, FUSION = 48, 4, 2, 3
 LENGTHS = [7, 3, 11, 5, 13]  # odd, prime, all different
@@ -63,7 +63,8 @@ def test_image_encoder_equals_timm():
     weights = {f"vit.{name}": torch.randn_like(value) * 0.1 for name, value in theirs.state_dict().items()}
     theirs.load_state_dict({name.removeprefix("vit."): value for name, value in weights.items()})
     missing, unexpected = ours.load_state_dict(weights, strict=False)
-    assert missing == ["mask_token"] and not unexpected
+    assert missing == ["mask_token"]
+    assert not unexpected
     pixels = torch.randn(3, 3, 48, 48)
     assert close(ours.eval()(pixels), theirs.eval()(pixels))
 
@@ -142,7 +143,8 @@ def test_attention_between_blocks_is_impossible():
     expected = torch.einsum("hqk,khd->qhd", logits.masked_fill(~allowed, -torch.inf).softmax(-1), v.double())
     assert close(attention(q, k, v, q_layout, k_layout), expected.float())
     mask = block_diagonal_mask(3, q_layout, k_layout)
-    assert mask.q_seqinfo.seqstart.tolist() == [0, 3, 4, 9] and mask.k_seqinfo.seqstart.tolist() == [0, 2, 9, 13]
+    assert mask.q_seqinfo.seqstart.tolist() == [0, 3, 4, 9]
+    assert mask.k_seqinfo.seqstart.tolist() == [0, 2, 9, 13]
     dense = block_diagonal_mask(3, q_layout, 4)
     assert dense.k_seqinfo.seqstart.tolist() == [0, 4, 8, 12]
 
@@ -157,7 +159,8 @@ def test_saved_model_answers_as_before(tmp_path):
     assert torch.equal(model.encode_image(pictures), again.encode_image(pictures))
     assert torch.equal(model.encode_text(texts), again.encode_text(texts))
     match = again.match(pictures, texts)
-    assert match.shape == (3,) and ((match > 0) & (match < 1)).all()
+    assert match.shape == (3,)
+    assert ((match > 0) & (match < 1)).all()
     # Each answer is that of its pair alone, so that a batch mixes nothing up.
     for n in range(3):
         assert close(again.match(pictures[n : n + 1], texts[n : n + 1]), match[n : n + 1])

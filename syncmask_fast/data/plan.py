@@ -32,7 +32,7 @@ def epoch_order(
     part of them), starts at random, and its whole batches are shuffled afterwards, as in GRIT-VLP; a short last batch stays last.
     """
     n = len(product_ids)
-    rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
     shuffled = rng.permutation(n)
     if kind == "random" or image_feats is None or text_feats is None:
         return shuffled

@@ -18,7 +18,8 @@ BANDS = ("behind", "body", "front")
 class Canvas:
     """Square images of size * factor pixels. `paint` RGB: colours without light. `seen` L: number of the
     thing on top, 0 for none. `bands` L: outlines of what lies behind the body, of the body and of what lies
-    on it (for light and shadow). `props` L: hangers and the like. `lines` L: creases (128: none, darker or
+    on it (for light and shadow). `details` L: where details were laid on, None without any. `props` L: hangers
+    and the like. `lines` L: creases (128: none, darker or
     lighter)."""
 
     size: int
@@ -29,9 +30,10 @@ class Canvas:
     def __post_init__(self) -> None:
         self.n = self.size * self.factor
         self.paint = Image.new("RGB", (self.n, self.n), self.ground)
-        self.seen, self.props = self.blank(), None
+        self.seen, self.props, self.details = self.blank(), None, None
         self.lines = self.blank(128)
         self.bands = {band: self.blank() for band in BANDS}
+        self.on_paint, self.on_seen, self.on_lines = map(ImageDraw.Draw, (self.paint, self.seen, self.lines))
 
     def blank(self, value: int = 0) -> Image.Image:
         return Image.new("L", (self.n, self.n), value)
@@ -60,10 +62,9 @@ class Canvas:
             for points in flat:
                 draw.polygon(points, fill=255)
         if on is None and not isinstance(fill, Image.Image):
-            paint, seen = ImageDraw.Draw(self.paint), ImageDraw.Draw(self.seen)
             for points in flat:
-                paint.polygon(points, fill=fill)
-                seen.polygon(points, fill=number)
+                self.on_paint.polygon(points, fill=fill)
+                self.on_seen.polygon(points, fill=number)
             return
         every = np.concatenate(polygons)
         x0, y0 = (max(0, math.floor(v)) for v in every.min(axis=0))
@@ -82,42 +83,56 @@ class Canvas:
 
     def stroke(self, points: np.ndarray, fill: RGB, width: int) -> None:
         """A line on `paint` alone."""
-        ImageDraw.Draw(self.paint).line([tuple(p) for p in points.tolist()], fill=fill, width=width)
+        self.on_paint.line([tuple(p) for p in points.tolist()], fill=fill, width=width)
 
     def cover(self) -> Image.Image:
         """255 where anything was painted."""
-        cover = Image.fromarray((np.asarray(self.seen) > 0).view(np.uint8) * np.uint8(255))
+        found = (np.asarray(self.seen) > 0).view(np.uint8)
+        cover = as_image(np.negative(found, out=found))
         return ImageChops.lighter(cover, self.props) if self.props else cover
 
 
 def where(seen: Image.Image, numbers: set[int]) -> Image.Image:
     """L, 255 where `seen` is one of `numbers`."""
-    cells = np.asarray(seen)
-    found = np.zeros(cells.shape, bool)
-    for number in numbers:
+    found = among(np.asarray(seen), numbers).view(np.uint8)
+    return as_image(np.negative(found, out=found))
+
+
+def among(cells: np.ndarray, numbers: set[int]) -> np.ndarray:
+    """bool: where `cells` is one of `numbers`."""
+    if not numbers:
+        return np.zeros(cells.shape, bool)
+    first, *others = numbers
+    found = cells == first
+    for number in others:
         found |= cells == number
-    return Image.fromarray(found.view(np.uint8) * np.uint8(255))
+    return found
+
+
+def as_image(cells: np.ndarray) -> Image.Image:
+    """The array (uint8 or bool) as an L image, without a copy."""
+    return Image.frombuffer("L", cells.shape[::-1], cells, "raw", "L", 0, 1)
 
 
 class Regions:
-    """Which pixels of a map of numbers (L) carry which number: how many, and the box around them."""
+    """A map of numbers (L): the box around the pixels that carry given numbers, and how many there are."""
 
-    def __init__(self, seen: Image.Image) -> None:
-        cells = np.asarray(seen)
-        self._counts = seen.histogram()
-        self._boxes: dict[int, tuple[int, int, int, int]] = {}
-        for number in range(1, 256):
-            if self._counts[number]:
-                own = (cells == number).view(np.uint8)
-                self._boxes[number] = Image.frombuffer("L", seen.size, own, "raw", "L", 0, 1).getbbox()  # type: ignore[assignment]
+    def __init__(self, seen: Image.Image, within: tuple[int, int, int, int] | None = None) -> None:
+        """`within`: look at this part of the map alone."""
+        self.all = within or seen.getbbox()
+        self._at = self.all or (0, 0, 1, 1)
+        self._cells = np.asarray(seen.crop(self._at))
 
-    def count(self, numbers: set[int]) -> int:
-        return sum(self._counts[number] for number in numbers)
-
-    def box(self, numbers: set[int], factor: int) -> Box | None:
-        """The tight box around all pixels that carry one of `numbers`, in pixels of the reduced picture."""
-        found = [self._boxes[number] for number in numbers if number in self._boxes]
+    def box(self, numbers: set[int], factor: int) -> tuple[Box | None, int]:
+        """The tight box around all pixels that carry one of `numbers`, in pixels of the reduced picture,
+        and the number of those pixels."""
+        if not numbers:
+            return None, 0
+        own = among(self._cells, numbers)
+        count = int(np.count_nonzero(own))
+        found = as_image(own).getbbox() if count else None
         if not found:
-            return None
-        x0, y0, x1, y1 = zip(*found, strict=True)
-        return [min(x0) / factor, min(y0) / factor, max(x1) / factor, max(y1) / factor]
+            return None, 0
+        left, top = self._at[:2]
+        x0, y0, x1, y1 = found
+        return [(left + x0) / factor, (top + y0) / factor, (left + x1) / factor, (top + y1) / factor], count

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from .details import CLOTHES, KINDS
 from .fabric import CLOTH, COLOURS, METALS, PATTERNS, RGB, distance
@@ -166,9 +166,12 @@ class PanelMap:
             mask = Image.new("L", top.size, 0)
             ImageDraw.Draw(mask).polygon(points, fill=255)
             below = [j + 1 for j, other in enumerate(garment.parts) if other.name == part.clip]
-            on_it = np.isin(np.asarray(top), below) & (np.asarray(mask) > 0)
-            top.paste(i + 1, (0, 0, *top.size), Image.fromarray(on_it))
-        self.top = np.asarray(top)
+            listed = np.zeros(256, np.uint8)
+            listed[below] = 255
+            on_it = ImageChops.multiply(mask, Image.fromarray(listed[np.asarray(top)]))
+            top.paste(i + 1, (0, 0, *top.size), on_it)
+        self.top = np.zeros((self.CELLS + 2, self.CELLS + 2), np.uint8)  # with a rim of zeros
+        self.top[1:-1, 1:-1] = np.asarray(top)
         self.panels = [i for i, part in enumerate(garment.parts) if part.panel]
         self.spans = np.array([bounds([garment.parts[i].polygon]) for i in self.panels])
         self.weights = (self.spans[:, 2] - self.spans[:, 0]) * (self.spans[:, 3] - self.spans[:, 1])
@@ -177,9 +180,10 @@ class PanelMap:
     def at(self, points: np.ndarray) -> np.ndarray:
         """Number + 1 of the part on top at each of the points [..., 2]; 0 beside the garment."""
         cells = ((points - self.origin) * ((self.CELLS - 2) / self.side) + 1).astype(np.int64)
-        inside = ((cells >= 0) & (cells < self.CELLS)).all(axis=-1)
-        cells = np.clip(cells, 0, self.CELLS - 1)
-        return np.where(inside, self.top[cells[..., 1], cells[..., 0]], 0)
+        np.maximum(cells, -1, out=cells)
+        np.minimum(cells, self.CELLS, out=cells)
+        cells += 1
+        return self.top[cells[..., 1], cells[..., 0]]
 
     def place(self, g: np.random.Generator, kind: str) -> Placement | None:
         """A free random place for a detail of this kind, a little smaller where there is little room;
@@ -193,18 +197,26 @@ class PanelMap:
         centre = span[:, :2] + (span[:, 2:] - span[:, :2]) * g.uniform(size=(tries, 2))
         degrees = g.uniform(-rule.tilt, rule.tilt, tries)
         cos, sin = np.cos(np.radians(degrees))[:, None], np.sin(np.radians(degrees))[:, None]
-        dx, dy = _RIM[:, 0] * width[:, None], _RIM[:, 1] * height[:, None]
-        points = centre[:, None] + np.stack([cos * dx - sin * dy, sin * dx + cos * dy], axis=-1)
         numbers = np.array(self.panels)[panel] + 1
-        free = (self.at(points) == numbers[:, None]).all(axis=1)
         radius = CIRCLE * np.hypot(width, height)
+        free = self.at(centre) == numbers
         if self.taken:
             others = np.array(self.taken)
             gap = np.hypot(*(centre[:, None] - others[None, :, :2]).transpose(2, 0, 1)) - others[None, :, 2]
             free &= (gap >= radius[:, None]).all(axis=1)
-        if not free.any():
+        left = np.flatnonzero(free)
+        for start in range(0, len(left), 6):  # the first that fits is mostly among the first few
+            few = left[start : start + 6]
+            dx, dy = _RIM[:, 0] * width[few, None], _RIM[:, 1] * height[few, None]
+            points = centre[few, None] + np.stack(
+                [cos[few] * dx - sin[few] * dy, sin[few] * dx + cos[few] * dy], axis=-1
+            )
+            whole = few[(self.at(points) == numbers[few, None]).all(axis=1)]
+            if len(whole):
+                break
+        else:
             return None
-        i = int(np.argmax(free))
+        i = int(whole[0])
         self.taken.append((float(centre[i, 0]), float(centre[i, 1]), float(radius[i])))
         name = self.garment.parts[self.panels[int(panel[i])]].name
         return Placement(

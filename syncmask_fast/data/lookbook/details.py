@@ -15,37 +15,43 @@ from .geometry import Affine, ellipse, outline, rectangle
 from .motifs import LETTERS, MOTIFS
 
 METAL = COLOURS["silver"]
+_DISC = ellipse(0.0, 0.0, 1.0, 1.0, 20)
 
 
 @dataclass
 class Brush:
-    """Draws shapes given in unit coordinates on a cut-out of the picture (`image`, RGB) and on `mask` (L,
-    255 where painted)."""
+    """Draws shapes given in unit coordinates on `image` (RGBA, opaque where painted)."""
 
-    image: Image.Image
-    mask: Image.Image
+    size: tuple[int, int]  # of `image`
     place: Affine  # unit square -> pixels of `image`
     aspect: float  # width / height of the detail on the garment
     ground: RGB  # the fabric below
 
     def __post_init__(self) -> None:
-        self._image, self._mask = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
+        self.image = Image.new("RGBA", self.size)
+        self._draw = ImageDraw.Draw(self.image)
+        self._turn, self._offset = self.place.matrix.T, self.place.offset
+        self._rows, self._at = self.place.matrix.tolist(), self.place.offset.tolist()
+        self._disc = (_DISC / [self.aspect, 1.0]) @ self._turn
+        self._high = math.hypot(*self.place.matrix[:, 1].tolist())
 
     def polygon(self, points: np.ndarray | list[tuple[float, float]], fill: RGB) -> None:
-        flat = self.place(np.asarray(points, dtype=np.float64)).ravel().tolist()
-        self._image.polygon(flat, fill=fill)
-        self._mask.polygon(flat, fill=255)
+        flat = np.asarray(points, dtype=np.float64) @ self._turn
+        flat += self._offset
+        self._draw.polygon(flat.ravel().tolist(), fill=fill)
 
     def line(self, points: np.ndarray | list[tuple[float, float]], fill: RGB, width: float) -> None:
         """`width` as a share of the detail's height."""
-        pixels = max(1, round(width * math.hypot(*self.place.matrix[:, 1])))
-        flat = [tuple(p) for p in self.place(np.asarray(points, dtype=np.float64)).tolist()]
-        self._image.line(flat, fill=fill, width=pixels, joint="curve")
-        self._mask.line(flat, fill=255, width=pixels, joint="curve")
+        pixels = max(1, round(width * self._high))
+        flat = self.place(np.asarray(points, dtype=np.float64))
+        self._draw.line([tuple(p) for p in flat.tolist()], fill=fill, width=pixels, joint="curve")
 
     def disc(self, x: float, y: float, radius: float, fill: RGB) -> None:
         """A round spot: `radius` as a share of the detail's height."""
-        self.polygon(ellipse(x, y, radius / self.aspect, radius, 20), fill)
+        (a, b), (c, d) = self._rows
+        flat = self._disc * radius
+        flat += (a * x + b * y + self._at[0], c * x + d * y + self._at[1])
+        self._draw.polygon(flat.ravel().tolist(), fill=fill)
 
 
 def motif(brush: Brush, name: str, colour: RGB, scale: float = 1.0) -> None:

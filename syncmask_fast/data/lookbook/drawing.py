@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .canvas import Box, Canvas, Regions, where
+from .canvas import Box, Canvas, Regions, among, as_image, where
 from .catalogue import INSIDE, Detail, Product, garment_of, stream
 from .details import KINDS, Brush
 from .fabric import COLOURS, RGB, darker, draw_pattern, lighter, mix
@@ -56,7 +56,7 @@ def render(
     close = product.views[index] == "detail"
     face, target, flap = _subject(product, index, g)
     garment = garment_of(product, face)
-    canvas = Canvas(size, 3 if size <= 128 else 2, product.rgb)
+    canvas = Canvas(size, 2, product.rgb)
     fit = _fit(garment, canvas.n, g)
     place = _zoom(garment, fit, face, target, flap is not None, canvas.n, g) if close else fit
     hanger = not close and g.random() < 0.16
@@ -69,11 +69,10 @@ def render(
     scene.base = canvas.seen.copy()
     scene.paint_details(None if flap is None else affine(canvas.n).after(flap))
     crease(canvas, place, garment.bounds(), product.material, scene.unit, g)
-    picture = photograph(canvas, scene.base, product.rgb, product.material, close, g)
+    picture = photograph(canvas, product.rgb, product.material, close, g)
     base = Regions(scene.base)
-    whole = base.box(canvas.numbers_of("part:"), canvas.factor)
-    share = 0.0 if whole is None else (whole[2] - whole[0]) * (whole[3] - whole[1]) / size**2
-    return View(picture, scene.boxes(base, Regions(canvas.seen)), share)
+    x0, y0, x1, y1 = base.all or (0, 0, 0, 0)
+    return View(picture, scene.boxes(base), (x1 - x0) * (y1 - y0) / canvas.n**2)
 
 
 def _subject(
@@ -153,6 +152,7 @@ class _Scene:
         self.thin = max(1, round(canvas.n / 300))
         self.edge = darker(product.rgb, 0.45)
         self.full: dict[str, float] = {}  # pixels of whole details, unhidden and uncut
+        self.spots: dict[str, tuple[int, int, int, int]] = {}  # where details were laid on
         self.base = canvas.seen
         self._pattern: Image.Image | None = None
 
@@ -242,13 +242,15 @@ class _Scene:
 
     def _edge_on(self, pair: np.ndarray, on: set[int]) -> None:
         """A dark line from one point to another where it lies on the garment."""
-        mask = self.canvas.blank()
-        ImageDraw.Draw(mask).line([tuple(p) for p in pair.tolist()], fill=255, width=self.thin)
-        box = mask.getbbox()
-        if box:
-            self.canvas.paint.paste(
-                self.edge, box, ImageChops.multiply(mask.crop(box), where(self.canvas.seen.crop(box), on))
-            )
+        rim = self.thin + 1
+        x0, y0 = (max(0, math.floor(v) - rim) for v in pair.min(axis=0))
+        x1, y1 = (min(self.canvas.n, math.ceil(v) + rim) for v in pair.max(axis=0))
+        if x0 >= x1 or y0 >= y1:
+            return
+        mask, box = Image.new("L", (x1 - x0, y1 - y0)), (x0, y0, x1, y1)
+        ImageDraw.Draw(mask).line([tuple(p) for p in (pair - [x0, y0]).tolist()], fill=255, width=self.thin)
+        on_it = where(self.canvas.seen.crop(box), on)
+        self.canvas.paint.paste(self.edge, box, ImageChops.multiply(mask, on_it))
 
     def hang(self, half: float, top: float, wood: RGB) -> None:
         """A hanger behind the garment."""
@@ -271,8 +273,8 @@ class _Scene:
             ]
         )
         canvas.props = canvas.blank()
-        for image, metal, timber in ((canvas.paint, (150, 152, 158), wood), (canvas.props, 255, 255)):
-            draw = ImageDraw.Draw(image)
+        on_props = ImageDraw.Draw(canvas.props)
+        for draw, metal, timber in ((canvas.on_paint, (150, 152, 158), wood), (on_props, 255, 255)):
             draw.line(
                 [tuple(p) for p in self.place(hook + [0.0, top])],
                 fill=metal,
@@ -304,9 +306,13 @@ class _Scene:
                 pleat=((1.5, 0), 2.0, 158, 1.0, 56),
                 fold=((1.5, 0), 2.6, 142, 2.2, 104),
             )[style]
-            draw = ImageDraw.Draw(canvas.lines)
-            draw.line([tuple(p) for p in line + np.array(shift) * unit], fill=light, width=round(wide * unit))
-            draw.line([tuple(p) for p in line], fill=dark, width=round(narrow * unit))
+            draw = canvas.on_lines
+            draw.line(
+                [tuple(p) for p in (line + np.array(shift) * unit).tolist()],
+                fill=light,
+                width=round(wide * unit),
+            )
+            draw.line([tuple(p) for p in line.tolist()], fill=dark, width=round(narrow * unit))
 
     def turn_over(self, flap: Affine) -> None:
         """Lays a turned-over piece of the garment on a close-up; its inside is the lining."""
@@ -322,8 +328,8 @@ class _Scene:
         canvas.stroke(flap(FLAP_INNER[2:]), darker(p.rgb, 0.5), self.thin)
         for step in range(3):  # the flap lies a little above the cloth
             rim = flap(FLAP_OUTER[2:]) + np.array([0.4, 1.0]) * (step + 1) * self.canvas.factor
-            ImageDraw.Draw(canvas.lines).line(
-                [tuple(q) for q in rim], fill=40 + 25 * step, width=2 * canvas.factor
+            canvas.on_lines.line(
+                [tuple(q) for q in rim.tolist()], fill=40 + 25 * step, width=2 * canvas.factor
             )
 
     # Details
@@ -346,41 +352,39 @@ class _Scene:
         corners = unit_map(rectangle(-0.6, -0.6, 0.6, 0.6))
         x0, y0 = (math.floor(v) for v in corners.min(axis=0))
         x1, y1 = (math.ceil(v) for v in corners.max(axis=0))
-        box = (x0, y0, x1, y1)
-        cut = canvas.paint.crop(box)
-        mask = Image.new("L", cut.size, 0)
-        brush = Brush(cut, mask, Affine(unit_map.matrix, unit_map.offset - [x0, y0]), aspect, ground)
-        KINDS[detail.kind].draw(brush, detail.what, COLOURS[detail.colour])
-        name = f"detail:{detail.kind}"
-        self.full[name] = self.full.get(name, 0.0) + mask.histogram()[255]
         if detail.kind == self.without or x1 <= 0 or y1 <= 0 or x0 >= canvas.n or y0 >= canvas.n:
             return
-        clip = where(self.base.crop(box), on)
-        seen = ImageChops.multiply(mask, clip)
+        box = (x0, y0, x1, y1)
+        brush = Brush((x1 - x0, y1 - y0), Affine(unit_map.matrix, unit_map.offset - [x0, y0]), aspect, ground)
+        KINDS[detail.kind].draw(brush, detail.what, COLOURS[detail.colour])
+        mask, name = brush.image.getchannel("A"), f"detail:{detail.kind}"
+        painted, free = np.asarray(mask), among(np.asarray(self.base.crop(box)), on).view(np.uint8)
+        self.full[name] = float(np.count_nonzero(painted))
+        seen = as_image(painted * free)
         if detail.kind not in FLAT:
             off = max(1, round(canvas.n / 130))
-            shadow = ImageChops.multiply(
-                mask.filter(ImageFilter.BoxBlur(off)), Image.new("L", mask.size, 120)
-            )
-            shadow = ImageChops.multiply(ImageChops.offset(shadow, off // 2, off), clip)
-            canvas.paint.paste((20, 16, 20), box, shadow)
-        canvas.paint.paste(cut, box, seen)
+            shadow = ImageChops.offset(mask.filter(ImageFilter.BoxBlur(off)), off // 2, off)
+            dim = as_image(free * np.uint8(120))
+            canvas.paint.paste((20, 16, 20), box, ImageChops.multiply(shadow, dim))
+        canvas.paint.paste(brush.image.convert("RGB"), box, seen)
         canvas.seen.paste(canvas.number(name), box, seen)
+        canvas.details = canvas.details or canvas.blank()
+        canvas.details.paste(255, box, seen)
+        within = (max(0, x0), max(0, y0), min(canvas.n, x1), min(canvas.n, y1))
+        self.spots[name] = within
 
     # Ground truth
 
-    def boxes(self, base: Regions, top: Regions) -> dict[str, Box | None]:
-        """The box of every attribute of the product. `base`: what is seen of the parts, `top`: with the
-        details on them."""
+    def boxes(self, base: Regions) -> dict[str, Box | None]:
+        """The box of every attribute of the product. `base`: what is seen of the parts."""
         canvas, product = self.canvas, self.product
         least = SMALLEST * canvas.size / 96
 
-        def region(numbers: set[int], full: float, regions: Regions) -> Box | None:
-            visible = regions.count(numbers)
-            if visible == 0 or visible < full * VISIBLE_SHARE:
+        def region(numbers: set[int], full: float, regions: Regions = base) -> Box | None:
+            box, visible = regions.box(numbers, canvas.factor)
+            if box is None or visible < full * VISIBLE_SHARE:
                 return None
-            box = regions.box(numbers, canvas.factor)
-            return box if box and min(box[2] - box[0], box[3] - box[1]) >= least else None
+            return box if min(box[2] - box[0], box[3] - box[1]) >= least else None
 
         sorts: dict[str, set[int]] = {}
         for name, number in canvas.numbers.items():
@@ -392,17 +396,21 @@ class _Scene:
         result: dict[str, Box | None] = {}
         for name in product.names():
             if name in ("category", "subcategory"):
-                result[name] = None if self.close else region(canvas.numbers_of("part:"), 0.0, base)
+                result[name] = None if self.close else region(canvas.numbers_of("part:"), 0.0)
             elif name in ("colour", "material"):
-                result[name] = region(plain | trim if name == "material" else plain, some, base)
+                result[name] = region(plain | trim if name == "material" else plain, some)
             elif name == "pattern":
-                result[name] = region(main, some, base) if product.pattern else None
+                result[name] = region(main, some) if product.pattern else None
             elif any(detail.kind == name for detail in product.details):
-                result[name] = region(
-                    canvas.numbers_of(f"detail:{name}"), self.full.get(f"detail:{name}", 0.0), top
+                full, spot = self.full.get(f"detail:{name}", 0.0), self.spots.get(f"detail:{name}")
+                box = (
+                    region(canvas.numbers_of(f"detail:{name}"), full, Regions(canvas.seen, spot))
+                    if spot
+                    else None
                 )
+                result[name] = box
             else:
-                result[name] = region(canvas.numbers_of(f"part:{name}:"), self._full_area(name), base)
+                result[name] = region(canvas.numbers_of(f"part:{name}:"), self._full_area(name))
         return result
 
     def _full_area(self, name: str) -> float:
@@ -412,16 +420,14 @@ class _Scene:
         if not self.close or not parts:
             return 0.0
         x0, y0, x1, y1 = self.garment.bounds()
-        cells = np.stack(np.meshgrid(np.linspace(x0, x1, 36), np.linspace(y0, y1, 36)), axis=-1).reshape(
-            -1, 2
-        )
-        own = np.zeros(len(cells), bool)
+        cells = np.linspace(x0, x1, 36), np.linspace(y0, y1, 36)
+        own = np.zeros((36, 36), bool)
         for part in parts:
-            within = contains(part.polygon, cells)
+            within = contains(part.polygon, *cells)
             if part.clip:
                 within &= np.any(
                     [
-                        contains(other.polygon, cells)
+                        contains(other.polygon, *cells)
                         for other in self.garment.parts
                         if other.name == part.clip
                     ],

@@ -184,6 +184,11 @@ def _spots(g: np.random.Generator, box: tuple[float, float, float, float], step:
     return grid.reshape(-1, 2) + g.uniform(-0.28, 0.28, (grid.shape[0] * grid.shape[1], 2)) * step
 
 
+def _near(points: np.ndarray, image: Image.Image, reach: float) -> np.ndarray:
+    """bool [n]: which of `points` [n, 2] lie on the image or less than `reach` beside it."""
+    return ((points > -reach) & (points < reach + np.array(image.size))).all(axis=1)
+
+
 def draw_pattern(
     image: Image.Image,
     pattern: str,
@@ -207,14 +212,13 @@ def draw_pattern(
         half = mix(ground, ink, 0.5)
         _lines(draw, place, box, half, scale * 1.3, 0.5, True)
         _lines(draw, place, box, half, scale * 1.3, 0.5, False)
-        for i in range(int((x1 - x0) / scale / 1.3) + 2):
-            for j in range(int((y1 - y0) / scale / 1.3) + 2):
-                a, b = x0 + i * scale * 1.3, y0 + j * scale * 1.3
-                s = scale * 0.65
-                draw.polygon(
-                    place(np.array([(a, b), (a + s, b), (a + s, b + s), (a, b + s)])).ravel().tolist(),
-                    fill=ink,
-                )
+        s = scale * 0.65
+        columns, rows = (np.arange(int((end - a) / s / 2) + 2) * 2 * s + a for a, end in ((x0, x1), (y0, y1)))
+        grid = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+        grid = grid[_near(place(grid), image, 2 * s * place.scale)]
+        square = np.array([(0, 0), (s, 0), (s, s), (0, s)])
+        for points in place((grid[:, None] + square).reshape(-1, 2)).reshape(-1, 8).tolist():
+            draw.polygon(points, fill=ink)
     elif pattern == "tartan":
         for upright in (True, False):
             _lines(draw, place, box, mix(ground, ink, 0.55), scale * 2.0, 0.34, upright)
@@ -226,15 +230,16 @@ def draw_pattern(
         grid = np.stack(np.meshgrid(xs, ys), axis=-1)
         grid[1::2, :, 0] += step / 2
         r = step * 0.27 * place.scale
-        for x, y in place(grid.reshape(-1, 2)).tolist():
+        points = place(grid.reshape(-1, 2))
+        for x, y in points[_near(points, image, r)].tolist():
             draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
     elif pattern == "flowers":
         spots = _spots(generator, box, scale * 1.45)
         r = scale * 0.25 * place.scale
         leaf = mix(mix(ground, ink, 0.5), (70, 130, 70), 0.5)
-        for (x, y), angle in zip(
-            place(spots).tolist(), generator.uniform(0, 2 * math.pi, len(spots)).tolist(), strict=True
-        ):
+        points, angles = place(spots), generator.uniform(0, 2 * math.pi, len(spots))
+        near = _near(points, image, 2.4 * r)
+        for (x, y), angle in zip(points[near].tolist(), angles[near].tolist(), strict=True):
             draw.ellipse((x + r * 1.2, y + r * 0.6, x + r * 2.3, y + r * 1.4), fill=leaf)
             for k in range(5):
                 px, py = (
@@ -269,11 +274,12 @@ def draw_pattern(
             blob = spots[:, None] + np.stack(
                 [radius * np.cos(angle) * (1.35 if camouflage else 1.0), radius * np.sin(angle)], axis=-1
             )
-            for i, points in enumerate(place(blob.reshape(-1, 2)).reshape(len(spots), -1).tolist()):
+            centres, r = place(spots), scale * 0.13 * place.scale
+            near = _near(centres, image, 1.2 * place.scale * scale)
+            corners = place(blob[near].reshape(-1, 2)).reshape(-1, 2 * count)
+            for (x, y), points in zip(centres[near].tolist(), corners.tolist(), strict=True):
                 draw.polygon(points, fill=tone)
                 if not camouflage:
-                    x, y = place(spots[i : i + 1])[0]
-                    r = scale * 0.13 * place.scale
                     draw.ellipse((x - r, y - r, x + r, y + r), fill=mix(ground, (150, 84, 30), 0.6))
     elif pattern == "zigzags":
         teeth = scale * 0.7
@@ -289,6 +295,7 @@ def draw_pattern(
         xs, ys = np.arange(x0, x1 + step, step), np.arange(y0, y1 + step, step * 1.2)
         grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
         shape = np.array([(0, -0.55), (0.42, 0), (0, 0.55), (-0.42, 0)]) * step
+        grid = grid[_near(place(grid), image, step * place.scale)]
         for points in place((grid[:, None] + shape).reshape(-1, 2)).reshape(len(grid), -1).tolist():
             draw.polygon(points, fill=ink)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 CURVE_STEPS = 8
-_CURVE_T = np.linspace(0.0, 1.0, CURVE_STEPS + 1)[1:, None]
+_T = np.linspace(0.0, 1.0, CURVE_STEPS + 1)[1:]
+_CURVE = np.stack([(1 - _T) ** 2, 2 * _T * (1 - _T), _T**2], axis=1)  # of start, control point and end
 
 
 def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
@@ -19,9 +21,7 @@ def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndar
         if len(segment) == 2:
             points.append(np.array([segment], dtype=np.float64))
             continue
-        here, control, end = points[-1][-1], np.array(segment[:2]), np.array(segment[2:])
-        t = _CURVE_T
-        points.append((1 - t) ** 2 * here + 2 * t * (1 - t) * control + t**2 * end)
+        points.append(_CURVE @ np.array([points[-1][-1], segment[:2], segment[2:]], dtype=np.float64))
     return np.concatenate(points)
 
 
@@ -41,8 +41,13 @@ def rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, steps: int = 32) -> np.ndarray:
+    return _circle(steps) * [rx, ry] + [x, y]
+
+
+@functools.lru_cache(maxsize=64)
+def _circle(steps: int) -> np.ndarray:
     angle = np.linspace(0.0, 2 * math.pi, steps, endpoint=False)
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def ribbon(line: np.ndarray, width: float | np.ndarray) -> np.ndarray:
@@ -67,14 +72,14 @@ def bounds(polygons: list[np.ndarray]) -> tuple[float, float, float, float]:
     return float(x0), float(y0), float(x1), float(y1)
 
 
-def contains(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """bool [m]: which of `points` [m, 2] lie inside the closed polygon [n, 2] (even-odd rule)."""
-    x, y = points[:, 0:1], points[:, 1:2]
-    x0, y0 = polygon[:, 0], polygon[:, 1]
+def contains(polygon: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """bool [h, w]: which points of the grid `x` [w] by `y` [h] lie inside the closed polygon [n, 2]
+    (even-odd rule)."""
+    x0, y0 = polygon[:, :1], polygon[:, 1:]
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
-    spans = (y0 > y) != (y1 > y)
     height = np.where(y1 == y0, 1.0, y1 - y0)
-    return (np.count_nonzero(spans & (x < (x1 - x0) * (y - y0) / height + x0), axis=1) % 2).astype(bool)
+    crossing = np.where((y0 > y) != (y1 > y), (x1 - x0) * (y - y0) / height + x0, -np.inf)  # [n, h]
+    return np.logical_xor.reduce(x < crossing[..., None], axis=0)
 
 
 @dataclass(frozen=True)

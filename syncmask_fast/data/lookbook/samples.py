@@ -7,6 +7,7 @@ and with it torch, once more in every worker) would do.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -168,6 +169,8 @@ def work() -> None:
     output."""
     job, index, of = Job(**json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     pipe = sys.stdout.buffer
+    gc.freeze()  # what is loaded stays
+    gc.set_threshold(20_000)
     try:
         for number in range(job.count):
             if number // CHUNK % of == index:

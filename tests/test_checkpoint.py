@@ -1,0 +1,154 @@
+"""Checkpoints bring back every bit, and say what is wrong with those that cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from syncmask_fast.errors import UserError
+from syncmask_fast.losses import Queue
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.step import make_teacher
+from syncmask_fast.train import make_optimizer
+from tests.helpers import small_config, small_tokenizer
+
+SAMPLES = 11
+NUMBERS = ("step", "epoch", "position", "batches")
+
+
+def new_state(seed: int, **changes) -> TrainState:
+    config = small_config(**changes)
+    torch.manual_seed(seed)
+    model = SyncMaskModel(config, small_tokenizer())
+    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
+    bank = FeatureBank.empty(SAMPLES, config.embed, torch.device("cpu"))
+    return TrainState(model, make_teacher(model), make_optimizer(model, config), queue, bank, torch.empty(0, dtype=torch.int64))
+
+
+def random_step(state: TrainState, seed: int) -> None:
+    """An optimiser step with random gradients; the temperature gets none, as a parameter may."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in state.model.named_parameters():
+        parameter.grad = None if name == "log_temperature" else torch.randn(parameter.shape, generator=generator)
+    state.optimizer.step()
+
+
+def used_state() -> TrainState:
+    """Nothing in it is as it was at the start."""
+    state = new_state(0)
+    for seed in (1, 2):
+        random_step(state, seed)
+    for parameter in state.teacher.parameters():
+        parameter.data.add_(0.25)
+    width = state.queue.images.shape[1]
+    state.queue.push(torch.randn(7, width), torch.randn(7, width), torch.arange(7), 0, 7)
+    state.bank.store(torch.tensor([3, 0, 9]), torch.randn(3, width), torch.randn(3, width))
+    state.order = torch.randperm(SAMPLES)
+    state.step, state.epoch, state.position, state.batches = 12, 3, 8, 24
+    return state
+
+
+def assert_same(a: TrainState, b: TrainState) -> None:
+    for part in ("model", "teacher"):
+        ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        first, second = a.optimizer.state.get(p, {}), b.optimizer.state.get(q, {})
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
+    assert all(torch.equal(x, y) for x, y in zip(a.queue, b.queue, strict=True))
+    assert all(torch.equal(getattr(a.bank, name), getattr(b.bank, name)) for name in ("images", "texts", "seen"))
+    assert torch.equal(a.order, b.order)
+    assert a.order.dtype == b.order.dtype
+    assert [getattr(a, name) for name in NUMBERS] == [getattr(b, name) for name in NUMBERS]
+
+
+def test_there_and_back(tmp_path: Path):
+    saved, loaded = used_state(), new_state(5)
+    path = save_checkpoint(tmp_path / "checkpoints", saved)
+    queue = loaded.queue.images
+    load_checkpoint(path, loaded)
+    assert_same(saved, loaded)
+    assert loaded.queue.images is queue  # filled in place
+    assert len(loaded.optimizer.state) == len(list(loaded.model.parameters())) - 1  # the temperature had no step yet
+    # And both go on alike, which needs the moments and the step count.
+    for state in (saved, loaded):
+        random_step(state, 3)
+    assert_same(saved, loaded)
+
+
+def test_the_last_two_are_kept(tmp_path: Path):
+    state = used_state()
+    for step in (3, 99, 100, 12):
+        state.step = step
+        save_checkpoint(tmp_path, state)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000099", "step-00000100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000099", "step-00000100"]
+    state.step = 100
+    state.epoch = 77
+    assert json.loads((save_checkpoint(tmp_path, state) / "state.json").read_text())["epoch"] == 77  # written anew
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_half_written_checkpoint_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = used_state()
+    save_checkpoint(tmp_path, state)
+    state.step += 1
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="space"):
+            save_checkpoint(tmp_path, state)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000012"]
+    save_checkpoint(tmp_path, state)  # what lay there half is no hindrance
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000012", "step-00000013"]
+    assert not list(tmp_path.glob(".*"))
+
+
+FILES = ["state.json", "model.safetensors", "teacher.safetensors", "optimizer.safetensors", "memory.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage"])
+def test_damaged_checkpoint_is_named(tmp_path: Path, file: str, damage: str):
+    path = save_checkpoint(tmp_path, used_state())
+    if damage == "missing":
+        (path / file).unlink()
+    elif damage == "cut":
+        (path / file).write_bytes((path / file).read_bytes()[:-5])
+    else:
+        (path / file).write_bytes(b"\xff garbage")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path, new_state(1))
+    assert str(path) in str(error.value)
+    assert "--resume" in str(error.value)
+
+
+def test_other_version_and_other_model(tmp_path: Path):
+    path = save_checkpoint(tmp_path, used_state())
+    other = dataclasses.replace(small_config().text, layers=2)
+    with pytest.raises(UserError, match=path.name):
+        load_checkpoint(path, new_state(1, text=other))
+    numbers = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(numbers | {"format": 99}))
+    with pytest.raises(UserError, match="another version"):
+        load_checkpoint(path, new_state(1))
+
+
+def test_no_such_checkpoint(tmp_path: Path):
+    with pytest.raises(UserError, match="nothing-here"):
+        load_checkpoint(tmp_path / "nothing-here", new_state(1))
+
+
+def test_feature_bank():
+    bank = FeatureBank.empty(6, 2, torch.device("cpu"))
+    assert not bank.seen.any()
+    bank.store(torch.tensor([4, 1]), torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]]))
+    assert bank.seen.tolist() == [False, True, False, False, True, False]
+    assert bank.images[4].tolist() == [1, 2]
+    assert bank.texts[1].tolist() == [7, 8]

@@ -1,0 +1,147 @@
+"""Evaluation from the command line, on a drawn dataset and a model that has learnt nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from syncmask_fast import retrieval
+from syncmask_fast.data.images import decode_image
+from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.splits import open_evaluation
+from syncmask_fast.data.text import TokenCache, train_tokenizer
+from syncmask_fast.errors import UserError
+from syncmask_fast.evaluate import SyncData, embed, evaluate_sync, main, teacher_masks
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
+from tests.helpers import small_config, small_lookbook
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_lookbook(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, saved."""
+    base = small_config()
+    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocabulary)
+    text = type(base.text)(**{**vars(base.text), "vocabulary": tokenizer.get_vocab_size(), "max_tokens": 64})
+    torch.manual_seed(0)
+    SyncMaskModel(small_config(text=text, threads=1), tokenizer).save_pretrained(tmp_path_factory.mktemp("model") / "model")
+    return next(tmp_path_factory.getbasetemp().glob("model*/model"))
+
+
+@pytest.fixture(scope="module")
+def opened(data: Path, folder: Path):
+    model = SyncMaskModel.from_pretrained(folder)
+    split = open_evaluation(data)
+    return model, split, TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_tokens)
+
+
+def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
+    main([kind, "--model", str(folder), "--data", str(data), "--out", str(out), "--device", "cpu", *more])
+    return json.loads(out.read_text())
+
+
+def test_features_are_those_of_the_model(opened):
+    """Each image and each product's text, as the user's calls give them one by one."""
+    model, split, tokens = opened
+    gallery = embed(model, split, tokens)
+    index = split.index
+    assert len(gallery.images) == len(index)
+    assert len(gallery.texts) == len(np.unique(index.product_ids)) == 105
+    numbers = np.unique(index.product_ids, return_inverse=True)[1]
+    assert gallery.product.tolist() == numbers.tolist()
+    for i in (0, 77, len(index) - 1):
+        assert torch.allclose(gallery.texts[numbers[i]], model.encode_text([index.texts[i]])[0], atol=1e-5)
+        assert index.subcategory.names[int(gallery.group[numbers[i]])] == index.record(i)["subcategory"]
+        size = model.config.image.size
+        pixels = torch.from_numpy(decode_image(index.jpeg(i), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        assert (gallery.images[i] @ model.encode_image(pixels)[0]).item() > 0.999
+
+
+def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
+    results = run("retrieval", folder, data, tmp_path / "new" / "results.json")
+    assert "retrieval/i2t/101-candidate/R@1" in capsys.readouterr().out
+    gallery = embed(*opened)
+    for name, value in (retrieval.full_recall(gallery) | retrieval.candidate_recall(gallery)).items():
+        assert results[f"retrieval/{name}"] == pytest.approx(value)
+    assert results["retrieval/products"] == 105
+    assert results["retrieval/images"] == len(gallery.images)
+    # It has learnt nothing: what it finds is near chance, which is one in 101.
+    assert results["retrieval/mean/101-candidate/R@1"] < 5
+
+
+def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
+    results = run("sync", folder, data, tmp_path / "results.json")
+    for name in ("words/precision", "words/random", "words/auc", "patches/precision", "patches/random", "any-patches/precision"):
+        assert 0 < results[f"sync/{name}"] < 100
+    assert 35 < results["sync/words/auc"] < 65  # of an untrained model
+    model, split, tokens = opened
+    assert evaluate_sync(model, SyncData.of(split, tokens, 4)) == pytest.approx(results)
+
+
+def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
+    rows = run("sync", folder, data, tmp_path / "rows.json", "--every-rule")
+    model = opened[0]
+    layers = model.config.text.fusion_layers
+    assert len(rows) == layers * 4
+    assert {(row["layer"], row["token_score"]) for row in rows} == {(n, rule) for n in range(1, layers + 1) for rule in TOKEN_SCORES}
+    assert {(row["layer"], row["patch_score"]) for row in rows} == {(n, rule) for n in range(1, layers + 1) for rule in PATCH_SCORES}
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+    plain = run("sync", folder, data, tmp_path / "plain.json")
+    mask = model.config.mask
+    [row] = [row for row in rows if row["layer"] == mask.layer and row["token_score"] == mask.token_score]
+    assert row["words/precision"] == pytest.approx(plain["sync/words/precision"])
+
+
+def test_masks_of_a_part_are_those_of_the_whole(opened):
+    """The masks of a sample do not depend on its batch."""
+    model, split, tokens = opened
+    whole, part = (SyncData.of(split, tokens, 4, limit) for limit in (None, 9))
+    assert len(part.samples) == 9
+    [all_masks], [some] = (teacher_masks(model, d, [model.config.mask]) for d in (whole, part))
+    for i, mask in zip(part.samples, some, strict=True):
+        assert len(mask.words) == tokens.lengths[i] - 2
+        assert np.allclose(mask.word_score, all_masks[int(i)].word_score, atol=1e-5)
+        assert mask.words.sum() == all_masks[int(i)].words.sum()
+
+
+@pytest.fixture
+def plain(tmp_path: Path, data: Path) -> Path:
+    """Pictures and texts alone."""
+    index = ShardIndex.open(data / "eval")
+    with ShardWriter(tmp_path / "plain") as writer:
+        for i in range(30):
+            writer.write(f"{i:04d}", index.jpeg(i), {"text": index.texts[i]})
+    return tmp_path / "plain"
+
+
+def test_no_attributes(folder: Path, plain: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="attributes"):
+        run("sync", folder, plain, tmp_path / "results.json")
+    assert not (tmp_path / "results.json").exists()
+    results = run("retrieval", folder, plain, tmp_path / "results.json")
+    assert results["retrieval/products"] == 2  # 5 % of 30
+    assert "retrieval/i2t/full/R@1" in results
+    assert "retrieval/i2t/101-candidate/R@1" not in results
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "sync"])
+def test_what_is_missing_is_named(kind: str, folder: Path, data: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no-model"):
+        run(kind, tmp_path / "no-model", data, tmp_path / "results.json")
+    with pytest.raises(UserError, match="no-data"):
+        run(kind, folder, tmp_path / "no-data", tmp_path / "results.json")
+    (tmp_path / "broken").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="broken"):
+        run(kind, tmp_path / "broken", data, tmp_path / "results.json")

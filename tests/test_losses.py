@@ -1,0 +1,145 @@
+"""The objectives against plain loops in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncmask_fast.losses import Queue, contrastive_loss, matching_loss, patch_loss, patch_pixels, word_loss
+
+IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
+QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
+
+
+def unit(*shape: int, generator: torch.Generator) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def plain_contrastive_loss(
+    images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor, ids: list[int], queue: Queue, temperature: float, alpha: float
+) -> float:
+    """The definition: one anchor and one candidate at a time, empty places never a candidate."""
+    total = 0.0
+    ways = ((images, teacher_images, teacher_texts, queue.texts), (texts, teacher_texts, teacher_images, queue.images))
+    for anchors, teacher_anchors, others, queued in ways:
+        candidates = [(others[j], ids[j]) for j in range(len(ids))]
+        candidates += [(queued[j], int(queue.ids[j])) for j in range(len(queue.ids)) if queue.ids[j] >= 0]
+        for i, own in enumerate(ids):
+            logits = [float(anchors[i].double() @ c.double()) / temperature for c, _ in candidates]
+            soft = [math.exp(float(teacher_anchors[i].double() @ c.double()) / temperature) for c, _ in candidates]
+            log_sum = math.log(sum(math.exp(x) for x in logits))
+            same = sum(product == own for _, product in candidates)
+            for x, s, (_, product) in zip(logits, soft, candidates, strict=True):
+                target = alpha * s / sum(soft) + (1 - alpha) * (product == own) / same
+                total -= target * (x - log_sum) / len(ids)
+    return total / 2
+
+
+def some_queue(generator: torch.Generator) -> Queue:
+    ids = torch.tensor(QUEUE_IDS)
+    features = unit(2, len(QUEUE_IDS), 5, generator=generator) * (ids >= 0)[:, None]
+    return Queue(features[0], features[1], ids)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("places", [0, len(QUEUE_IDS)])
+def test_contrastive_loss_is_that_of_a_plain_loop(generator: torch.Generator, alpha: float, places: int):
+    feats = unit(4, len(IDS), 5, generator=generator)
+    queue = some_queue(generator) if places else Queue.empty(0, 5, torch.device("cpu"))
+    loss = contrastive_loss(*feats, torch.tensor(IDS), Queue(queue.images.double(), queue.texts.double(), queue.ids), torch.tensor(0.07), alpha)
+    assert loss.item() == pytest.approx(plain_contrastive_loss(*feats, IDS, queue, 0.07, alpha), rel=1e-5)
+
+
+def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: torch.Generator):
+    feats = unit(4, len(IDS), 5, generator=generator).float()
+    images, texts = feats[0].clone().requires_grad_(), feats[1].clone().requires_grad_()
+    temperature = torch.tensor(0.001, requires_grad=True)  # the lowest there is
+    loss = contrastive_loss(images, texts, feats[2], feats[3], torch.tensor(IDS), Queue.empty(6, 5, torch.device("cpu")), temperature, 0.4)
+    loss.backward()
+    for x in (images, texts, temperature):
+        assert x.grad.isfinite().all()
+        assert x.grad.abs().sum() > 0
+
+
+def test_teacher_takes_no_gradient(generator: torch.Generator):
+    feats = unit(4, len(IDS), 5, generator=generator).requires_grad_()
+    contrastive_loss(*feats, torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
+    # Teacher features stand among the candidates, so that their gradient is not 0; the soft targets alone give none.
+    fixed = feats.detach()
+    student = fixed[:2].clone().requires_grad_()
+    contrastive_loss(*student, *fixed[2:], torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
+    assert torch.allclose(student.grad, feats.grad[:2])
+
+
+@pytest.mark.parametrize(("places", "batch"), [(10, 4), (4, 4), (7, 3), (5, 8), (1, 3), (0, 3)])
+def test_queue_keeps_the_last_pairs(generator: torch.Generator, places: int, batch: int):
+    """After every push the queue holds just the newest `places` pairs, whatever wraps around."""
+    queue = Queue.empty(places, 3, torch.device("cpu"))
+    assert (queue.ids == -1).all()
+    pushed: list[int] = []
+    for step in range(6):
+        ids = torch.arange(batch) + step * batch
+        features = ids[:, None].float().expand(-1, 3)
+        queue.push(features, features + 0.5, ids, step, batch)
+        pushed += ids.tolist()
+        held = [i for i in queue.ids.tolist() if i >= 0]
+        assert sorted(held) == pushed[-places:] if places else not held
+        for place, i in enumerate(queue.ids.tolist()):
+            if i >= 0:
+                assert (queue.images[place] == i).all()
+                assert (queue.texts[place] == i + 0.5).all()
+
+
+def test_short_batch_leaves_the_others_in_the_queue():
+    queue = Queue.empty(8, 2, torch.device("cpu"))
+    for step, n in enumerate((4, 3, 4)):
+        ids = torch.arange(n) + 10 * step
+        queue.push(torch.ones(n, 2), torch.ones(n, 2), ids, step, 4)
+    assert sorted(queue.ids.tolist()) == [-1, 10, 11, 12, 20, 21, 22, 23]
+
+
+def test_matching_loss_counts_weighted_pairs_only(generator: torch.Generator):
+    logits = torch.randn(6, 2, generator=generator)
+    matched = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool)
+    weight = torch.tensor([1.0, 1, 1, 0, 1, 0])
+    expected = [-logits[i].double().log_softmax(0)[int(matched[i])].item() for i in range(6) if weight[i]]
+    assert matching_loss(logits, matched, weight).item() == pytest.approx(sum(expected) / 4, rel=1e-6)
+    changed = logits.clone()
+    changed[[3, 5]] = torch.tensor([50.0, -50.0])
+    assert matching_loss(changed, matched, weight) == matching_loss(logits, matched, weight)
+    assert matching_loss(logits, matched, torch.zeros(6)) == 0
+
+
+def test_word_loss(generator: torch.Generator):
+    logits = torch.randn(5, 11, generator=generator).requires_grad_()
+    ids = torch.tensor([3, 0, 10, 3, 7])
+    expected = -sum(logits[i].double().log_softmax(0)[ids[i]].item() for i in range(5)) / 5
+    assert word_loss(logits, ids).item() == pytest.approx(expected, rel=1e-6)
+    none = word_loss(logits[:0], ids[:0])
+    assert none == 0
+    none.backward()  # a batch without masked words still goes through the backward pass
+    assert (logits.grad == 0).all()
+
+
+def test_patch_pixels_and_loss(generator: torch.Generator):
+    patch, grid = 4, 3
+    pixels = torch.randn(2, 3, 12, 12, generator=generator) * 3 + 1
+    pixels[1, :, 4:8, 0:4] = 0.7  # a flat patch, number 3: no division by 0
+    chosen = torch.tensor([[8, 0, 4, 1], [3, 5, 2, 7]])
+    found = patch_pixels(pixels, patch, chosen)
+    assert found.shape == (2, 4, 3 * patch**2)
+    for b in range(2):
+        for n, number in enumerate(chosen[b].tolist()):
+            row, column = divmod(number, grid)
+            values = pixels[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().double()
+            expected = (values - values.mean()) / (values.var() + 1e-6).sqrt()
+            assert torch.allclose(found[b, n].double(), expected, atol=1e-3 if number == 3 and b == 1 else 1e-5)
+    normal = found[0]
+    assert torch.allclose(normal.mean(-1), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(normal.var(-1), torch.ones(4), atol=1e-4)
+    predicted = torch.randn(found.shape, generator=generator)
+    assert patch_loss(predicted, found).item() == pytest.approx(((predicted - found).double() ** 2).mean().item(), rel=1e-5)

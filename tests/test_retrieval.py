@@ -1,0 +1,159 @@
+"""Recall against a plain count, one query at a time; ties, several photos of a product, and the 101-candidate draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from syncmask_fast import retrieval
+from syncmask_fast.retrieval import RECALLS, Gallery, candidate_recall, full_recall
+
+PRODUCTS = 120
+
+
+def gallery(seed: int, *, products: int = PRODUCTS, groups: int = 3, whole_numbers: bool = False) -> Gallery:
+    """1 to 4 photos of each product, in random order. Whole numbers make ties, and sums that are exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    product = torch.arange(products).repeat_interleave(torch.randint(1, 5, (products,), generator=generator))
+    product = product[torch.randperm(len(product), generator=generator)]
+    centre = torch.randn(products, 8, generator=generator)
+    images = centre[product] + 1.2 * torch.randn(len(product), 8, generator=generator)
+    texts = centre + 1.2 * torch.randn(products, 8, generator=generator)
+    if whole_numbers:
+        images, texts = images.round(), texts.round()
+    else:
+        images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
+    return Gallery(images, texts, product, torch.randint(0, groups, (products,), generator=generator))
+
+
+def plain_full_recall(g: Gallery) -> dict[str, float]:
+    """An image's rank: 1 + texts of other products that score as high or higher. A text's: its best photo against all other products' photos."""
+    score = (g.images.double() @ g.texts.double().T).numpy()
+    product = g.product.numpy()
+    ranks: dict[str, list[int]] = {"i2t": [], "t2i": []}
+    for i, own in enumerate(product):
+        ranks["i2t"].append(1 + sum(score[i, j] >= score[i, own] for j in range(score.shape[1]) if j != own))
+    for j in range(score.shape[1]):
+        best = max(score[i, j] for i in range(len(product)) if product[i] == j)
+        ranks["t2i"].append(1 + sum(score[i, j] >= best for i in range(len(product)) if product[i] != j))
+    return {f"{way}/full/R@{k}": 100 * float(np.mean([r <= k for r in ranks[way]])) for way in ranks for k in RECALLS}
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_full_recall_is_that_of_a_plain_count(seed: int, whole_numbers: bool):
+    g = gallery(seed, products=40, whole_numbers=whole_numbers)
+    expected = plain_full_recall(g)
+    assert 0 < expected["i2t/full/R@1"] < expected["i2t/full/R@10"] < 100  # neither trivial
+    for tile in (1024, 7):
+        assert full_recall(g, tile) == pytest.approx(expected)
+
+
+def test_a_tie_is_a_miss():
+    images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    g = Gallery(images, images.clone(), torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    found = full_recall(g)
+    assert found["i2t/full/R@1"] == pytest.approx(100 / 3)  # the two equal ones come second
+    assert found["t2i/full/R@1"] == pytest.approx(100 / 3)
+    assert found["i2t/full/R@5"] == 100
+
+
+def test_further_photos_of_a_product_are_no_rivals():
+    texts = torch.eye(2)
+    images = torch.tensor([[1.0, 0.0], [0.9, 0.0], [0.8, 0.7], [0.0, 1.0]])
+    g = Gallery(images, texts, torch.tensor([0, 0, 0, 1]), torch.zeros(2, dtype=torch.int64))
+    assert full_recall(g)["t2i/full/R@1"] == 100
+
+
+@pytest.mark.parametrize("score", [full_recall, candidate_recall])
+def test_perfect_constant_and_broken_features(score):
+    g = gallery(3)
+    one = torch.eye(PRODUCTS)
+    perfect = score(g._replace(images=one[g.product], texts=one))
+    same = torch.full((1, 37), 0.3)  # an odd width: sums may round differently in different rows, were they not one product
+    constant = score(g._replace(images=same.expand(len(g.images), 37), texts=same.expand(PRODUCTS, 37)))
+    broken = score(g._replace(images=g.images * torch.nan))
+    recalls = [name for name in perfect if name.split("/")[-1].startswith("R@")]
+    assert len(recalls) >= 6
+    for name in recalls:
+        assert perfect[name] == 100
+        assert constant[name] == 0
+        assert broken[name] == 0
+
+
+def plain_candidate_ranks(g: Gallery, monkeypatch: pytest.MonkeyPatch, **settings) -> tuple[dict[str, float], list[tuple]]:
+    """Runs the protocol and keeps what was drawn."""
+    drawn = []
+    rank = retrieval._rank
+
+    def record(queries, items, truth, chosen):
+        found = rank(queries, items, truth, chosen)
+        drawn.append((queries, items, truth, chosen, found))
+        return found
+
+    monkeypatch.setattr(retrieval, "_rank", record)
+    return candidate_recall(g, **settings), drawn
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True])
+def test_candidate_recall_is_that_of_a_plain_count(monkeypatch: pytest.MonkeyPatch, whole_numbers: bool):
+    g = gallery(5, groups=2, whole_numbers=whole_numbers)
+    results, drawn = plain_candidate_ranks(g, monkeypatch, queries=50, draws=3, seed=8)
+    assert len(drawn) == 6
+    recalls: dict[str, list[float]] = {}
+    extra, places = 0, 0
+    for number, (queries, items, truth, chosen, _) in enumerate(drawn):
+        way = ("i2t", "t2i")[number % 2]
+        assert len(queries) == 50
+        assert chosen.shape == (50, 100)
+        item_product = np.arange(PRODUCTS) if way == "i2t" else g.product.numpy()
+        ranks = []
+        for query, right, others in zip(queries, truth, chosen, strict=True):
+            product = item_product[right]
+            assert len(set(others.tolist())) == 100
+            assert (item_product[others] != product).all()
+            pool = (g.group.numpy()[item_product] == g.group[product].item()) & (item_product != product)
+            same = pool[others].sum()
+            assert same == min(100, pool.sum())  # its own group first, others only where it has too few
+            extra, places = extra + 100 - same, places + 100
+            own = float(items[right].double() @ query.double())
+            ranks.append(1 + sum(float(items[j].double() @ query.double()) >= own for j in others))
+        for k in RECALLS:
+            recalls.setdefault(f"{way}/101-candidate/R@{k}", []).append(100 * np.mean([r <= k for r in ranks]))
+    for name, values in recalls.items():
+        assert results[name] == pytest.approx(np.mean(values))
+        assert results[f"{name}/std"] == pytest.approx(np.std(values))
+    for k in RECALLS:
+        both = np.add(recalls[f"i2t/101-candidate/R@{k}"], recalls[f"t2i/101-candidate/R@{k}"]) / 2
+        assert results[f"mean/101-candidate/R@{k}"] == pytest.approx(both.mean())
+        assert results[f"mean/101-candidate/R@{k}/std"] == pytest.approx(both.std())
+    assert results["101-candidate/topped-up"] == pytest.approx(100 * extra / places)
+    assert 0 < results["101-candidate/topped-up"] < 100
+    assert 0 < results["i2t/101-candidate/R@1"] < results["i2t/101-candidate/R@10"] < 100
+
+
+def test_queries_of_a_draw_are_different_and_seeded(monkeypatch: pytest.MonkeyPatch):
+    g = gallery(6)
+    first, drawn = plain_candidate_ranks(g, monkeypatch, queries=1000, draws=2, seed=1)
+    for number, (_, _, truth, _, _) in enumerate(drawn):
+        # All images, or each product once, where there are fewer than 1,000; a text may be the truth of several images.
+        assert len(truth) == (len(g.images), PRODUCTS)[number % 2]
+        if number % 2:
+            assert sorted(g.product[truth].tolist()) == list(range(PRODUCTS))
+    assert drawn[1][2].tolist() != drawn[3][2].tolist()  # another photo of a product in another draw
+    assert candidate_recall(g, queries=1000, draws=2, seed=1) == first
+    assert candidate_recall(g, queries=1000, draws=2, seed=2) != first
+
+
+def test_one_group_tops_up_nothing_and_groups_of_one_everything():
+    g = gallery(7)
+    assert candidate_recall(g._replace(group=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"] == 0
+    assert candidate_recall(g._replace(group=torch.arange(PRODUCTS)), draws=1)["101-candidate/topped-up"] == 100
+
+
+def test_too_few_products():
+    with pytest.raises(ValueError, match="101 products"):
+        candidate_recall(gallery(8, products=100))
+    candidate_recall(gallery(8, products=101), queries=3, draws=1)

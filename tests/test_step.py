@@ -1,0 +1,270 @@
+"""One training step against the slow way: each sample alone, each pass of its own, nothing packed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.config import TrainConfig
+from syncmask_fast.data.loader import Batch
+from syncmask_fast.encoders import pack_pairs
+from syncmask_fast.losses import Queue, contrastive_loss, patch_pixels
+from syncmask_fast.masking import Masks, random_masks, sync_masks
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.step import draw_negatives, make_teacher, training_losses, update_teacher
+from tests.helpers import small_batch, small_config, small_tokenizer
+
+PAIRS = 6
+SEED = 1234
+
+
+def small_model(config: TrainConfig, seed: int = 0) -> SyncMaskModel:
+    """With weights everywhere, so that no bias and no token can be forgotten."""
+    torch.manual_seed(seed)
+    model = SyncMaskModel(config, small_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def some_queue(config: TrainConfig) -> Queue:
+    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
+    feats = F.normalize(torch.randn(2, 7, config.embed, generator=torch.Generator().manual_seed(9)), dim=-1)
+    queue.push(feats[0], feats[1], torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
+    return queue
+
+
+def losses_of(config: TrainConfig, model: SyncMaskModel, batch: Batch, *, seed: int = SEED, share: float = 0.5, **more):
+    teacher = more.pop("teacher", None) or make_teacher(model)
+    return training_losses(model, teacher, batch, some_queue(config), config, sync_share=share, alpha=0.3, seed=seed, **more)
+
+
+class TestAgainstTheSlowWay:
+    """The model, its teacher and the batch of all of them; the teacher is another model, so that no one takes the wrong one."""
+
+    @pytest.fixture(params=[("sync", 1.0, "pixels"), ("sync", 0.0, "teacher"), ("random", 0.5, "pixels")], ids=str)
+    def case(self, request: pytest.FixtureRequest):
+        masking, share, target = request.param
+        base = small_config(masking=masking)
+        config = dataclasses.replace(base, loss=dataclasses.replace(base.loss, mim_target=target, itc=2.0, itm=3.0, mlm=5.0, mim=7.0))
+        model, teacher = small_model(config), make_teacher(small_model(config, seed=1))
+        batch = small_batch(config, seed=3)
+        with torch.no_grad():
+            found, momentum = losses_of(config, model, batch, share=share, teacher=teacher)
+        return config, model, teacher, batch, share, found, momentum
+
+    @staticmethod
+    def texts(batch: Batch) -> list[Tensor]:
+        return list(batch.token_ids.split(batch.lengths))
+
+    @classmethod
+    def masks(cls, case) -> Masks:
+        """The masks that the seed gives; share 0 or 1 makes the blend all of one kind."""
+        config, model, teacher, batch, share, *_ = case
+        layout = Layout.of(batch.lengths)
+        if config.masking == "sync" and share == 1:
+            with torch.no_grad():
+                return sync_masks(teacher, teacher.image(batch.pixels), teacher.text(batch.token_ids, layout), layout, config.mask)
+        return random_masks(layout, model.image.patches, config.mask, torch.Generator().manual_seed(SEED))
+
+    @staticmethod
+    @torch.no_grad()
+    def fused(model: SyncMaskModel, ids: Tensor, pixels: Tensor) -> Tensor:
+        alone = Layout.of([len(ids)])
+        return model.fusion(model.text(ids, alone), pack_pairs(alone), model.image(pixels[None]))
+
+    @staticmethod
+    @torch.no_grad()
+    def features(model: SyncMaskModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = torch.cat([model.project_images(model.image(x[None])) for x in batch.pixels])
+        texts = [model.project_texts(model.text(ids, Layout.of([len(ids)])), Layout.of([len(ids)])) for ids in batch.token_ids.split(batch.lengths)]
+        return images, torch.cat(texts)
+
+    def test_itc(self, case):
+        config, model, teacher, batch, _, found, momentum = case
+        for ours, slow in zip(momentum, self.features(teacher, batch), strict=True):
+            assert torch.allclose(ours, slow, atol=1e-5)
+        feats = (*self.features(model, batch), *self.features(teacher, batch))
+        slow = contrastive_loss(*feats, batch.product_ids, some_queue(config), model.temperature, 0.3)
+        assert found.itc.item() == pytest.approx(slow.item(), rel=1e-4)
+
+    def test_itm(self, case):
+        config, model, _, batch, _, found, _ = case
+        images, texts = self.features(model, batch)
+        draw = (batch.product_ids, config.group.margin, config.loss.temperature)
+        negative_text, has_text = draw_negatives(images, texts, *draw, SEED)
+        negative_image, has_image = draw_negatives(texts, images, *draw, SEED + 1)
+        assert has_text.all()
+        assert has_image.all()
+        pairs = [(i, i, 1) for i in range(PAIRS)]
+        pairs += [(i, int(negative_text[i]), 0) for i in range(PAIRS)]
+        pairs += [(int(negative_image[i]), i, 0) for i in range(PAIRS)]
+        ids, total = self.texts(batch), 0.0
+        for image, text, matched in pairs:
+            logits = model.match_head(self.fused(model, ids[text], batch.pixels[image])[0]).double()
+            total -= logits.log_softmax(0)[matched].item()
+        assert found.itm.item() == pytest.approx(total / len(pairs), rel=1e-4)
+
+    def test_mlm_sees_the_full_image_and_the_masked_text(self, case):
+        _, model, _, batch, _, found, _ = case
+        masks, total, count = self.masks(case), 0.0, 0
+        for i, ids in enumerate(self.texts(batch)):
+            at = masks.words[i, : len(ids)].nonzero()[:, 0]
+            hidden = ids.index_fill(0, at, model.mask_id)
+            logits = model.word_head(self.fused(model, hidden, batch.pixels[i])[at], model.text.words.weight).double()
+            total += F.cross_entropy(logits, ids[at], reduction="sum").item()
+            count += len(at)
+        assert count >= PAIRS
+        assert found.mlm.item() == pytest.approx(total / count, rel=1e-4)
+
+    def test_mim_sees_the_full_text_and_the_masked_image(self, case):
+        config, model, teacher, batch, _, found, _ = case
+        masks, errors = self.masks(case), []
+        for i, ids in enumerate(self.texts(batch)):
+            alone, pixels, mask = Layout.of([len(ids)]), batch.pixels[i : i + 1], masks.patches[i : i + 1]
+            at = mask[0].nonzero()[:, 0]
+            with torch.no_grad():
+                masked = model.image(pixels, mask)[1:]
+                predicted = model.patch_head(masked[:, 1 + at], model.text(ids, alone), alone)
+                if config.loss.mim_target == "pixels":
+                    target = patch_pixels(pixels, config.image.patch, at[None])
+                else:
+                    full = teacher.image(pixels)[:, 1 + at]
+                    target = (full - full.mean(-1, keepdim=True)) / (full.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            errors.append((predicted - target).double() ** 2)
+        assert found.mim.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-4)
+
+    def test_total_is_the_weighted_sum(self, case):
+        found = case[5]
+        assert found.total.item() == pytest.approx((2 * found.itc + 3 * found.itm + 5 * found.mlm + 7 * found.mim).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["pixels", "teacher"])
+@pytest.mark.parametrize("masking", ["sync", "random", "none"])
+def test_every_parameter_learns(masking: str, target: str):
+    config = small_config(masking=masking)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target))
+    model = small_model(config)
+    found, _ = losses_of(config, model, small_batch(config))
+    found.total.backward()
+    assert all(x.isfinite() for x in found)
+    assert (found.mlm == 0) == (found.mim == 0) == (masking == "none")
+    masked_only = ("image.mask_token", "word_head.", "patch_head.")
+    for name, parameter in model.named_parameters():
+        learns = masking != "none" or not name.startswith(masked_only)
+        assert (parameter.grad is not None and bool(parameter.grad.isfinite().all() and parameter.grad.any())) == learns, name
+
+
+def test_alignment_alone_leaves_the_fusion_out():
+    config = small_config()
+    model = small_model(config)
+    found, _ = losses_of(config, model, small_batch(config), fuse=False)
+    found.total.backward()
+    assert found.total == found.itc * config.loss.itc
+    assert found.itc.item() == pytest.approx(losses_of(config, model, small_batch(config))[0].itc.item(), rel=1e-5)
+    later = ("image.mask_token", "fusion.", "match_head.", "word_head.", "patch_head.")
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == name.startswith(later), name
+
+
+def test_draws_follow_the_seed():
+    config = small_config()
+    model, batch = small_model(config), small_batch(config)
+    first, again, other = (losses_of(config, model, batch, seed=seed)[0] for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first.itc == other.itc  # nothing is drawn for ITC
+    assert first.mlm != other.mlm
+    assert first.mim != other.mim
+
+
+def test_one_product_in_the_batch_has_no_negatives():
+    config = small_config()
+    batch = dataclasses.replace(small_batch(config), product_ids=torch.zeros(PAIRS, dtype=torch.int64))
+    model = small_model(config)
+    found, _ = losses_of(config, model, batch)
+    assert all(x.isfinite() for x in found)
+    ids = batch.token_ids.split(batch.lengths)
+    slow = 0.0
+    for i in range(PAIRS):
+        slow -= model.match_head(TestAgainstTheSlowWay.fused(model, ids[i], batch.pixels[i])[0]).double().log_softmax(0)[1].item() / PAIRS
+    assert found.itm.item() == pytest.approx(slow, rel=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [3, 2, 3], [24, 2, 3]])
+def test_texts_with_hardly_a_word(lengths: list[int]):
+    """No word to mask in some or all texts: losses stay finite."""
+    config = small_config()
+    pairs = len(lengths)
+    ids = torch.cat([torch.tensor([2, *([7] * (n - 2)), 3]) for n in lengths])
+    starts, places = Layout.of(lengths).starts, torch.arange(pairs)
+    batch = Batch(torch.randn(pairs, 3, 48, 48), ids, starts, lengths, places, places, places, np.arange(pairs))
+    model = small_model(config)
+    found, _ = losses_of(config, model, batch, share=1.0)
+    found.total.backward()
+    assert all(x.isfinite() for x in found)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("margin", [-torch.inf, 0.0, 0.2])
+def test_negatives_are_other_products_and_less_similar_where_there_are_such(generator: torch.Generator, margin: float):
+    anchors, candidates = F.normalize(torch.randn(2, 24, 4, generator=generator), dim=-1)
+    candidates[5] = -anchors[5]  # nothing is less similar than this true pair
+    ids = torch.randint(0, 5, (24,), generator=generator)
+    similarity = anchors.double() @ candidates.double().T
+    fit = (ids[:, None] != ids) & (similarity < similarity.diagonal()[:, None] - margin)
+    for seed in range(40):
+        index, some = draw_negatives(anchors, candidates, ids, margin, 0.5, seed)
+        assert some.all()
+        assert (ids[index] != ids).all()
+        for i in range(24):
+            assert fit[i, index[i]] or not fit[i].any()
+    assert fit.any(1).all() == (margin == -torch.inf)  # otherwise the fallback was seen too
+    first, again = (draw_negatives(anchors, candidates, ids, margin, 0.5, 3)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_negatives_are_drawn_in_proportion_to_their_similarity():
+    """One anchor, three candidates of other products: shares as in a softmax, the fourth is its own product."""
+    anchors = torch.tensor([[1.0, 0.0]]).expand(4000, 2)
+    angle = torch.tensor([0.3, 0.8, 1.2, 0.0])
+    others = torch.stack([angle.cos(), angle.sin()], dim=1)
+    # Rows are the anchors' own pairs, so that only the first four candidates are of other products.
+    candidates = torch.cat([others, torch.tensor([[1.0, 0.0]]).expand(3996, 2)])
+    ids = torch.tensor([1, 2, 3, *([0] * 3997)])
+    index, some = draw_negatives(anchors, candidates, ids, -torch.inf, 0.5, 11)
+    assert some.all()
+    drawn = index[3:].bincount(minlength=3)[:3] / 3997
+    expected = (others[:3, 0] / 0.5).softmax(0)
+    assert (drawn - expected).abs().max() < 6 * 0.5 / 4000**0.5
+
+
+def test_no_other_product_is_no_negative(generator: torch.Generator):
+    anchors, candidates = torch.randn(2, 5, 4, generator=generator)
+    index, some = draw_negatives(anchors, candidates, torch.full((5,), 7), 0.0, 0.1, 0)
+    assert not some.any()
+    assert ((index >= 0) & (index < 5)).all()  # safe to gather with
+
+
+def test_update_teacher(generator: torch.Generator):
+    config = small_config()
+    model = small_model(config)
+    teacher = make_teacher(small_model(config, seed=1))
+    assert not any(p.requires_grad for p in teacher.parameters())
+    weights = copy.deepcopy(model.state_dict())
+    # Early on the teacher follows faster than the 0.9 asked for.
+    for step, asked, momentum in ((10**6, 0.9, 0.9), (40, 0.9, 41 / 50), (0, 0.9, 0.1), (10**6, 0.0, 0.0)):
+        before = copy.deepcopy(teacher.state_dict())
+        update_teacher(teacher, model, asked, step)
+        for name, value in teacher.state_dict().items():
+            expected = momentum * before[name].double() + (1 - momentum) * weights[name].double()
+            assert torch.allclose(value.double(), expected, atol=1e-6), name
+            assert torch.equal(model.state_dict()[name], weights[name])

@@ -1,0 +1,331 @@
+"""The main job from end to end, on drawn pictures: a run's folder, stopping and going on, every mode, and what users get wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from syncmask_fast import train
+from syncmask_fast.checkpoint import checkpoints
+from syncmask_fast.config import PRESETS
+from syncmask_fast.errors import UserError, run_command
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.train import main, make_optimizer, set_learning_rate
+from tests.helpers import small_config, small_lookbook, small_tokenizer
+
+ROOT = Path(__file__).parent.parent
+BATCH = 16
+SMALL = (
+    "--image.size 48 --image.patch 12 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
+    f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
+).split()
+SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
+KEYS = {"step", "epoch", "pairs_per_s", "data_wait_share", "lr", "loss", "loss_itc"}
+LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_lookbook(tmp_path_factory)
+
+
+def write_plain_dataset(folder: Path, samples: int) -> None:
+    """A WebDataset as others make it: pictures of several sizes and kinds, and a .txt; no product numbers, no attributes."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / "part-0.tar", "w") as tar:
+        for n in range(samples):
+            picture = Image.fromarray(rng.integers(0, 255, (40 + n % 7, 30 + n % 5, 3), dtype=np.uint8))
+            buffer = io.BytesIO()
+            (picture.convert("L") if n % 4 == 0 else picture).save(buffer, "JPEG")
+            for name, content in ((f"{n:04d}.jpg", buffer.getvalue()), (f"{n:04d}.txt", f"coat number {n} with {n % 3} zips".encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "shards"
+    write_plain_dataset(folder, 70)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps, which go into the second epoch, without a break; loaded with DALI."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def learnt(out: Path) -> list[dict]:
+    """What the log says of the learning, without the times that it took."""
+    return [{name: value for name, value in row.items() if name not in ("pairs_per_s", "data_wait_share")} for row in rows(out)]
+
+
+def assert_same_model(a: Path, b: Path) -> None:
+    ours, theirs = (SyncMaskModel.from_pretrained(out / "model").state_dict() for out in (a, b))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# A whole run ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_of_a_run(run: Path, data: Path):
+    assert {"config.json", "metrics.jsonl", "results.json", "report.html", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
+    assert not [p for p in run.rglob("*") if "partial" in p.name]
+    config = json.loads((run / "config.json").read_text())
+    assert config["batch_size"] == BATCH
+    assert config["data"] == str(data)
+    assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000006"]
+    model = SyncMaskModel.from_pretrained(run / "model")
+    assert model.encode_text(["a red dress"]).shape == (1, 16)
+    assert (run / "report.html").stat().st_size > 20_000
+
+
+def test_metrics_of_every_step(run: Path):
+    found = rows(run)
+    assert [row["step"] for row in found] == list(range(1, 7))
+    assert [row["epoch"] for row in found] == sorted(row["epoch"] for row in found)
+    assert found[-1]["epoch"] == 1  # the second epoch was reached, so that its plan was made from features
+    for row in found:
+        assert set(row) >= KEYS
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["pairs_per_s"] > 0
+        assert 0 <= row["data_wait_share"] <= 1
+        fused = row["step"] > 2
+        assert all((name in row) == (fused or name == "loss_itc") for name in LOSSES)
+        if fused:
+            assert row["loss"] == pytest.approx(sum(row[name] for name in LOSSES), rel=1e-4)  # all weights are 1
+    assert "sync/words/auc" in found[-1]
+    assert found[0]["lr"] > 0
+
+
+def test_results(run: Path):
+    results = json.loads((run / "results.json").read_text())
+    for way in ("i2t", "t2i", "mean"):
+        for k in (1, 5, 10):
+            assert 0 <= results[f"retrieval/{way}/101-candidate/R@{k}"] <= 100
+            assert f"retrieval/{way}/101-candidate/R@{k}/std" in results
+    assert results["retrieval/i2t/full/R@1"] <= results["retrieval/i2t/full/R@10"]
+    assert results["retrieval/products"] == 105
+    for name in ("words/precision", "words/random", "words/shuffled", "words/auc", "patches/precision", "patches/random", "patches/shuffled"):
+        assert 0 <= results[f"sync/{name}"] <= 100
+
+
+# Stopping and going on ------------------------------------------------------------------------------------------------------------------
+
+
+def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, data: Path, tmp_path: Path):
+    """As after a crash: metrics beyond the checkpoint, one of them half written, are there and must go."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    for rest in ("model", "results.json", "report.html"):
+        shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "ep')
+    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    assert learnt(out) == learnt(run)
+    assert_same_model(run, out)
+    assert (out / "report.html").is_file()
+
+
+def test_finished_run_is_evaluated_again_and_no_more(run: Path, data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "results.json").unlink()
+    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    assert rows(out) == rows(run)
+    assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+
+
+def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run goes on to what it would have been."""
+    out = tmp_path / "run"
+    flags = ["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)]
+    step = train.one_step
+
+    def interrupted(config, state, *more):
+        if state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(config, state, *more)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "one_step", interrupted)
+    with pytest.raises(SystemExit) as left:
+        main(flags)
+    monkeypatch.undo()
+    assert left.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped at step 4 of 6" in capsys.readouterr().out
+    assert learnt(out) == learnt(run)[:4]
+    assert not (out / "model").exists()
+    main([*flags, "--resume", str(out / "checkpoints" / "step-00000004")])
+    assert learnt(out) == learnt(run)
+    assert_same_model(run, out)
+
+
+def test_resume_of_another_run(run: Path, data: Path, tmp_path: Path):
+    """A checkpoint of another model, and a damaged one, end with a sentence that names it."""
+    again = ["tiny", *SMALL, *SIX, "--data", str(data), "--out", str(tmp_path / "run"), "--resume"]
+    with pytest.raises(UserError, match="step-00000099"):
+        main([*again, str(run / "checkpoints" / "step-00000099")])
+    shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / "step-00000003")
+    (tmp_path / "step-00000003" / "teacher.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=str(tmp_path / "step-00000003")):
+        main([*again, str(tmp_path / "step-00000003")])
+
+
+# Every mode -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--masking random --batching random",
+        "--masking none --batching hard",
+        "--loss.mim-target teacher --optim.accumulate 2 --loss.queue 0 --mask.ramp 0 0",
+        "--epochs 1 --batch-size 32 --batching hard --precision bfloat16",
+    ],
+)
+def test_modes(pairs: Path, tmp_path: Path, flags: str):
+    length = [] if "--epochs" in flags else ["--steps", "2"]
+    main(["tiny", *SMALL, "--loss.align", "0", *length, *flags.split(), "--data", str(pairs), "--out", str(tmp_path / "run")])
+    found = rows(tmp_path / "run")
+    assert len(found) == 2
+    for row in found:
+        assert all(math.isfinite(row[name]) for name in LOSSES)
+        assert (row["loss_mlm"] == 0) == (row["loss_mim"] == 0) == ("none" in flags)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_plain_webdataset(pairs: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    main(["tiny", *SMALL, "--steps", "2", "--loss.align", "0", "--eval.holdout", "0.1", "--data", str(pairs), "--out", str(out)])
+    assert len(rows(out)) == 2
+    results = json.loads((out / "results.json").read_text())
+    assert results["retrieval/products"] == 7  # each pair is its own product; too few for 101 candidates
+    assert not [name for name in results if name.startswith("sync/") or "101" in name]
+    assert (out / "report.html").is_file()
+
+
+def test_damaged_picture_is_left_out(tmp_path: Path):
+    write_plain_dataset(tmp_path / "shards", 40)
+    tar = tmp_path / "shards" / "part-0.tar"
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as archive:
+        member = archive.getmember("0007.jpg")
+    content[member.offset_data + member.size // 3 : member.offset_data + member.size] = bytes(member.size - member.size // 3)
+    tar.write_bytes(content)
+    out = tmp_path / "run"
+    main(["tiny", *SMALL, "--steps", "3", "--loss.align", "0", "--eval.holdout", "0", "--data", str(tmp_path / "shards"), "--out", str(out)])
+    assert all(math.isfinite(value) for row in rows(out) for value in row.values())
+    assert len(rows(out)) == 3
+
+
+# What users get wrong -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--batch-size", "1"], "--batch-size"),
+        (["--epochs", "1"], "--epochs"),
+        (["--batch-size", "5000"], "--batch-size 5000"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--image.name", "no_such_vit"], "no_such_vit"),
+        (["--text.name", "no/such/tokenizer"], "no/such/tokenizer"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--image.heads", "5"], "--image"),
+    ],
+)
+def test_one_sentence_for_a_mistake(data: Path, tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError) as error:
+        main(["tiny", *SMALL, *SIX, "--data", str(data), "--out", str(tmp_path / "run"), *flags])
+    assert named in str(error.value)
+
+
+def test_a_mended_mistake_may_use_the_same_folder(data: Path, tmp_path: Path):
+    """A run that never began leaves nothing in the way of the next one."""
+    flags = ["tiny", *SMALL, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="--batch-size"):
+        main([*flags, "--batch-size", "5000"])
+    main([*flags, "--loss.align", "1"])
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_existing_run(run: Path, data: Path):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    again = ["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(run)]
+    with pytest.raises(UserError, match="--resume never"):
+        main([*again, "--resume", "never"])
+    with pytest.raises(UserError, match="seed"):
+        main([*again, "--seed", "1"])
+    with pytest.raises(UserError, match="mask"):
+        main([*again, "--mask.patch-ratio", "0.9"])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before  # nothing was touched
+
+
+def test_the_command_exits_with_2_and_one_line(tmp_path: Path):
+    command = [sys.executable, "-m", "syncmask_fast.train", "tiny", "--data", "no/such/folder", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no/such/folder ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: main(["tiny", "--steps", "2", "--epochs", "2", "--out", str(tmp_path / "run")]))
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: --steps and --epochs were both given: give one of them.\n"
+    assert not (tmp_path / "run").exists()
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    config = small_config()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0, min_lr=0.1, warmup=0.1))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+    rates = []
+    for step in range(100):
+        set_learning_rate(optimizer, config, step, 100)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55)  # half of the cosine
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert 0.1 < rates[-1] < 0.101
+
+
+def test_no_weight_decay_for_biases_norms_and_the_temperature():
+    model = SyncMaskModel(small_config(), small_tokenizer())
+    groups = make_optimizer(model, PRESETS["tiny"][1]).param_groups
+    decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("bias") or "norm" in name or name in ("log_temperature", "image.mask_token", "text.token_type")
+        assert (id(parameter) in decayed) != plain, name
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

@@ -115,8 +115,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         for name in ("step", "epoch", "position", "batches"):
             setattr(state, name, numbers[name])
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a checkpoint of this run: {reason} Give another with --resume, or start anew with another --out.") from error
+        reason = " ".join(str(error).split())[:200]
+        mend = "give another with --resume, or start anew with another --out"
+        raise UserError(f"{path} is not a checkpoint of this run ({reason}): {mend}.") from error
     _load_optimizer(state, files["optimizer"])
 
 

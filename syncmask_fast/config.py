@@ -247,6 +247,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def from_json(cls: type, values: dict[str, Any]) -> Any:
     """The configuration of dataclass `cls` that `to_json` wrote; raises `UserError` for unknown or missing names."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise UserError(f"The configuration's {cls.__name__} is not a table of settings.")
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise UserError(f"The configuration has settings that this version does not know: {', '.join(unknown)}.")

@@ -39,8 +39,11 @@ def evaluation_batches(split: Split, tokens: TokenCache, config: TrainConfig, de
 
 
 @torch.inference_mode()
-def embed(model: SyncMaskModel, split: Split, tokens: TokenCache) -> retrieval.Gallery:
-    """The features of all images of a split and of the text of each product (its first one, where a product has several)."""
+def embed(model: SyncMaskModel, split: Split, tokens: TokenCache) -> tuple[retrieval.Gallery, np.ndarray]:
+    """The features of all images of a split and of the text of each product (its first one, where a product has several).
+
+    Also returns the sample number of each image, int64 [N]: an image that cannot be read is not among them.
+    """
     samples, images = [], []
     for batch in evaluation_batches(split, tokens, model.config, model.device, split.samples):
         samples.append(batch.samples.cpu().numpy())
@@ -56,12 +59,13 @@ def embed(model: SyncMaskModel, split: Split, tokens: TokenCache) -> retrieval.G
         texts.append(model.project_texts(model.text(torch.from_numpy(ids).to(model.device), layout), layout))
     group = split.index.subcategory.codes[at[first]]
     device = model.device
-    return retrieval.Gallery(torch.cat(images), torch.cat(texts), torch.from_numpy(product).to(device), torch.from_numpy(group).to(device))
+    product, group = torch.from_numpy(product).to(device), torch.from_numpy(group).to(device)
+    return retrieval.Gallery(torch.cat(images), torch.cat(texts), product, group), at
 
 
 def evaluate_retrieval(model: SyncMaskModel, split: Split, tokens: TokenCache) -> dict[str, float]:
     """Every retrieval metric in percent, by name; the 101-candidate ones only where there are 101 products."""
-    gallery = embed(model, split, tokens)
+    gallery, _ = embed(model, split, tokens)
     results = {f"retrieval/{name}": value for name, value in retrieval.full_recall(gallery).items()}
     if len(gallery.texts) >= retrieval.CANDIDATES:
         config = model.config.eval

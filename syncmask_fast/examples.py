@@ -81,9 +81,8 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
 
 def retrieval_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown: int = SHOWN) -> list[RetrievalExample]:
     """Half of them from text to image, half from image to text, among the whole evaluation set."""
-    gallery = embed(model, split, tokens)
+    gallery, place = embed(model, split, tokens)
     product = gallery.product.cpu().numpy()
-    place = split.samples[: len(product)]
     size = model.config.image.size
     first = np.unique(product, return_index=True)[1]
     rng = np.random.default_rng(model.config.seed)

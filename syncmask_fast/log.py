@@ -46,7 +46,7 @@ class MetricsLog:
 
     def note(self, values: dict[str, float]) -> None:
         """Adds further values, such as the sync scores, to the last step's row; the time that they took is not the next step's."""
-        self.rows[-1].update({name: round(value, 3) for name, value in values.items()})
+        self.rows[-1].update({name: round(value, 3) for name, value in values.items() if not math.isnan(value)})
         lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
         self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
         self.clock = time.perf_counter()

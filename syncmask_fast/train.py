@@ -298,6 +298,7 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
         if truth is not None:
             results |= evaluate_sync(model, truth)
         print_results(results)
+    results = {name: value for name, value in results.items() if not math.isnan(value)}  # what could not be measured is left out
     aside = out / ".results.json.partial"
     aside.write_text(json.dumps(results, indent=2) + "\n")
     aside.replace(out / "results.json")

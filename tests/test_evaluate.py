@@ -52,7 +52,7 @@ def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
 def test_features_are_those_of_the_model(opened):
     """Each image and each product's text, as the user's calls give them one by one."""
     model, split, tokens = opened
-    gallery = embed(model, split, tokens)
+    gallery, _ = embed(model, split, tokens)
     index = split.index
     assert len(gallery.images) == len(index)
     assert len(gallery.texts) == len(np.unique(index.product_ids)) == 105
@@ -69,7 +69,7 @@ def test_features_are_those_of_the_model(opened):
 def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
     results = run("retrieval", folder, data, tmp_path / "new" / "results.json")
     assert "retrieval/i2t/101-candidate/R@1" in capsys.readouterr().out
-    gallery = embed(*opened)
+    gallery, _ = embed(*opened)
     for name, value in (retrieval.full_recall(gallery) | retrieval.candidate_recall(gallery)).items():
         assert results[f"retrieval/{name}"] == pytest.approx(value)
     assert results["retrieval/products"] == 105

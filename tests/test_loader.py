@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from syncmask_fast.data import loader as loader_module
-from syncmask_fast.data.augment import AugmentConfig, crop_params, philox4x32, whole_images
+from syncmask_fast.data.augment import AugmentConfig, crop_params, kept_tokens, philox4x32, whole_images
 from syncmask_fast.data.decode_dali import dali_problem
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
 from syncmask_fast.data.loader import Batch, Loader, choose_backend
@@ -508,7 +508,7 @@ def test_without_dali(monkeypatch):
         choose_backend("dali")
 
 
-def test_auto_takes_dali_on_cuda_only(monkeypatch):
+def test_auto_takes_dali_where_there_is_one(monkeypatch):
     monkeypatch.setattr("syncmask_fast.data.decode_dali.dali_problem", lambda: None)
     assert choose_backend("auto") == "dali"
 
@@ -539,3 +539,33 @@ def test_whole_images():
     assert not params.x.any()
     assert not params.flip.any()
     assert len(params.take(np.array([True, False]))) == 1
+
+
+def test_dropped_words_are_a_function_of_the_position():
+    lengths = np.array([9, 3, 30, 2, 17])
+    places = np.array([4, 0, 11, 2, 7])
+    starts = np.append(0, np.cumsum(lengths))
+    whole = kept_tokens(5, 2, places, lengths, 0.4)
+    assert whole.shape == (lengths.sum(),)
+    for row in range(5):  # alone as in a batch with longer texts
+        alone = kept_tokens(5, 2, places[row : row + 1], lengths[row : row + 1], 0.4)
+        assert (alone == whole[starts[row] : starts[row + 1]]).all()
+        assert alone[0]
+        assert alone[-1]
+    assert (kept_tokens(5, 3, places, lengths, 0.4) != whole).any()
+    many = kept_tokens(5, 2, np.arange(4000), np.full(4000, 12), 0.4).reshape(4000, 12)[:, 1:-1]
+    assert abs(many.mean() - 0.6) < 0.01
+    assert kept_tokens(5, 2, places, lengths, 0.0).all()
+
+
+def test_word_drop_leaves_out_words_in_order(plain):
+    with open_loader(plain, backend="torchvision", augment=AugmentConfig(word_drop=0.5)) as loader:
+        batch = next(loader.epoch(np.arange(4), 0))
+        starts = batch.cu_seqlens.tolist()
+        assert batch.lengths == np.diff(starts).tolist()
+        assert sum(batch.lengths) == len(batch.token_ids) < sum(loader.tokens.lengths[:4])
+        for row in range(4):
+            full = iter(loader.tokens.ids(row).tolist())
+            kept = batch.token_ids[starts[row] : starts[row + 1]].tolist()
+            assert all(token in full for token in kept)  # a subsequence
+            assert (kept[0], kept[-1]) == (loader.tokens.ids(row)[0], loader.tokens.ids(row)[-1])

@@ -14,6 +14,8 @@ from syncmask_fast.sync import SyncMask, SyncTruth, partners, sync_metrics, trut
 TEXT = "a red dress with a star and a zip"
 SPANS = np.array([[0, 1], [2, 5], [6, 11], [12, 16], [17, 18], [19, 21], [21, 23], [24, 27], [28, 29], [30, 33]])  # "star" in two pieces
 
+NO_SCORE = np.zeros(0)  # patch scores are for the report alone
+
 
 def item(name: str, box: list[float] | None) -> dict:
     begin = TEXT.index(name)
@@ -93,9 +95,9 @@ def by_hand() -> tuple[list[SyncTruth], list[SyncMask], np.ndarray]:
         SyncTruth(bools("...."), bools("...."), bools("...."), bools("....")),
     ]
     masks = [
-        SyncMask(bools("x.xx."), bools("x.x."), np.array([3.0, 1, 2, 9, 1])),
-        SyncMask(bools(".x."), bools("..xx"), np.array([9.0, 2, 2])),
-        SyncMask(bools("xx.."), bools("xx.."), np.array([4.0, 3, 2, 1])),
+        SyncMask(bools("x.xx."), bools("x.x."), np.array([3.0, 1, 2, 9, 1]), NO_SCORE),
+        SyncMask(bools(".x."), bools("..xx"), np.array([9.0, 2, 2]), NO_SCORE),
+        SyncMask(bools("xx.."), bools("xx.."), np.array([4.0, 3, 2, 1]), NO_SCORE),
     ]
     return truths, masks, np.array([1, 2, 0])
 
@@ -127,11 +129,11 @@ def test_random_rates_are_those_of_drawn_masks():
         m = int(rng.integers(3, 20))
         attribute = rng.random(m) < 0.6
         truths.append(SyncTruth(attribute, attribute & (rng.random(m) < 0.5), rng.random(16) < 0.2, rng.random(16) < 0.6))
-        masks.append(SyncMask(rng.permutation(np.arange(m) < max(1, m // 4)), rng.permutation(np.arange(16) < 5), rng.random(m)))
+        masks.append(SyncMask(rng.permutation(np.arange(m) < max(1, m // 4)), rng.permutation(np.arange(16) < 5), rng.random(m), NO_SCORE))
     expected = sync_metrics(truths, masks, np.arange(30))
     drawn: dict[str, list[float]] = {}
     for _ in range(150):
-        random = [SyncMask(rng.permutation(m.words), rng.permutation(m.patches), m.word_score) for m in masks]
+        random = [SyncMask(rng.permutation(m.words), rng.permutation(m.patches), m.word_score, NO_SCORE) for m in masks]
         found = sync_metrics(truths, random, np.arange(30))
         for name in ("words", "patches", "any-patches"):
             drawn.setdefault(name, []).append(found[f"{name}/precision"])

@@ -27,6 +27,7 @@ class AugmentConfig:
     brightness: float = 0.2  # factor drawn from 1 - x to 1 + x, and so on
     contrast: float = 0.2
     saturation: float = 0.2
+    word_drop: float = 0.0  # share of the words that is left out of each text, anew in each epoch
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -37,7 +38,7 @@ class AugmentConfig:
             raise UserError(f"augment.ratio must be two positive numbers, low before high, not {self.ratio}")
         if not 0 <= self.flip <= 1:
             raise UserError(f"augment.flip must lie in 0 to 1, not {self.flip}")
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("brightness", "contrast", "saturation", "word_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} must lie in 0 to 1, not {getattr(self, name)}")
 
@@ -109,6 +110,19 @@ def crop_params(
         colour[:, 0] < config.flip,
         *np.ascontiguousarray(factors.T),
     )
+
+
+def kept_tokens(seed: int, epoch: int, positions: np.ndarray, lengths: np.ndarray, word_drop: float) -> np.ndarray:
+    """Draws which tokens of each text stay: bool [total], the texts' tokens behind each other; the first and the last always stay.
+
+    positions: int64 [B], places in the epoch.     lengths: int [B], tokens of each text, [CLS] and [SEP] included.
+    """
+    longest = int(lengths.max(initial=1))
+    draws = _uniform(seed, epoch, np.asarray(positions), ATTEMPTS + 1 + np.arange(-(-longest // 4)))  # [ceil(L / 4), B, 4]
+    keep = draws.transpose(1, 0, 2).reshape(len(lengths), -1)[:, :longest] >= word_drop
+    place = np.arange(longest)
+    keep |= (place == 0) | (place == lengths[:, None] - 1)
+    return keep[place < lengths[:, None]]
 
 
 def whole_images(widths: np.ndarray, heights: np.ndarray) -> CropParams:

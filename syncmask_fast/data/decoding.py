@@ -20,6 +20,7 @@ class ImageJob:
     positions: np.ndarray  # int64 [B], places in the epoch
     encoded: list[bytes]
     params: CropParams
+    epoch: int
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -34,6 +35,7 @@ class ImageJob:
             self.positions[keep],
             [self.encoded[row] for row in keep],
             self.params.take(keep),
+            self.epoch,
         )
 
 

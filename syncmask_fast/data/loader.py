@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncmask_fast.data.augment import AugmentConfig, crop_params, whole_images
+from syncmask_fast.data.augment import AugmentConfig, crop_params, kept_tokens, whole_images
 from syncmask_fast.data.decoding import Decoder, ImageJob
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
@@ -211,7 +211,7 @@ class Loader:
             params = whole_images(widths, heights)
         else:
             params = crop_params(self.seed, epoch, positions, widths, heights, self.augment)
-        return ImageJob(samples, positions, encoded, params)
+        return ImageJob(samples, positions, encoded, params, epoch)
 
     def _skip(self, sample: int, reason: str) -> None:
         if sample in self._refused:
@@ -229,6 +229,9 @@ class Loader:
 
     def _batch(self, job: ImageJob, pixels: Tensor) -> Batch:
         token_ids, cu_seqlens = self.tokens.gather(job.samples)
+        if self.augment is not None and self.augment.word_drop:
+            keep = kept_tokens(self.seed, job.epoch, job.positions, np.diff(cu_seqlens), self.augment.word_drop)
+            token_ids, cu_seqlens = token_ids[keep], np.append(0, np.cumsum(keep))[cu_seqlens].astype(np.int32)
         product_ids = self.index.product_ids[job.samples]
         tokens, products, samples, positions, starts = self._upload(
             token_ids, product_ids, job.samples, job.positions, cu_seqlens

@@ -6,7 +6,8 @@ length may stay dense, [N, L, ...], and then need no layout.
 
 from __future__ import annotations
 
-from functools import cached_property
+import importlib.util
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -80,18 +81,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k
     q:        [total, H, D] with `q_layout`, or dense [N, L, H, D] without; float32, bfloat16 or float16.
     k, v:     [total, H, D] with `k_layout`, or dense [N, S, H, D] without; the same number of blocks N.
     returns:  like q.
-    runs:     xformers' memory-efficient attention with a block-diagonal mask on CUDA, padded SDPA on the CPU.
+    runs:     xformers' memory-efficient attention with a block-diagonal mask on CUDA; padded SDPA on the CPU and where xformers is missing.
     """
-    if q.is_cuda:
+    if takes_packed(q.device):
         return _attention_xformers(q, k, v, q_layout, k_layout)
     mask = None if k_layout is None else k_layout.valid[:, None, None, :]
     q_dense = q if q_layout is None else q_layout.pad(q)
     if k_layout is not None:
         k, v = k_layout.pad(k), v if v is k else k_layout.pad(v)
-    with torch.autocast("cpu", enabled=False):  # PyTorch's CPU attention is nine times slower in bfloat16
-        heads_first = (x.float().transpose(1, 2) for x in (q_dense, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        # PyTorch's CPU attention is nine times slower in bfloat16.
+        heads_first = ((x if q.is_cuda else x.float()).transpose(1, 2) for x in (q_dense, k, v))
         out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).to(q.dtype)
     return out if q_layout is None else q_layout.unpad(out)
+
+
+def takes_packed(device: torch.device) -> bool:
+    """Whether attention on this device takes packed sequences as they are; otherwise it pads, and their lengths must be known to the host."""
+    return device.type == "cuda" and _have_xformers()
+
+
+@cache
+def _have_xformers() -> bool:
+    return importlib.util.find_spec("xformers") is not None
 
 
 def block_diagonal_mask(blocks: int, q_layout: Layout | int, k_layout: Layout | int):

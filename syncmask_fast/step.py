@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from syncmask_fast import losses, ops
-from syncmask_fast.attention import Layout
+from syncmask_fast.attention import Layout, takes_packed
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.encoders import pack_by_image
@@ -156,7 +156,7 @@ def _fusion_losses(
     if masked_at is not None:  # the masked copies, which lie behind the full texts
         sequences, looks_at = [*sequences, each + b], [*looks_at, each]
     # On CUDA the length of the drawn texts stays unknown to the host, so the longest possible is reserved.
-    capacity = (len(sequences) - 1) * layout.total + b * layout.longest if images.is_cuda else None
+    capacity = (len(sequences) - 1) * layout.total + b * layout.longest if takes_packed(device) else None
     pack = pack_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity)
     fused = model.fusion(texts[pack.rows], pack, images)
 

@@ -22,7 +22,7 @@ from syncmask_fast.data.lookbook.drawing import SMALLEST, render
 from syncmask_fast.data.lookbook.fabric import CLOTH, COLOURS, distance
 from syncmask_fast.data.lookbook.motifs import LETTERS, MOTIFS
 from syncmask_fast.data.lookbook.subcategories import CATEGORIES, SUBCATEGORIES
-from syncmask_fast.data.lookbook.wording import describe
+from syncmask_fast.data.lookbook.wording import describe, facts
 from syncmask_fast.data.lookbook.words import BRANDS, FILLERS, LAST_FILLERS, OCCASIONS
 from syncmask_fast.errors import UserError
 
@@ -336,7 +336,7 @@ def test_a_quarter_are_siblings_that_differ_in_one_attribute(products):
         base = products[sibling.sibling_of]
         assert base.sibling_of is None
         names = {
-            n for n in base.facts.keys() | sibling.facts.keys() if base.facts.get(n) != sibling.facts.get(n)
+            n for n in facts(base).keys() | facts(sibling).keys() if facts(base).get(n) != facts(sibling).get(n)
         }
         assert len(names) == 1, (sibling.number, names)
         changed.update(names)
@@ -388,8 +388,8 @@ def test_ids_of_the_splits_are_disjoint_and_the_products_differ(tmp_path):
     ids = {split: {record["product_id"] for record in rows} for split, rows in records.items()}
     assert ids == {"train": set(range(6)), "eval": set(range(6, 11))}
     assert not {r["text"] for r in records["train"]} & {r["text"] for r in records["eval"]}
-    assert sample_product(0, "train", 0).facts != sample_product(0, "eval", 0).facts
-    assert sample_product(0, "train", 0).facts != sample_product(1, "train", 0).facts
+    assert facts(sample_product(0, "train", 0)) != facts(sample_product(0, "eval", 0))
+    assert facts(sample_product(0, "train", 0)) != facts(sample_product(1, "train", 0))
 
 
 def test_drawn_once(tmp_path, capsys, monkeypatch):

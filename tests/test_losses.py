@@ -24,16 +24,18 @@ def plain_contrastive_loss(
 ) -> float:
     """The definition: one anchor and one candidate at a time, empty places never a candidate."""
     total = 0.0
-    ways = ((images, teacher_images, teacher_texts, queue.texts), (texts, teacher_texts, teacher_images, queue.images))
-    for anchors, teacher_anchors, others, queued in ways:
-        candidates = [(others[j], ids[j]) for j in range(len(ids))]
-        candidates += [(queued[j], int(queue.ids[j])) for j in range(len(queue.ids)) if queue.ids[j] >= 0]
+    image_side = images, texts, teacher_images, teacher_texts, queue.texts
+    text_side = texts, images, teacher_texts, teacher_images, queue.images
+    for anchors, others, teacher_anchors, teacher_others, queued in (image_side, text_side):
+        # The student's own candidates, and what the teacher sees in their place; in the queue they are the same.
+        candidates = [(others[j], teacher_others[j], ids[j]) for j in range(len(ids))]
+        candidates += [(queued[j], queued[j], int(queue.ids[j])) for j in range(len(queue.ids)) if queue.ids[j] >= 0]
         for i, own in enumerate(ids):
-            logits = [float(anchors[i].double() @ c.double()) / temperature for c, _ in candidates]
-            soft = [math.exp(float(teacher_anchors[i].double() @ c.double()) / temperature) for c, _ in candidates]
+            logits = [float(anchors[i].double() @ c.double()) / temperature for c, _, _ in candidates]
+            soft = [math.exp(float(teacher_anchors[i].double() @ c.double()) / temperature) for _, c, _ in candidates]
             log_sum = math.log(sum(math.exp(x) for x in logits))
-            same = sum(product == own for _, product in candidates)
-            for x, s, (_, product) in zip(logits, soft, candidates, strict=True):
+            same = sum(product == own for _, _, product in candidates)
+            for x, s, (_, _, product) in zip(logits, soft, candidates, strict=True):
                 target = alpha * s / sum(soft) + (1 - alpha) * (product == own) / same
                 total -= target * (x - log_sum) / len(ids)
     return total / 2
@@ -68,11 +70,8 @@ def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: to
 def test_teacher_takes_no_gradient(generator: torch.Generator):
     feats = unit(4, len(IDS), 5, generator=generator).requires_grad_()
     contrastive_loss(*feats, torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
-    # Teacher features stand among the candidates, so that their gradient is not 0; the soft targets alone give none.
-    fixed = feats.detach()
-    student = fixed[:2].clone().requires_grad_()
-    contrastive_loss(*student, *fixed[2:], torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
-    assert torch.allclose(student.grad, feats.grad[:2])
+    assert (feats.grad[:2].abs().sum((1, 2)) > 0).all()
+    assert (feats.grad[2:] == 0).all()
 
 
 @pytest.mark.parametrize(("places", "batch"), [(10, 4), (4, 4), (7, 3), (5, 8), (1, 3), (0, 3)])

@@ -94,13 +94,6 @@ class Product:
     def category(self) -> str:
         return SUBCATEGORIES[self.subcategory].category
 
-    @property
-    def facts(self) -> dict[str, str]:
-        """The structured product, flat: attribute name -> value."""
-        from .wording import value_of
-
-        return {name: value_of(self, name) for name in self.names()}
-
     def names(self) -> list[str]:
         """Names of all its attributes: whole-garment ones first, then sewn-in ones, then local details."""
         names = ["category", "subcategory", "colour", "material", "pattern"]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from .catalogue import sample_product, stream
 from .drawing import render
-from .wording import describe
+from .wording import describe, facts
 
 CHUNK = 8  # products that a worker draws in a row
 _HEADER = struct.Struct("<III")
@@ -63,7 +63,7 @@ def draw_product(job: Job, number: int) -> list[Sample]:
             subcategory=product.subcategory,
             view=name,
             attributes=attributes,
-            facts=product.facts,
+            facts=facts(product),
         )
         if product.sibling_of is not None:
             record["sibling_of"] = job.first_id + product.sibling_of

@@ -93,6 +93,11 @@ def _detail_words(detail: Detail) -> tuple[str, bool]:
     }[detail.kind]
 
 
+def facts(product: Product) -> dict[str, str]:
+    """The structured product, flat: attribute name -> value."""
+    return {name: value_of(product, name) for name in product.names()}
+
+
 def value_of(product: Product, name: str) -> str:
     """The value of an attribute as `facts` gives it."""
     sub = SUBCATEGORIES[product.subcategory]

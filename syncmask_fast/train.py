@@ -29,6 +29,7 @@ from syncmask_fast.log import MetricsLog
 from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.pretrained import load_bert
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
 LOOKBOOK = Path("data/lookbook")
@@ -118,12 +119,14 @@ def start_run(out: Path, config: TrainConfig, data: Path) -> TrainConfig:
 def train(config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
     tokenizer = load_tokenizer(config.text.name) if config.text.name else train_tokenizer(train_split.index.texts, config.text.vocabulary)
-    if config.text.name is None:
-        config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
     tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
 
     torch.manual_seed(config.seed)
-    model = SyncMaskModel(config, tokenizer).to(device)
+    model = SyncMaskModel(config, tokenizer)
+    if config.text.name:
+        print(load_bert(model, config.text.name))
+    model.to(device)
     teacher = make_teacher(model)
     optimizer = make_optimizer(model, config)
     queue = Queue.empty(config.loss.queue, config.embed, device)

@@ -25,7 +25,7 @@ LAYERS = [
     {"config", "attention", "retrieval", "sync"},
     {"encoders", "report"},
     {"model", "losses"},
-    {"masking", "checkpoint"},
+    {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"log", "evaluate"},
     {"examples"},

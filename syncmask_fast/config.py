@@ -162,7 +162,7 @@ class TrainConfig:
     """auto: bfloat16 on CUDA, float32 on the CPU."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     threads: int | None = None
-    """Threads that decode images; unset is one for each core, at most 8."""
+    """Threads that decode images; unset is one for each core, at most 16."""
     embed: int = 256
     """Width of the space that ITC compares in (ALBEF: 256)."""
     image: ImageConfig = field(default_factory=ImageConfig)

@@ -15,7 +15,7 @@ from syncmask_fast.model import SyncMaskModel
 
 
 class Masks(NamedTuple):
-    """Masks of a batch, with the scores that they come from (zero-size where masks are random)."""
+    """Masks of a batch, with the scores that they come from."""
 
     words: Tensor
     """bool [B, longest text]."""

@@ -9,6 +9,7 @@ was under way is fed again: the consumer sees only that the batch is shorter.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 import numpy as np
@@ -84,6 +85,8 @@ class DaliDecoder:
             return job, pixels, refused
 
     def drain(self) -> None:
+        if sys.is_finalizing():  # a loader that nobody closed: there is nothing left to build a pipeline with
+            return
         try:
             for job, _ in self._started:
                 if len(job) and not self._failed:

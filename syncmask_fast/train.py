@@ -221,7 +221,7 @@ def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, sp
             state.position = int(batch.positions[-1]) // config.batch_size * config.batch_size + config.batch_size
             if len(batch.lengths) < 2:
                 continue
-            at = place[batch.samples.cpu().numpy()]
+            at = place[batch.sample_numbers]
             ids = torch.from_numpy(product_ids[at]).to(batch.pixels.device)
             yield dataclasses.replace(batch, samples=torch.from_numpy(at).to(batch.pixels.device), product_ids=ids)
         state.epoch, state.position = state.epoch + 1, 0

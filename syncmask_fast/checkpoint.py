@@ -19,6 +19,7 @@ from torch import Tensor
 from syncmask_fast.errors import UserError
 from syncmask_fast.losses import Queue
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.optimizer import Optimizer
 
 FORMAT = 1
 
@@ -51,7 +52,7 @@ class TrainState:
 
     model: SyncMaskModel
     teacher: SyncMaskModel
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     queue: Queue
     bank: FeatureBank
     order: Tensor
@@ -122,20 +123,20 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in state.model.named_parameters()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    return {f"{names[parameter]}.{key}": value for parameter, kept in state.optimizer.states() for key, value in kept.items()}
 
 
 def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in state.model.named_parameters():
-        saved = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
-        if saved:
-            state.optimizer.state[parameter] = {
-                key: value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu") for key, value in saved.items()
-            }
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    saved: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, key = path.rsplit(".", 1)
+        saved.setdefault(name, {})[key] = value
+    for parameter, kept in state.optimizer.states():
+        kept.clear()
+        for key, value in saved.get(names[parameter], {}).items():
+            kept[key] = value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,6 +35,9 @@ class ImageConfig:
     depth: int | None = None
     heads: int | None = None
     """Width, depth and heads; unset takes the architecture's own."""
+    stem: Literal["patch", "conv"] = "patch"
+    """How patches are embedded. patch: timm's one projection, the only one with weights to start from; conv: 3 x 3 convolutions of stride 2
+    (Xiao et al. 2021), from which small models see shapes much sooner."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,13 @@ class LossConfig:
     itm: float = 1.0
     mlm: float = 1.0
     mim: float = 1.0
+    presence: float = 0.0
+    """Weight of the word presence loss (our choice): the attention of a word at the masking layer is to lie on the patches of images that show it,
+    and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
+    presence_images: int = 8
+    """Images of other products in the batch that each text is compared with for it."""
     align: float = 0.0
-    """First part of the training, 0 to 1, in which ITC stands alone: image and text are aligned before they are fused."""
+    """First part of the training, 0 to 1, without ITM, MLM and MIM: image and text are aligned before they are fused."""
     queue: int = 65_536
     """Momentum features kept as further ITC candidates (ALBEF: 65,536)."""
     alpha: float = 0.4
@@ -103,10 +111,15 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW, or Muon beside it, with warm-up and cosine decay."""
 
     lr: float = 1e-4
     min_lr: float = 1e-5
+    muon_lr: float | None = None
+    """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for the weight matrices; AdamW keeps embeddings, convolutions and vectors. It falls
+    in step with `lr`. Unset: AdamW for everything."""
+    muon_decay: float = 0.1
+    """Weight decay of Muon (torch's default)."""
     warmup: float = 0.03
     """Part of the training over which the learning rate rises from zero."""
     weight_decay: float = 0.02
@@ -182,7 +195,7 @@ class TrainConfig:
             "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
             "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
             "--image.patch": self.image.patch, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
-            "--text.heads": self.text.heads, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
+            "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr, "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
             "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
             "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,
             "--group.search-space": self.group.search_space,
@@ -201,6 +214,12 @@ class TrainConfig:
             raise UserError("--batch-size is 1, but ITC and ITM need other products in the batch: give 2 or more.")
         if self.image.size % self.image.patch:
             raise UserError(f"--image.size {self.image.size} is not a multiple of --image.patch {self.image.patch}.")
+        if self.image.stem == "conv" and (self.image.patch < 2 or self.image.patch & (self.image.patch - 1)):
+            raise UserError(f"--image.stem conv halves the image step by step: --image.patch {self.image.patch} must be a power of two.")
+        if self.image.stem == "conv" and self.image.pretrained:
+            raise UserError("--image.stem conv has no weights to start from: drop it, or --image.pretrained.")
+        if self.loss.presence and self.mask.layer != 1:
+            raise UserError(f"--loss.presence compares texts with other images, which is done in --mask.layer 1 alone: got {self.mask.layer}.")
         if self.text.width % self.text.heads:
             raise UserError(f"--text.width {self.text.width} is not a multiple of --text.heads {self.text.heads}.")
         if not 1 <= self.mask.layer <= self.text.fusion_layers:

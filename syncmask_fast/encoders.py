@@ -12,6 +12,7 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from syncmask_fast.attention import Layout, attention
@@ -50,6 +51,9 @@ class ImageEncoder(nn.Module):
             raise UserError(f"timm cannot make --image.name {config.name}: {error}") from error
         if not getattr(self.vit, "has_class_token", False):
             raise UserError(f"--image.name {config.name} is not a VisionTransformer with a class token: name one, such as vit_base_patch16_224.")
+        self.conv_stem = config.stem == "conv"
+        if self.conv_stem:
+            self.vit.patch_embed = conv_stem(config.size, config.patch, self.vit.embed_dim)
         self.width = self.vit.embed_dim
         self.patches = self.vit.patch_embed.num_patches
         self.mask_token = nn.Parameter(torch.zeros(self.width))
@@ -63,13 +67,31 @@ class ImageEncoder(nn.Module):
         returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
         """
         vit = self.vit
-        patches = vit.patch_embed(pixels)
-        if patch_mask is not None:
-            masked = torch.where(patch_mask[..., None], self.mask_token.to(patches.dtype), patches)
-            patches = torch.cat([patches, masked])
+        if patch_mask is None:
+            patches = vit.patch_embed(pixels)
+        else:
+            if self.conv_stem:  # its convolutions look beyond a patch: what is hidden is taken out of the picture
+                patches, masked = vit.patch_embed(torch.cat([pixels, self._hide(pixels, patch_mask)])).chunk(2)
+            else:
+                masked = patches = vit.patch_embed(pixels)
+            patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
         x = vit.norm(vit.blocks(vit.norm_pre(vit._pos_embed(patches))))
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
+
+    def _hide(self, pixels: Tensor, patch_mask: Tensor) -> Tensor:
+        """The images with zeros in place of the masked patches."""
+        rows, columns = self.vit.patch_embed.grid_size
+        mask = patch_mask.view(-1, 1, rows, columns).to(pixels.dtype)
+        return pixels * (1 - F.interpolate(mask, size=pixels.shape[2:], mode="nearest"))
+
+
+def conv_stem(size: int, patch: int, width: int) -> nn.Module:
+    """Patches [B, P, width] by convolutions of stride 2, of which the last has `width` channels and the ones before half as many each time, at least 16."""
+    halvings = patch.bit_length() - 1
+    channels = tuple(min(width, max(16, width >> (halvings - 1 - i))) for i in range(halvings))
+    backbone = ConvStem(depth=halvings + 1, channels=(*channels, width), kernel_size=(3,) * halvings + (1,), stride=(2,) * halvings + (1,))
+    return timm.layers.HybridEmbed(backbone, img_size=size, embed_dim=width, proj=False)
 
 
 class SelfAttention(nn.Module):

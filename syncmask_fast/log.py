@@ -13,7 +13,7 @@ import torch
 from syncmask_fast.errors import UserError
 from syncmask_fast.step import Losses
 
-LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
+LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_presence")
 
 
 class MetricsLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,3 +88,28 @@ def patch_pixels(pixels: Tensor, patch: int, chosen: Tensor) -> Tensor:
     grid = F.unfold(pixels.float(), patch, stride=patch).transpose(1, 2)
     values = grid.gather(1, chosen[..., None].expand(-1, -1, grid.shape[2]))
     return (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Teaches a cross-attention to look at the patches of images that show a word, and at [CLS] in images that do not (our choice).
+
+    q, k:      [B, H, T, D] queries of the texts' tokens and [B, H, 1+P, D] keys of their images, [CLS] first.
+    token_ids: int64 [B, T], padded; words: bool [B, T], the real words among them.
+    others:    permutations int64 [B]: the image that each text is compared with, once for each.
+    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: 1 for a text's
+               own image, 0 for an image whose own text has no such token; both kinds weigh the same. A word that its own image cannot show
+               counts as present too: what it shares with the others of its kind, whose images do show it, is all that it can learn.
+    """
+    scale = q.shape[-1] ** -0.5
+
+    def log_odds(keys: Tensor) -> Tensor:
+        logits = (q @ keys.transpose(-1, -2)).float() * scale
+        return logits[..., 1:].logsumexp(-1) - logits[..., 0]
+
+    present = (F.softplus(-log_odds(k)).mean(1) * words).sum() / words.sum().clamp(min=1)
+    total, count = present.new_zeros(()), present.new_zeros(())
+    for other in others:
+        absent = words & (token_ids[:, :, None] != token_ids[other][:, None, :]).all(2)
+        total = total + (F.softplus(log_odds(k[other])).mean(1) * absent).sum()
+        count = count + absent.sum()
+    return (present + total / count.clamp(min=1)) / 2

@@ -15,8 +15,8 @@ from syncmask_fast import losses, ops
 from syncmask_fast.attention import Layout, takes_packed
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.encoders import pack_by_image
-from syncmask_fast.masking import blend, count, random_masks, sync_masks
+from syncmask_fast.encoders import pack_by_image, pack_pairs
+from syncmask_fast.masking import blend, count, maskable, random_masks, sync_masks
 from syncmask_fast.model import SyncMaskModel
 
 
@@ -28,10 +28,11 @@ class Losses(NamedTuple):
     itm: Tensor
     mlm: Tensor
     mim: Tensor
+    presence: Tensor
 
 
 class Momentum(NamedTuple):
-    """The teacher's unit vectors [B, E] of a batch."""
+    """Unit vectors [B, E] of a batch."""
 
     images: Tensor
     texts: Tensor
@@ -44,9 +45,15 @@ def make_teacher(model: SyncMaskModel) -> SyncMaskModel:
 
 @torch.no_grad()
 def update_teacher(teacher: SyncMaskModel, model: SyncMaskModel, momentum: float, step: int) -> None:
-    """Moves the teacher towards the model: teacher = m * teacher + (1 - m) * model with m = min(momentum, (1 + step) / (10 + step))."""
+    """Moves the teacher towards the model: teacher = m * teacher + (1 - m) * model with m = min(momentum, (1 + step) / (10 + step)).
+
+    Running statistics (buffers) are taken over as they are: they are averages already.
+    """
     momentum = min(momentum, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - momentum)
+    buffers = list(teacher.buffers())
+    if buffers:
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 
 def draw_negatives(anchors: Tensor, candidates: Tensor, ids: Tensor, margin: float, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -75,9 +82,9 @@ def training_losses(
     alpha: float,
     seed: int,
 ) -> tuple[Losses, Momentum]:
-    """All losses of a batch, and the teacher's features of it for the queue and the feature bank.
+    """All losses of a batch, and features of it for the queue and the feature bank: the teacher's, or the model's where the teacher has no part.
 
-    fuse:       False computes ITC alone (`config.loss.align`).
+    fuse:       False leaves out ITM, MLM and MIM (`config.loss.align`).
     sync_share: a sample's chance of a sync mask instead of a random one (`config.masking` "sync").
     alpha:      share of the teacher's soft targets in ITC.
     seed:       of this step: every draw (masks, negatives) follows from it.
@@ -86,14 +93,16 @@ def training_losses(
     layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
     generator = torch.Generator(device).manual_seed(seed)
 
-    with torch.no_grad():
-        teacher_images = teacher.image(batch.pixels)
-        teacher_texts = teacher.text(batch.token_ids, layout)
-        momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
-        masks = None
-        if fuse and config.masking != "none":
-            masks = random_masks(layout, model.image.patches, config.mask, generator)
-        if masks is not None and config.masking == "sync" and sync_share > 0:
+    masks = momentum = None
+    if fuse or alpha or len(queue.ids):  # otherwise nobody asks the teacher
+        with torch.no_grad():
+            teacher_images = teacher.image(batch.pixels)
+            teacher_texts = teacher.text(batch.token_ids, layout)
+            momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
+    if fuse and config.masking != "none":
+        masks = random_masks(layout, model.image.patches, config.mask, generator)
+    if masks is not None and config.masking == "sync" and sync_share > 0:
+        with torch.no_grad():
             masks = blend(sync_masks(teacher, teacher_images, teacher_texts, layout, config.mask), masks, sync_share, generator)
 
     words = patches = 0
@@ -111,11 +120,17 @@ def training_losses(
     texts = model.text(token_ids, source)
 
     image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
+    momentum = momentum or Momentum(image_feats.detach(), text_feats.detach())
     itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
 
+    weight = config.loss
+    missing = itc.new_tensor(torch.nan)
+    total, presence = weight.itc * itc, missing
+    if weight.presence:
+        presence = _presence_loss(model, batch, images, texts[: layout.total], layout, min(weight.presence_images, b - 1), generator)
+        total = total + weight.presence * presence
     if not fuse:
-        missing = itc.new_tensor(torch.nan)
-        return Losses(config.loss.itc * itc, itc.detach(), missing, missing, missing), momentum
+        return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
 
     itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed)
 
@@ -126,9 +141,20 @@ def training_losses(
         predicted = model.patch_head(hidden, texts[: layout.total], layout)
         mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
 
-    weight = config.loss
-    total = weight.itc * itc + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
-    return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach()), momentum
+    total = total + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
+    return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
+
+
+def _presence_loss(
+    model: SyncMaskModel, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, n_others: int, generator: torch.Generator
+) -> Tensor:
+    """The presence loss in the first fusion layer, whose queries have not met an image yet, against `n_others` other images of the batch."""
+    b, device = len(images), images.device
+    q, k, _ = model.fusion.cross_projections(texts, pack_pairs(layout), images, 1)
+    shifts = 1 + torch.randperm(b - 1, device=device, generator=generator)[:n_others]
+    others = (torch.arange(b, device=device) + shifts[:, None]) % b
+    token_ids = layout.pad(batch.token_ids)
+    return losses.presence_loss(layout.pad(q).transpose(1, 2), k.transpose(1, 2), token_ids, maskable(layout), others.unbind())
 
 
 def _fusion_losses(

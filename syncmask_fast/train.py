@@ -29,6 +29,7 @@ from syncmask_fast.log import MetricsLog
 from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
 from syncmask_fast.pretrained import load_bert
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
@@ -128,7 +129,7 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         print(load_bert(model, config.text.name))
     model.to(device)
     teacher = make_teacher(model)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, config.optim)
     queue = Queue.empty(config.loss.queue, config.embed, device)
     bank = FeatureBank.empty(len(train_split), config.embed, device)
     state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64))
@@ -161,7 +162,7 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
     with loader, stop_on_signal() as stop:
         batches = epochs_of_batches(config, state, loader, train_split, product_ids)
         while state.step < steps:
-            set_learning_rate(optimizer, config, state.step, steps)
+            optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
             parts = one_step(config, state, batches, steps, batches_per_epoch, product_ids)
             state.step += 1
             log.add(state.step, state.epoch, config.batch_size * config.optim.accumulate, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
@@ -203,7 +204,7 @@ def one_step(
         parts.append(Losses(*(x.detach() for x in found)))
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     update_teacher(state.teacher, state.model, config.optim.ema, state.step)
     return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
 
@@ -236,23 +237,6 @@ def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.
         image_feats=state.bank.images if known else None, text_feats=state.bank.texts if known else None,
         margin=config.group.margin, search_space=config.group.search_space,
     )  # fmt: skip
-
-
-def make_optimizer(model: SyncMaskModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay for biases, norms, single vectors and the temperature."""
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.optim.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
-    """Linear warm-up, then a cosine to `min_lr` at the last step."""
-    o, warm = config.optim, max(1, round(config.optim.warmup * steps))
-    progress = (step - warm) / max(1, steps - warm)
-    lr = o.lr * (step + 1) / warm if step < warm else o.min_lr + (o.lr - o.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:

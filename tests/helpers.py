@@ -27,9 +27,9 @@ def small_config(**changes) -> TrainConfig:
         base,
         embed=16,
         batch_size=6,
-        image=dataclasses.replace(base.image, size=48, patch=12, width=32, depth=2, heads=2),
+        image=dataclasses.replace(base.image, size=48, patch=12, width=32, depth=2, heads=2, stem="patch"),
         text=dataclasses.replace(base.text, vocabulary=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_tokens=24),
-        loss=dataclasses.replace(base.loss, queue=20),
+        loss=dataclasses.replace(base.loss, queue=20, presence=0.0),
     )
     return dataclasses.replace(config, **changes)
 

@@ -13,8 +13,8 @@ from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_
 from syncmask_fast.errors import UserError
 from syncmask_fast.losses import Queue
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.optimizer import make_optimizer
 from syncmask_fast.step import make_teacher
-from syncmask_fast.train import make_optimizer
 from tests.helpers import small_config, small_tokenizer
 
 SAMPLES = 11
@@ -27,7 +27,7 @@ def new_state(seed: int, **changes) -> TrainState:
     model = SyncMaskModel(config, small_tokenizer())
     queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
     bank = FeatureBank.empty(SAMPLES, config.embed, torch.device("cpu"))
-    return TrainState(model, make_teacher(model), make_optimizer(model, config), queue, bank, torch.empty(0, dtype=torch.int64))
+    return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.empty(0, dtype=torch.int64))
 
 
 def random_step(state: TrainState, seed: int) -> None:
@@ -38,9 +38,9 @@ def random_step(state: TrainState, seed: int) -> None:
     state.optimizer.step()
 
 
-def used_state() -> TrainState:
+def used_state(**changes) -> TrainState:
     """Nothing in it is as it was at the start."""
-    state = new_state(0)
+    state = new_state(0, **changes)
     for seed in (1, 2):
         random_step(state, seed)
     for parameter in state.teacher.parameters():
@@ -58,8 +58,8 @@ def assert_same(a: TrainState, b: TrainState) -> None:
         ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        first, second = a.optimizer.state.get(p, {}), b.optimizer.state.get(q, {})
+    for (p, first), (q, second) in zip(a.optimizer.states(), b.optimizer.states(), strict=True):
+        assert torch.equal(p, q)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
     assert all(torch.equal(x, y) for x, y in zip(a.queue, b.queue, strict=True))
@@ -69,14 +69,16 @@ def assert_same(a: TrainState, b: TrainState) -> None:
     assert [getattr(a, name) for name in NUMBERS] == [getattr(b, name) for name in NUMBERS]
 
 
-def test_there_and_back(tmp_path: Path):
-    saved, loaded = used_state(), new_state(5)
+@pytest.mark.parametrize("muon_lr", [None, 0.01])
+def test_there_and_back(tmp_path: Path, muon_lr: float | None):
+    optim = dataclasses.replace(small_config().optim, muon_lr=muon_lr)
+    saved, loaded = used_state(optim=optim), new_state(5, optim=optim)
     path = save_checkpoint(tmp_path / "checkpoints", saved)
     queue = loaded.queue.images
     load_checkpoint(path, loaded)
     assert_same(saved, loaded)
     assert loaded.queue.images is queue  # filled in place
-    assert len(loaded.optimizer.state) == len(list(loaded.model.parameters())) - 1  # the temperature had no step yet
+    assert sum(bool(kept) for _, kept in loaded.optimizer.states()) == len(list(loaded.model.parameters())) - 1  # the temperature had no step yet
     # And both go on alike, which needs the moments and the step count.
     for state in (saved, loaded):
         random_step(state, 3)

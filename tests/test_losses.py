@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.losses import Queue, contrastive_loss, matching_loss, patch_loss, patch_pixels, word_loss
+from syncmask_fast.losses import Queue, contrastive_loss, matching_loss, patch_loss, patch_pixels, presence_loss, word_loss
 
 IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
 QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
@@ -142,3 +142,34 @@ def test_patch_pixels_and_loss(generator: torch.Generator):
     assert torch.allclose(normal.var(-1), torch.ones(4), atol=1e-4)
     predicted = torch.randn(found.shape, generator=generator)
     assert patch_loss(predicted, found).item() == pytest.approx(((predicted - found).double() ** 2).mean().item(), rel=1e-5)
+
+
+def test_presence_loss_is_that_of_a_plain_loop(generator: torch.Generator):
+    b, h, t, p, d = 4, 2, 5, 3, 7
+    q, k = torch.randn(b, h, t, d, generator=generator), torch.randn(b, h, 1 + p, d, generator=generator)
+    token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3], [2, 11, 3, 0, 0], [2, 8, 8, 12, 3]])
+    words = token_ids > 3
+    others = [torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1])]
+
+    def surprise(n: int, image: int, word: int, shows: bool) -> float:
+        value = 0.0
+        for head in range(h):
+            weights = (q[n, head, word].double() @ k[image, head].double().T / d**0.5).softmax(0)
+            value -= float(torch.log(weights[1:].sum() if shows else weights[0])) / h
+        return value
+
+    present = [surprise(n, n, i, True) for n in range(b) for i in range(t) if words[n, i]]
+    absent = [
+        surprise(n, int(other[n]), i, False)
+        for other in others for n in range(b) for i in range(t)
+        if words[n, i] and token_ids[n, i] not in token_ids[other[n]]
+    ]  # fmt: skip
+    assert 0 < len(absent) < 2 * len(present)  # some words are in both texts
+    expected = sum(present) / len(present) / 2 + sum(absent) / len(absent) / 2
+    assert presence_loss(q, k, token_ids, words, others).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_presence_loss_without_another_image(generator: torch.Generator):
+    q, k = torch.randn(1, 1, 3, 4, generator=generator), torch.randn(1, 1, 3, 4, generator=generator)
+    loss = presence_loss(q, k, torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]]), [])
+    assert loss.isfinite()

@@ -74,17 +74,23 @@ def test_image_encoder_equals_timm():
     assert close(ours.eval()(pixels), theirs.eval()(pixels))
 
 
-def test_masked_copy_hides_its_patches_and_leaves_the_full_image():
+@pytest.mark.parametrize(("patch", "stem"), [(12, "patch"), (8, "conv"), (16, "conv")])
+def test_masked_copy_hides_its_patches_and_leaves_the_full_image(patch: int, stem: str):
     torch.manual_seed(0)
-    encoder = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=12, depth=2)).eval()
-    pixels, mask = torch.randn(2, 3, 48, 48), torch.zeros(2, 16, dtype=torch.bool)
-    mask[:, 5] = True
+    encoder = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=patch, depth=2, stem=stem)).eval()
+    nn.init.normal_(encoder.mask_token)
+    grid = 48 // patch
+    pixels, mask = torch.randn(2, 3, 48, 48), torch.zeros(2, grid * grid, dtype=torch.bool)
+    mask[:, grid + 1] = True  # the second of the second row
     full, masked = encoder(pixels, mask).chunk(2)
     assert close(full, encoder(pixels))
     changed = pixels.clone()
-    changed[:, :, 12:24, 12:24] += 1  # patch 5 of 4 x 4
+    changed[:, :, patch : 2 * patch, patch : 2 * patch] += 1
     assert close(encoder(changed, mask).chunk(2)[1], masked)
     assert not close(encoder(changed, mask).chunk(2)[0], full)
+    changed = pixels.clone()
+    changed[:, :, :patch, patch : 2 * patch] += 1  # the one above it
+    assert not close(encoder(changed, mask).chunk(2)[1], masked)
 
 
 def test_text_encoder_equals_bert():

@@ -24,7 +24,7 @@ LAYERS = [
     {"data"},
     {"config", "attention", "retrieval", "sync"},
     {"encoders", "report"},
-    {"model", "losses"},
+    {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"log", "evaluate"},

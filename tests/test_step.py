@@ -156,7 +156,7 @@ def test_every_parameter_learns(masking: str, target: str):
     model = small_model(config)
     found, _ = losses_of(config, model, small_batch(config))
     found.total.backward()
-    assert all(x.isfinite() for x in found)
+    assert all(x.isfinite() for x in found[:5])
     assert (found.mlm == 0) == (found.mim == 0) == (masking == "none")
     masked_only = ("image.mask_token", "word_head.", "patch_head.")
     for name, parameter in model.named_parameters():
@@ -176,11 +176,47 @@ def test_alignment_alone_leaves_the_fusion_out():
         assert (parameter.grad is None) == name.startswith(later), name
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_presence_is_added_and_teaches_the_first_cross_attention(fuse: bool):
+    config = small_config()
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=11.0, presence_images=3))
+    model, batch = small_model(config), small_batch(config)
+    found, _ = losses_of(config, model, batch, fuse=fuse)
+    without, _ = losses_of(small_config(), model, batch, fuse=fuse)
+    assert found.total.item() == pytest.approx((without.total + 11 * found.presence).item(), rel=1e-5)
+    assert without.presence.isnan()
+    found.total.backward()
+    assert model.fusion.layers[0].cross.q.weight.grad.any()
+    assert model.fusion.layers[0].attention.qkv.weight.grad.any()
+
+
+def test_presence_compares_with_every_other_image_where_there_are_few():
+    config = small_config()
+    losses = [
+        losses_of(dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=n)), small_model(config), small_batch(config))
+        for n in (PAIRS - 1, 100)
+    ]
+    assert losses[0][0].presence.item() == pytest.approx(losses[1][0].presence.item(), rel=1e-5)
+
+
+def test_the_teacher_is_not_asked_where_nobody_needs_it(monkeypatch: pytest.MonkeyPatch):
+    config = small_config()
+    model, batch = small_model(config), small_batch(config)
+    teacher = make_teacher(small_model(config, seed=1))
+    empty = Queue.empty(0, config.embed, torch.device("cpu"))
+    draw = {"sync_share": 0.0, "seed": SEED}
+    monkeypatch.setattr(teacher.image, "forward", lambda *_: pytest.fail("the teacher was asked"))
+    found, momentum = training_losses(model, teacher, batch, empty, config, fuse=False, alpha=0.0, **draw)
+    assert found.itc.isfinite()
+    assert not momentum.images.requires_grad
+    assert torch.allclose(momentum.images, model.project_images(model.image(batch.pixels)), atol=1e-6)
+
+
 def test_draws_follow_the_seed():
     config = small_config()
     model, batch = small_model(config), small_batch(config)
     first, again, other = (losses_of(config, model, batch, seed=seed)[0] for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
     assert first.itc == other.itc  # nothing is drawn for ITC
     assert first.mlm != other.mlm
     assert first.mim != other.mim
@@ -191,7 +227,7 @@ def test_one_product_in_the_batch_has_no_negatives():
     batch = dataclasses.replace(small_batch(config), product_ids=torch.zeros(PAIRS, dtype=torch.int64))
     model = small_model(config)
     found, _ = losses_of(config, model, batch)
-    assert all(x.isfinite() for x in found)
+    assert all(x.isfinite() for x in found[:5])
     ids = batch.token_ids.split(batch.lengths)
     slow = 0.0
     for i in range(PAIRS):
@@ -210,7 +246,7 @@ def test_texts_with_hardly_a_word(lengths: list[int]):
     model = small_model(config)
     found, _ = losses_of(config, model, batch, share=1.0)
     found.total.backward()
-    assert all(x.isfinite() for x in found)
+    assert all(x.isfinite() for x in found[:5])
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -268,3 +304,13 @@ def test_update_teacher(generator: torch.Generator):
             expected = momentum * before[name].double() + (1 - momentum) * weights[name].double()
             assert torch.allclose(value.double(), expected, atol=1e-6), name
             assert torch.equal(model.state_dict()[name], weights[name])
+
+
+def test_update_teacher_takes_running_statistics_over():
+    config = small_config(image=dataclasses.replace(small_config().image, patch=16, stem="conv"))
+    model = small_model(config)
+    teacher = make_teacher(model)
+    model.image(torch.randn(4, 3, 48, 48))
+    assert any(not torch.equal(a, b) for a, b in zip(model.buffers(), teacher.buffers(), strict=True))
+    update_teacher(teacher, model, 0.9, 100)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), teacher.buffers(), strict=True))

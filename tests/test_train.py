@@ -23,7 +23,7 @@ from syncmask_fast.checkpoint import checkpoints
 from syncmask_fast.config import PRESETS
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.train import main, make_optimizer, set_learning_rate
+from syncmask_fast.train import main
 from tests.helpers import small_config, small_lookbook, small_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -301,31 +301,3 @@ def test_run_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: --steps and --epochs were both given: give one of them.\n"
     assert not (tmp_path / "run").exists()
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_learning_rate():
-    config = small_config()
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0, min_lr=0.1, warmup=0.1))
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-    rates = []
-    for step in range(100):
-        set_learning_rate(optimizer, config, step, 100)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
-    assert rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)  # half of the cosine
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert 0.1 < rates[-1] < 0.101
-
-
-def test_no_weight_decay_for_biases_norms_and_the_temperature():
-    model = SyncMaskModel(small_config(), small_tokenizer())
-    groups = make_optimizer(model, PRESETS["tiny"][1]).param_groups
-    decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
-    for name, parameter in model.named_parameters():
-        plain = name.endswith("bias") or "norm" in name or name in ("log_temperature", "image.mask_token", "text.token_type")
-        assert (id(parameter) in decayed) != plain, name
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))

@@ -38,6 +38,7 @@ LOSSES = (
         "Surprise at the hidden words, given the picture and the other words.",
     ),
     ("loss_mim", "Hidden patches (MIM)", "Error in filling the hidden patches, given the whole text."),
+    ("loss_presence", "Words in view", "Does the picture show the word? 0.69 is blind guessing."),
 )
 MEASURED = {
     "sync/words": ("Hidden words in view (%)", "Of the hidden detail words, the share that the photo shows."),

@@ -17,7 +17,7 @@ from syncmask_fast.errors import UserError
 
 from .samples import Job, draw_products
 
-VERSION = 4  # of the drawings: raise it when the same parameters give other pictures, texts or boxes
+VERSION = 5  # of the drawings: raise it when the same parameters give other pictures, texts or boxes
 PARAMETERS = "lookbook.json"
 SAMPLES_PER_SHARD = 2000
 

@@ -22,7 +22,8 @@ from .subcategories import SUBCATEGORIES
 SPLITS = ("train", "eval")
 GROUP = 4  # one product in so many is a sibling
 CONTRAST = 42.0  # colour difference between a detail and what it lies on
-MIN_DETAILS, MAX_DETAILS = 4, 8
+MIN_DETAILS, MAX_DETAILS = 2, 5  # of a product, with what is sewn in (trim, belt, lining)
+MAX_LOCAL = 4
 STUDS = (*METALS, "black")
 COLOURLESS = ("cut-out",)  # kinds whose colour nobody mentions
 SIDELESS = ("scarf", "shoe")  # categories without a side view
@@ -339,7 +340,7 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
         views,
     )
     sewn = bool(trim) + bool(style.belt) + product.lining_named
-    count = int(np.clip(g.integers(MIN_DETAILS, MAX_DETAILS + 1) - sewn, 3, 6))
+    count = int(np.clip(g.integers(MIN_DETAILS, MAX_DETAILS + 1) - sewn, 1, MAX_LOCAL))
     return replace(product, details=tuple(_sample_details(g, product, count)))
 
 
@@ -365,10 +366,10 @@ def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
             return replace(clean, pattern=_pick(g, [p for p in PATTERNS if p != base.pattern]))
         if change == "trim":
             return replace(clean, trim_colour=contrasting(g, [*grounds, base.trim_colour or base.colour]))
-        if change == "remove" and len(base.details) > 3:
+        if change == "remove" and len(base.details) > 1:
             gone = int(g.integers(len(base.details)))
             return replace(clean, details=base.details[:gone] + base.details[gone + 1 :])
-        if change == "add" and len(base.details) < 6:
+        if change == "add" and len(base.details) < MAX_LOCAL:
             new_details = _sample_details(g, base, 1)
             if new_details:
                 return replace(clean, details=base.details + tuple(new_details))

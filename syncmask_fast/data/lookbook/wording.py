@@ -35,7 +35,7 @@ PLACE_SAID = 0.05  # share of the mentions of details that tell the face
 
 
 MENTION = dict(
-    colour=0.90,
+    colour=0.97,
     material=0.72,
     pattern=0.85,
     sleeves=0.5,
@@ -261,7 +261,7 @@ def _compose(product: Product, plural: bool, told: set[str], extra: list[str], g
         else:
             free.append(_FOLLOW_ON[kind].format(joined))
     sentences = [*free, opening, *late] if g.random() < 0.3 else [opening, *free, *late]
-    count = int(g.choice(4, p=(0.18, 0.42, 0.30, 0.10)))
+    count = int(g.choice(4, p=(0.45, 0.40, 0.15, 0.0)))
     for i in g.permutation(len(FILLERS))[:count]:
         sentences.insert(int(g.integers(0, len(sentences) + 1)), _filler(FILLERS[i], plural, g))
     if g.random() < 0.2:

@@ -87,6 +87,8 @@ class LossConfig:
     and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
     presence_images: int = 8
     """Images of other products in the batch that each text is compared with for it."""
+    cuts: float = 0.0
+    """Collages for the presence loss, as a share of the batch: of two images cut into one, a word must look at the part that is from its own."""
     align: float = 0.0
     """First part of the training, 0 to 1, without ITM, MLM and MIM: image and text are aligned before they are fused."""
     queue: int = 65_536
@@ -205,7 +207,7 @@ class TrainConfig:
                 raise UserError(f"{flag} is {value}, but must be more than 0.")
         shares = {
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
-            "--loss.align": self.loss.align, "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts, "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
         }  # fmt: skip
         for flag, value in shares.items():
             if not 0 <= value <= 1:
@@ -218,6 +220,10 @@ class TrainConfig:
             raise UserError(f"--image.stem conv halves the image step by step: --image.patch {self.image.patch} must be a power of two.")
         if self.image.stem == "conv" and self.image.pretrained:
             raise UserError("--image.stem conv has no weights to start from: drop it, or --image.pretrained.")
+        if self.loss.cuts and not self.loss.presence:
+            raise UserError(f"--loss.cuts {self.loss.cuts} is a part of the presence loss: give --loss.presence a weight too.")
+        if self.loss.cuts and self.image.size == self.image.patch:
+            raise UserError("--loss.cuts puts parts of images together, but the image is one patch: give a smaller --image.patch.")
         if self.loss.presence and self.mask.layer != 1:
             raise UserError(f"--loss.presence compares texts with other images, which is done in --mask.layer 1 alone: got {self.mask.layer}.")
         if self.text.width % self.text.heads:
@@ -240,14 +246,15 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "What two CPU cores train in minutes.",
         TrainConfig(
             preset="tiny",
-            steps=600,
+            steps=750,
             batch_size=64,
             embed=128,
-            image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2),
+            image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),
             text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96),
-            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.25, layer=1, ramp=(0.65, 0.8)),
-            loss=LossConfig(align=0.6, queue=0, alpha=0.0),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, ema=0.99),
+            augment=AugmentConfig(word_drop=0.1),
+            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.25, token_score="mass", layer=1, ramp=(0.72, 0.85)),
+            loss=LossConfig(align=0.7, queue=0, alpha=0.0, presence=1.0, cuts=0.25),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, muon_lr=0.01, ema=0.99),
             save_every=200,
         ),
     ),

@@ -54,8 +54,9 @@ class ImageEncoder(nn.Module):
         self.conv_stem = config.stem == "conv"
         if self.conv_stem:
             self.vit.patch_embed = conv_stem(config.size, config.patch, self.vit.embed_dim)
-        self.width = self.vit.embed_dim
+        self.patch, self.width = config.patch, self.vit.embed_dim
         self.patches = self.vit.patch_embed.num_patches
+        self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.mask_token = nn.Parameter(torch.zeros(self.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -71,7 +72,7 @@ class ImageEncoder(nn.Module):
             patches = vit.patch_embed(pixels)
         else:
             if self.conv_stem:  # its convolutions look beyond a patch: what is hidden is taken out of the picture
-                patches, masked = vit.patch_embed(torch.cat([pixels, self._hide(pixels, patch_mask)])).chunk(2)
+                patches, masked = vit.patch_embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
             else:
                 masked = patches = vit.patch_embed(pixels)
             patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
@@ -79,11 +80,10 @@ class ImageEncoder(nn.Module):
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
-    def _hide(self, pixels: Tensor, patch_mask: Tensor) -> Tensor:
-        """The images with zeros in place of the masked patches."""
-        rows, columns = self.vit.patch_embed.grid_size
-        mask = patch_mask.view(-1, 1, rows, columns).to(pixels.dtype)
-        return pixels * (1 - F.interpolate(mask, size=pixels.shape[2:], mode="nearest"))
+    def to_pixels(self, patch_mask: Tensor) -> Tensor:
+        """A mask of patches, bool [B, P], as one of pixels, bool [B, 1, size, size]."""
+        mask = patch_mask.view(-1, 1, *self.grid)
+        return mask.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
 
 def conv_stem(size: int, patch: int, width: int) -> nn.Module:

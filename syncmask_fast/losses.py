@@ -109,7 +109,26 @@ def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, others
     present = (F.softplus(-log_odds(k)).mean(1) * words).sum() / words.sum().clamp(min=1)
     total, count = present.new_zeros(()), present.new_zeros(())
     for other in others:
-        absent = words & (token_ids[:, :, None] != token_ids[other][:, None, :]).all(2)
+        absent = only_here(token_ids, words, token_ids[other])
         total = total + (F.softplus(log_odds(k[other])).mean(1) * absent).sum()
         count = count + absent.sum()
     return (present + total / count.clamp(min=1)) / 2
+
+
+
+def only_here(token_ids: Tensor, words: Tensor, other_ids: Tensor) -> Tensor:
+    """bool [B, T]: the words whose token the other text does not have. token_ids, other_ids: int64 [B, T], padded; words: bool [B, T]."""
+    return words & (token_ids[:, :, None] != other_ids[:, None, :]).all(2)
+
+
+def collage_loss(q: Tensor, k: Tensor, own: Tensor, words: Tensor) -> Tensor:
+    """Teaches a cross-attention where in an image a word is, by images that are put together from those of two texts (our choice).
+
+    q:       [M, H, T, D] queries of one of the two texts; k: [M, H, P, D] keys of the patches of the collage.
+    own:     bool [M, P], the patches that are from the text's own image; words: bool [M, T], the words that the other text does not have.
+    returns: binary cross-entropy of "of the attention on patches, the word's lies on its own image's".
+    """
+    logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    own = own[:, None, None, :]
+    log_odds = logits.masked_fill(~own, -torch.inf).logsumexp(-1) - logits.masked_fill(own, -torch.inf).logsumexp(-1)
+    return (F.softplus(-log_odds).mean(1) * words).sum() / words.sum().clamp(min=1)

@@ -74,6 +74,20 @@ def sync_masks(teacher: SyncMaskModel, images: Tensor, text: Tensor, layout: Lay
     return Masks(*result)
 
 
+def random_rectangles(n: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """bool [n, P]: the patches of a random rectangle, each side of which is a third to two thirds of the grid's, wherever it fits."""
+    inside = torch.ones(n, *grid, dtype=torch.bool, device=generator.device)
+    for axis, side in ((1, grid[0]), (2, grid[1])):
+        low, high = -(-side // 3), max(-(-side // 3), 2 * side // 3)
+        draw = torch.rand(2, n, 1, device=generator.device, generator=generator)
+        length = low + (draw[0] * (high - low + 1)).floor()
+        begin = (draw[1] * (side - length + 1)).floor()
+        place = torch.arange(side, device=generator.device)
+        within = (place >= begin) & (place < begin + length)
+        inside &= within[:, :, None] if axis == 1 else within[:, None, :]
+    return inside.flatten(1)
+
+
 def blend(sync: Masks, random: Masks, chance: float, generator: torch.Generator) -> Masks:
     """For each sample the sync masks with the given chance, else the random ones."""
     use = torch.rand(len(sync.words), 1, device=sync.words.device, generator=generator) < chance

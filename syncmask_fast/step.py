@@ -16,7 +16,7 @@ from syncmask_fast.attention import Layout, takes_packed
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.encoders import pack_by_image, pack_pairs
-from syncmask_fast.masking import blend, count, maskable, random_masks, sync_masks
+from syncmask_fast.masking import blend, count, maskable, random_masks, random_rectangles, sync_masks
 from syncmask_fast.model import SyncMaskModel
 
 
@@ -127,7 +127,7 @@ def training_losses(
     missing = itc.new_tensor(torch.nan)
     total, presence = weight.itc * itc, missing
     if weight.presence:
-        presence = _presence_loss(model, batch, images, texts[: layout.total], layout, min(weight.presence_images, b - 1), generator)
+        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, generator)
         total = total + weight.presence * presence
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
@@ -146,15 +146,27 @@ def training_losses(
 
 
 def _presence_loss(
-    model: SyncMaskModel, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, n_others: int, generator: torch.Generator
+    model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, generator: torch.Generator
 ) -> Tensor:
-    """The presence loss in the first fusion layer, whose queries have not met an image yet, against `n_others` other images of the batch."""
+    """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any."""
     b, device = len(images), images.device
     q, k, _ = model.fusion.cross_projections(texts, pack_pairs(layout), images, 1)
-    shifts = 1 + torch.randperm(b - 1, device=device, generator=generator)[:n_others]
-    others = (torch.arange(b, device=device) + shifts[:, None]) % b
-    token_ids = layout.pad(batch.token_ids)
-    return losses.presence_loss(layout.pad(q).transpose(1, 2), k.transpose(1, 2), token_ids, maskable(layout), others.unbind())
+    q, token_ids, words = layout.pad(q).transpose(1, 2), layout.pad(batch.token_ids), maskable(layout)
+    each = torch.arange(b, device=device)
+    shifts = 1 + torch.randperm(b - 1, device=device, generator=generator)[: config.loss.presence_images]
+    others = (each + shifts[:, None]) % b
+    loss = losses.presence_loss(q, k.transpose(1, 2), token_ids, words, others.unbind())
+    collages = round(config.loss.cuts * b)
+    if not collages:
+        return loss
+    first, second = each[:collages], others[0, :collages]
+    inside = random_rectangles(collages, model.image.grid, generator)
+    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[first], batch.pixels[second])
+    _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
+    k = k[:, 1:].transpose(1, 2)
+    for one, other, own in ((first, second, inside), (second, first, ~inside)):
+        loss = loss + losses.collage_loss(q[one], k, own, losses.only_here(token_ids[one], words[one], token_ids[other])) / 2
+    return loss
 
 
 def _fusion_losses(

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from syncmask_fast.config import PRESETS, TrainConfig
+from syncmask_fast.data.augment import AugmentConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.data.lookbook import draw_lookbook
 from syncmask_fast.data.text import train_tokenizer
@@ -29,7 +30,9 @@ def small_config(**changes) -> TrainConfig:
         batch_size=6,
         image=dataclasses.replace(base.image, size=48, patch=12, width=32, depth=2, heads=2, stem="patch"),
         text=dataclasses.replace(base.text, vocabulary=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_tokens=24),
-        loss=dataclasses.replace(base.loss, queue=20, presence=0.0),
+        loss=dataclasses.replace(base.loss, queue=20, presence=0.0, cuts=0.0),
+        augment=AugmentConfig(),
+        optim=dataclasses.replace(base.optim, muon_lr=None),
     )
     return dataclasses.replace(config, **changes)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.losses import Queue, contrastive_loss, matching_loss, patch_loss, patch_pixels, presence_loss, word_loss
+from syncmask_fast.losses import Queue, collage_loss, contrastive_loss, matching_loss, only_here, patch_loss, patch_pixels, presence_loss, word_loss
 
 IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
 QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
@@ -173,3 +173,22 @@ def test_presence_loss_without_another_image(generator: torch.Generator):
     q, k = torch.randn(1, 1, 3, 4, generator=generator), torch.randn(1, 1, 3, 4, generator=generator)
     loss = presence_loss(q, k, torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]]), [])
     assert loss.isfinite()
+
+
+def test_collage_loss_is_that_of_a_plain_loop(generator: torch.Generator):
+    m, h, t, p, d = 3, 2, 4, 6, 5
+    q, k = torch.randn(m, h, t, d, generator=generator), torch.randn(m, h, p, d, generator=generator)
+    own = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    words = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    values = []
+    for n, i in words.nonzero().tolist():
+        weights = [(q[n, g, i].double() @ k[n, g].double().T / d**0.5).softmax(0) for g in range(h)]
+        values.append(-sum(math.log(w[own[n]].sum()) for w in weights) / h)
+    assert collage_loss(q, k, own, words).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_only_here():
+    token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3]])
+    words = token_ids > 3
+    assert only_here(token_ids, words, token_ids.flip(0)).tolist() == [[False, False, True, False, False], [False, False, True, True, False]]
+    assert not only_here(token_ids, words, token_ids).any()

@@ -12,7 +12,7 @@ from syncmask_fast import ops
 from syncmask_fast.attention import Layout
 from syncmask_fast.config import MaskConfig
 from syncmask_fast.encoders import pack_pairs
-from syncmask_fast.masking import Masks, blend, count, maskable, random_masks, sync_masks, sync_share
+from syncmask_fast.masking import Masks, blend, count, maskable, random_masks, random_rectangles, sync_masks, sync_share
 from syncmask_fast.model import SyncMaskModel
 from tests.helpers import small_config, small_tokenizer
 
@@ -142,3 +142,16 @@ def test_sync_share():
     assert [sync_share(p, (0.3, 0.3)) for p in (0.0, 0.29, 0.3, 1.0)] == [0, 0, 1, 1]
     assert sync_share(0.0, (0.0, 0.0)) == 1  # sync from the first step
     assert sync_share(0.999, (1.0, 1.0)) == 0  # never
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (2, 3), (16, 16), (7, 5)])
+def test_random_rectangles(grid: tuple[int, int], generator: torch.Generator):
+    found = random_rectangles(500, grid, generator).view(500, *grid)
+    assert torch.equal(found, found.any(2)[:, :, None] & found.any(1)[:, None, :])  # rows x columns
+    for axis, side in ((2, grid[0]), (1, grid[1])):
+        lines = found.any(axis)
+        lengths = lines.sum(1)
+        low, high = math.ceil(side / 3), max(math.ceil(side / 3), 2 * side // 3)
+        assert set(lengths.tolist()) == set(range(low, high + 1))
+        assert (lines.int().diff(dim=1).abs().sum(1) <= 2).all()  # in one piece
+        assert lines.any(0).all()  # anywhere

@@ -190,6 +190,17 @@ def test_presence_is_added_and_teaches_the_first_cross_attention(fuse: bool):
     assert model.fusion.layers[0].attention.qkv.weight.grad.any()
 
 
+def test_collages_add_to_presence_and_teach_the_image_encoder_too():
+    config = small_config()
+    plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, itc=0.0, presence=1.0))
+    cut = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, cuts=0.5))
+    model, batch = small_model(config), small_batch(config)
+    without, found = (losses_of(c, model, batch, fuse=False)[0] for c in (plain, cut))
+    assert found.presence.item() > without.presence.item()  # each part is a cross-entropy
+    found.total.backward()
+    assert model.image.vit.pos_embed.grad.any()
+
+
 def test_presence_compares_with_every_other_image_where_there_are_few():
     config = small_config()
     losses = [

@@ -57,14 +57,28 @@ struct Part {
   PatchRule patch_rule;  // kCls takes the first word of the part
 };
 
+// Floats from a multiple of 64 bytes on: a vector that straddles two cache lines costs two accesses.
+class Floats {
+ public:
+  void resize(int64_t count) { floats_.resize(count + kCacheLine); }
+  float* data() {
+    const uintptr_t bytes = kCacheLine * sizeof(float), address = reinterpret_cast<uintptr_t>(floats_.data());
+    return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
+  }
+
+ private:
+  static constexpr int64_t kCacheLine = 16;
+  std::vector<float> floats_;
+};
+
 // What one thread works in.
 struct Scratch {
-  std::vector<float> queries;  // [D, width]
-  std::vector<float> weights;  // [1+P and up to a vector more, width]
-  std::vector<float> rows;     // some rows of q or k in float32, where they are not already
-  std::vector<float> values;   // [1+P, D], likewise
-  std::vector<float> outputs;  // [D, width]
-  std::vector<float> part;     // [width + P and up to a vector more]
+  Floats queries;              // [D, width]
+  Floats weights;              // [1+P and up to a vector more, width]
+  Floats rows;                 // some rows of q or k in float32, where they are not already
+  Floats values;               // [1+P, D], likewise
+  Floats outputs;              // [D, width]
+  Floats part;                 // [width + P and up to a vector more]
   std::vector<float> head;     // [P]
   std::vector<int32_t> words;  // [T]
   std::vector<uint64_t> keys;  // [max(T, P)]

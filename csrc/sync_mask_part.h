@@ -155,8 +155,8 @@ INLINE void pack_queries(const Part& part, Scratch& scratch) {
 // to[i][w] = scale * sum over r < terms of a[i * a_row + r * a_term] * b[r][w] for kRows rows i and V vectors of
 // words w; raises top[w] to the maximum of those.
 template <int kRows, int V>
-INLINE void product(const float* a, int64_t a_row, int64_t a_term, const float* b, int64_t terms, float scale,
-                    float* to, Lanes* top) {
+__attribute__((noinline)) void product(const float* a, int64_t a_row, int64_t a_term, const float* b, int64_t terms, float scale,
+                                       float* to, Lanes* top) {
   Lanes sum[kRows][V] = {};
   for (int64_t r = 0; r < terms; ++r) {
     Lanes x[V];
@@ -202,23 +202,28 @@ INLINE void outputs(const Rows& values, const Part& part, Scratch& scratch, int6
   if constexpr (kRows > 1) outputs<kRows / 2, V>(values, part, scratch, column);
 }
 
-// Turns logits into exp(logit - top); sum over all keys, peak over patches.
+// Turns the logits of a key into exp(logit - top); adds them to sum, raises peak to them.
+template <int V>
+INLINE void exponentials_of(float* logits, const Lanes* top, Lanes* sum, Lanes* peak) {
+#pragma GCC unroll 32
+  for (int t = 0; t < V; ++t) {
+    const Lanes x = exp_of_negative(load(logits + t * kLanes) - top[t]);
+    store(logits + t * kLanes, x);
+    sum[t] += x;
+    peak[t] = higher(x, peak[t]);
+  }
+}
+
+// Of all keys; sum over all, peak over patches.
 template <int V>
 INLINE void exponentials(const Part& part, Scratch& scratch, const Lanes* top, Lanes* sum, Lanes* peak) {
   float* weights = scratch.weights.data();
-  for (int64_t begin = 0; begin < part.k.rows; begin += kLanes) {  // in blocks: long sums lose digits
+  Lanes of_cls[V] = {};
+  exponentials_of<V>(weights, top, sum, of_cls);
+  for (int64_t begin = 1; begin < part.k.rows; begin += kLanes) {  // in blocks: long sums lose digits
     const int64_t end = begin + kLanes < part.k.rows ? begin + kLanes : part.k.rows;
     Lanes block[V] = {};
-    for (int64_t key = begin; key < end; ++key) {
-#pragma GCC unroll 32
-      for (int t = 0; t < V; ++t) {
-        float* place = weights + (key * V + t) * kLanes;
-        const Lanes x = exp_of_negative(load(place) - top[t]);
-        store(place, x);
-        block[t] += x;
-        if (key > 0) peak[t] = higher(x, peak[t]);
-      }
-    }
+    for (int64_t key = begin; key < end; ++key) exponentials_of<V>(weights + key * V * kLanes, top, block, peak);
 #pragma GCC unroll 32
     for (int t = 0; t < V; ++t) sum[t] += block[t];
   }

@@ -42,7 +42,6 @@ stage bench 170 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
 echo "== summary"
 for i in "${!names[@]}"; do
     echo "${names[$i]}: $([ "${codes[$i]}" = 0 ] && echo ok || echo "failed (exit status ${codes[$i]})")"
-
 done | tee "$OUT/summary.txt"
 grep -q failed "$OUT/summary.txt" && exit 1
 exit 0

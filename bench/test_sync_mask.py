@@ -22,7 +22,7 @@ def eager(q: Tensor, k: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     patch_score = weights.masked_fill(~words[:, None, :, None], 0).amax(2).mean(1)
     m = words.sum(1)
     count = torch.clamp(torch.floor(TOKEN_RATIO * m + 0.5), min=1).minimum(m)
-    rank = token_score.argsort(1, descending=True, stable=True).argsort(1)
+    rank = token_score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     best = patch_score.topk(ops.masked_patches(patch_score.shape[1], PATCH_RATIO), 1).indices
     return rank < count[:, None], torch.zeros_like(patch_score, dtype=torch.bool).scatter_(1, best, True)
 

@@ -4,17 +4,19 @@ Everything declarative is in pyproject.toml. The library uses LibTorch's stable 
 one build serves every Python and every torch from 2.10 on. torch is never imported here: in an isolated build
 (plain `pip install .`) it cannot be, but its headers and libraries in the target environment are files like
 any other. Without a compiler or torch the install succeeds all the same, and the operators run their slower
-references.
+references. CXX chooses the compiler, CXXFLAGS adds to its flags.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,12 +28,11 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/group_semi_hard.cpp"]
+SOURCES = ["csrc/group_semi_hard.cpp", "csrc/sync_mask.cpp"]
 TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with
 FLAGS = [
     "-std=c++17",
     "-O3",
-    "-shared",
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
@@ -88,14 +89,24 @@ def compile_library(sources: list[str], target: Path) -> None:
     # -ltorch_cpu -lc10: torch's libraries are not loaded globally, so the symbols need a file to come from.
     # No run path is needed: torch is imported, and so loaded, first. Built aside and renamed, for a process
     # that has the old one open.
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor(len(files)) as pool:
+        objects = [str(Path(folder, f"{index}.o")) for index in range(len(files))]
+        compiles = [
+            [compiler, *flags, *defines, "-isystem", str(include), "-c", file, "-o", result]
+            for file, result in zip(files, objects, strict=True)
+        ]
+        list(pool.map(run_compiler, compiles))
         built = Path(folder, target.name)
         links = [f"-L{library}", "-ltorch_cpu", "-lc10", "-o", str(built)]
-        command = [compiler, *FLAGS, *defines, "-isystem", str(include), *files, *links]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            raise NotBuilt(f"because the compiler failed:\n{' '.join(command)}\n{run.stderr}")
+        run_compiler([compiler, *flags, "-shared", *objects, *links])
         os.replace(built, target)
+
+
+def run_compiler(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise NotBuilt(f"because the compiler failed:\n{' '.join(command)}\n{run.stderr}")
 
 
 def find_torch() -> Path:

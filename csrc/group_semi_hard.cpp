@@ -22,6 +22,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu.h"
+
 #ifndef SYNCMASK_BUILD_STAMP
 #define SYNCMASK_BUILD_STAMP "unknown build"
 #endif
@@ -71,8 +73,7 @@ struct Query {
 };
 
 // One build for every x86-64 processor: the scan in two instruction sets, picked at run time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SYNCMASK_HAS_AVX2 1
+#ifdef SYNCMASK_HAS_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -90,10 +91,8 @@ struct Scanner {
 };
 
 Scanner widest_scanner() {
-#ifdef SYNCMASK_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {avx2::scan, avx2::own_similarity};
-  }
+#ifdef SYNCMASK_HAS_X86
+  if (syncmask::widest_isa() != syncmask::Isa::kPlain) return {avx2::scan, avx2::own_similarity};
 #endif
   return {};
 }

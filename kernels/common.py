@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from syncmask_fast import _native
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 BACKENDS = ("auto", "reference", "triton", "cpp")
@@ -68,6 +70,8 @@ def check_margin(margin: object) -> None:
 def check_backend(op: str, backend: object, built: Sequence[str], device: torch.device) -> None:
     """ValueError unless `backend` is one of BACKENDS and, where asked for by name, in `built` here."""
     check_choice("backend", backend, BACKENDS)
+    if backend == "cpp" and not _native.loaded():
+        raise ValueError(f"backend is 'cpp', but {_native.status()}; expected 'auto' or 'reference'")
     if backend not in ("auto", *built):
         have = " or ".join(map(repr, ("auto", *built)))
         raise ValueError(f"backend is {backend!r}, which {op} does not have on {device}; expected {have}")

@@ -184,8 +184,6 @@ def group_semi_hard(
     _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS)
     has_kernel = _native.loaded() and image_feats.device.type == "cpu"
     built = ("cpp", "reference") if has_kernel else ("reference",)
-    if backend == "cpp" and not _native.loaded():
-        raise ValueError(f"backend is 'cpp', but {_native.status()}; expected 'auto' or 'reference'")
     common.check_backend("group_semi_hard", backend, built, image_feats.device)
     op = _group_semi_hard_reference if backend == "reference" else _group_semi_hard
     images, texts = (t.detach().to(torch.float32).contiguous() for t in (image_feats, text_feats))

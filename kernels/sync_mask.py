@@ -11,12 +11,16 @@ Source: SyncMask (CVPR 2024) names the idea; its formulas are not public, so the
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from syncmask_fast import _native
 from syncmask_fast.kernels import common
 
 TOKEN_SCORES = ("peak", "mass", "cls", "output")
@@ -83,17 +87,16 @@ def sync_mask_reference(
     word_score = (word_score / heads).masked_fill(~maskable, -math.inf)
     patch_total = patch_total / heads
 
+    token_mask = torch.zeros(batch, tokens, dtype=torch.bool, device=q.device)
+    patch_mask = torch.zeros(batch, patches, dtype=torch.bool, device=q.device)
     words = maskable.sum(1)
-    word_count = torch.clamp(torch.floor(token_ratio * words.double() + 0.5), min=1).long().minimum(words)
-    if token_ratio == 0:
-        word_count = torch.zeros_like(words)
-    patch_count = torch.full_like(words, masked_patches(patches, patch_ratio))
-    return SyncMask(
-        _highest(word_score, word_count, maskable),
-        _highest(patch_total, patch_count, torch.ones_like(patch_total, dtype=torch.bool)),
-        word_score,
-        patch_total,
-    )
+    if token_ratio > 0:
+        count = torch.clamp(torch.floor(token_ratio * words.double() + 0.5), min=1).long().minimum(words)
+        token_mask = _highest(word_score, count, maskable)
+    if patch_ratio > 0:
+        count = torch.full_like(words, masked_patches(patches, patch_ratio))
+        patch_mask = _highest(patch_total, count, torch.ones_like(patch_mask))
+    return SyncMask(token_mask, patch_mask, word_score, patch_total)
 
 
 def masked_patches(patches: int, patch_ratio: float) -> int:
@@ -141,8 +144,8 @@ def _highest(score: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     return torch.zeros_like(eligible, memory_format=torch.contiguous_format).scatter_(1, order, chosen)
 
 
-@torch.library.custom_op("syncmask::sync_mask", mutates_args=())
-def _sync_mask(
+@torch.library.custom_op("syncmask::sync_mask_reference", mutates_args=())
+def _sync_mask_reference(
     q: Tensor,
     k: Tensor,
     maskable: Tensor,
@@ -168,6 +171,50 @@ def _sync_mask(
     )
 
 
+@torch.library.custom_op("syncmask::sync_mask_triton", mutates_args=())
+def _sync_mask_triton(
+    q: Tensor,
+    k: Tensor,
+    maskable: Tensor,
+    v: Tensor | None,
+    token_ratio: float,
+    patch_ratio: float,
+    token_score: str,
+    patch_score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale
+    return _triton_module().sync_mask_triton(*args)
+
+
+@torch.library.custom_op("syncmask::sync_mask", mutates_args=())
+def _sync_mask(
+    q: Tensor,
+    k: Tensor,
+    maskable: Tensor,
+    v: Tensor | None,
+    token_ratio: float,
+    patch_ratio: float,
+    token_score: str,
+    patch_score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # csrc/sync_mask.cpp registers the CPU kernel of this schema; this body runs where there is none.
+    if q.device.type == "cpu":
+        _warn_slow(_native.status())
+    return _sync_mask_reference(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
+
+
+@_sync_mask.register_kernel("cuda")
+def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
+    op = _sync_mask_triton if _has_triton(q.device) else _sync_mask_reference
+    if op is _sync_mask_reference:
+        _warn_slow("Triton is missing; to have it, `pip install triton`")
+    return op(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
+
+
+@_sync_mask_reference.register_fake
+@_sync_mask_triton.register_fake
 @_sync_mask.register_fake
 def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
     words, patches = maskable.shape, (k.shape[0], k.shape[2] - 1)
@@ -178,6 +225,30 @@ def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, sca
         q.new_empty(words, dtype=dtype),
         q.new_empty(patches, dtype=dtype),
     )
+
+
+_native.load()  # after the schema above, which the kernel belongs to
+_warned = False
+
+
+def _warn_slow(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"sync_mask runs its slow reference: {reason}", stacklevel=2)
+
+
+def _triton_module() -> ModuleType:
+    """Imported where it is needed, because Triton takes long to import."""
+    return importlib.import_module("syncmask_fast.kernels.sync_mask_triton")
+
+
+@torch.compiler.assume_constant_result
+def _has_triton(device: torch.device) -> bool:
+    try:
+        return _triton_module().available(device)
+    except ImportError:
+        return False
 
 
 def sync_mask(
@@ -215,17 +286,51 @@ def sync_mask(
     grad:      none, inputs are detached.
     errors:    ValueError for shape, dtype or device mismatch, ratios outside [0, 1], unknown names, a backend
                not built.
-    runs:      the reference, on every device.
+    memory:    O(B (T + P)), and a tile of the attention map for each thread.
+    runs:      C++ on CPU, Triton on CUDA (and on the CPU for backend="triton" under TRITON_INTERPRET=1); the
+               reference, with one warning, where these are missing.
     source:    own rules for the idea of SyncMask (module docstring).
     """
     _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, common.FLOATS)
-    common.check_backend("sync_mask", backend, ("reference",), q.device)
+    op = _op_of(backend, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     v = None if v is None or token_score != "output" else v.detach()
     ratios = float(token_ratio), float(patch_ratio)
-    return SyncMask(
-        *_sync_mask(q.detach(), k.detach(), maskable, v, *ratios, token_score, patch_score, scale)
-    )
+    return SyncMask(*op(q.detach(), k.detach(), maskable, v, *ratios, token_score, patch_score, scale))
+
+
+def attention_summary(
+    q: Tensor,
+    k: Tensor,
+    maskable: Tensor,
+    *,
+    v: Tensor | None = None,
+    token_score: str = "peak",
+    patch_score: str = "max",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The scores of `sync_mask` without masks: a summary of an attention map that never exists.
+
+    q, k, v, maskable, token_score, patch_score, scale, backend: as of `sync_mask`.
+    returns: token_score float32 [B, T], -inf where not maskable, and patch_score float32 [B, P].
+    errors, memory, runs: as of `sync_mask`; nothing is ranked.
+    """
+    rules = {"token_score": token_score, "patch_score": patch_score}
+    none = {"token_ratio": 0.0, "patch_ratio": 0.0}
+    return sync_mask(q, k, maskable, v=v, **none, **rules, scale=scale, backend=backend)[2:]
+
+
+def _op_of(backend: str, device: torch.device) -> torch.library.CustomOpDef:
+    if backend == "auto":
+        return _sync_mask
+    built = ["reference"]
+    if _native.loaded() and device.type == "cpu":
+        built.append("cpp")
+    if backend != "reference" and _has_triton(device):
+        built.append("triton")
+    common.check_backend("sync_mask", backend, built, device)
+    return {"reference": _sync_mask_reference, "triton": _sync_mask_triton, "cpp": _sync_mask}[backend]
 
 
 def _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, dtypes) -> None:

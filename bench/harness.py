@@ -1,0 +1,218 @@
+"""What every benchmark shares: cold inputs, timing, memory, the limits of the machine, and the rows written.
+
+A benchmark names its providers (other ways to compute the same, and ours), makes inputs for a case, and calls
+`Session.compare`. Rows go to bench/results (or $OUT) as CSV and JSON, one file for each operator, device and
+allocator setting.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# glibc hands large blocks back to the kernel, and fetching them anew costs eager PyTorch more than its arithmetic.
+TUNED = {"MALLOC_MMAP_THRESHOLD_": "34359738368", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
+_SECONDS, _ROUNDS = 2.0, (5, 50)  # of measuring a provider
+
+
+def results_folder() -> Path:
+    return Path(os.environ.get("OUT") or ROOT / "bench/results")
+
+
+def allocator() -> str:
+    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED.items()) else "default"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last level of cache: L2 of a GPU, L3 of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=32 << 20)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Where and with what: the columns that every row ends with."""
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    on_gpu = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(device) if on_gpu else cpu[1] if cpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "allocator": "caching" if on_gpu else allocator(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda) if on_gpu else "",
+        "commit": run.stdout.strip() or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def best_seconds(function: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
+    best = math.inf
+    for _ in range(rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The best rates seen of a square product in `dtype` (flop/s) and of a copy (bytes/s, read and written)."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b, c = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
+    gemm = 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=c), device)
+    source = torch.ones(max(4 * cache_bytes(device), 1 << 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {"gemm": gemm, "copy": 2 * source.numel() / best_seconds(lambda: target.copy_(source), device, 10)}
+
+
+def extra_mib(function: Callable[[], object], device: torch.device) -> float:
+    """Peak memory of a call beyond what was there; NaN where the kernel does not say (not Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except OSError:
+        return math.nan
+    before = _status_kib("VmRSS")
+    function()
+    return max(0, _status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(field: str) -> int:
+    return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+class Session:
+    """The rows of one `pytest bench` run."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self._tested: dict[str, str] = {}
+        self._limits: dict[tuple, dict[str, float]] = {}
+
+    def require_green(self, operator: str) -> None:
+        """Fails the benchmark unless the operator's tests pass: a wrong result has no speed."""
+        if operator not in self._tested:
+            tests = [str(path) for path in sorted((ROOT / "tests").glob(f"test_{operator}*.py"))]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+            run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            self._tested[operator] = "" if run.returncode == 0 else run.stdout[-2000:]
+        if self._tested[operator]:
+            pytest.fail(f"the tests of {operator} fail, so nothing is reported:\n{self._tested[operator]}", pytrace=False)
+
+    def measure(
+        self,
+        benchmark,
+        *,
+        operator: str,
+        provider: str,
+        case: dict,
+        make: Callable[[int], Sequence[torch.Tensor]],
+        function: Callable[..., object],
+        flops: float,
+    ) -> None:
+        """Times function(*make(seed)) and adds a row.
+
+        One round goes once over copies of the inputs that together are twice the cache, so that each call finds
+        its inputs cold; its time is that of a call, on average. flops: of the products that cannot be avoided.
+        """
+        first = make(0)
+        device, dtype = first[0].device, first[0].dtype
+        size = sum(x.numel() * x.element_size() for x in first)
+        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size)))]
+
+        def once_over() -> None:
+            for inputs in copies:
+                function(*inputs)
+            synchronize(device)
+
+        function(*first)
+        synchronize(device)
+        extra = extra_mib(lambda: function(*copies[-1]), device)
+        rounds = min(_ROUNDS[1], max(_ROUNDS[0], math.ceil(_SECONDS / best_seconds(once_over, device, 1))))
+        benchmark.pedantic(once_over, rounds=rounds, iterations=1, warmup_rounds=1)
+        calls = [1e3 * seconds / len(copies) for seconds in benchmark.stats.stats.data]
+        key = (device, dtype)
+        limits = self._limits[key] = self._limits.get(key) or measure_limits(device, dtype)
+        gemm_ms, copy_ms = 1e3 * flops / limits["gemm"], 1e3 * size / limits["copy"]
+        low, median, high = statistics.quantiles(calls, n=10)[0], statistics.median(calls), statistics.quantiles(calls, n=10)[-1]
+        row = {
+            "operator": operator,
+            "provider": provider,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            **case,
+            "median_ms": median,
+            "min_ms": min(calls),
+            "p10_ms": max(min(calls), low),
+            "p90_ms": min(max(calls), high),
+            "rounds": rounds,
+            "copies": len(copies),
+            "extra_mib": extra,
+            "gemm_limit_ms": gemm_ms,
+            "copy_limit_ms": copy_ms,
+            "of_limit": max(gemm_ms, copy_ms) / median,
+            "gemm_tflops": limits["gemm"] / 1e12,
+            "copy_gb_s": limits["copy"] / 1e9,
+        }
+        row = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+        self.rows.append(row | machine(device))
+        benchmark.extra_info.update(row)
+
+    def write(self) -> list[Path]:
+        """One CSV and one JSON file for each operator, device and allocator setting."""
+        folder = results_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        groups: dict[str, list[dict]] = {}
+        for row in self.rows:
+            groups.setdefault(f"{row['operator']}-{row['device']}-{row['allocator']}", []).append(row)
+        for name, rows in groups.items():
+            folder.joinpath(f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+            with folder.joinpath(f"{name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+        return [folder / f"{name}.csv" for name in groups]
+
+    def table(self) -> list[str]:
+        """A line a row, with what the other providers take in terms of ours."""
+        lines = []
+        for row in self.rows:
+            case = [name for name in row if list(row).index("dtype") < list(row).index(name) < list(row).index("median_ms")]
+            same = [r for r in self.rows if r["provider"] == "ours" and all(r[n] == row[n] for n in ("operator", "device", "dtype", *case))]
+            ratio = f"{row['median_ms'] / same[0]['median_ms']:5.2f}x ours ({row['min_ms'] / same[0]['min_ms']:.2f}x at best)" if same else ""
+            lines.append(
+                f"{row['operator']} {row['device']} {row['allocator']:8s} {' '.join(f'{n} {row[n]}' for n in case):38s} {row['provider']:9s}"
+                f" {row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f}) +{row['extra_mib']:.0f} MiB,"
+                f" limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy  {ratio}"
+            )
+        return lines

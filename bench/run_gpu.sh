@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything on a CUDA machine in one call: builds csrc, runs the kernel tests on the GPU (Triton compiled, not
+# interpreted), compute-sanitizer where there is one, and the benchmarks. Goes on after a stage that fails and ends with a summary.
+#   bench/run_gpu.sh             results go to bench/results, or to $OUT
+#   PYTHON=.venv/bin/python      which Python (torch, triton, pytest, pytest-benchmark, setuptools)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export OUT=${OUT:-$PWD/bench/results}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET
+mkdir -p "$OUT"
+names=() codes=()
+
+stage() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    timeout --kill-after=5 "$limit" "$@" > >(tee "$OUT/$name.log" | tail -n 60) 2>&1
+    codes+=($?)
+    names+=("$name")
+}
+
+stage machine 20 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
+stage build 60 "$PYTHON" setup.py build_ext --inplace
+stage tests 150 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py
+if command -v compute-sanitizer >/dev/null; then
+    stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+import torch
+from syncmask_fast import ops
+for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
+    b, h, t, p, d = shape
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = (torch.randn(b, h, n, d, device="cuda").to(dtype) for n in (t, p + 1, p + 1))
+        words = torch.rand(b, t, device="cuda") < 0.7
+        ops.sync_mask(q, k, words)
+        ops.sync_mask(q, k, words, v=v, token_score="output", patch_score="weighted")
+torch.cuda.synchronize()'
+fi
+stage bench 170 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
+
+echo "== summary"
+for i in "${!names[@]}"; do
+    echo "${names[$i]}: $([ "${codes[$i]}" = 0 ] && echo ok || echo "failed (exit status ${codes[$i]})")"
+done | tee "$OUT/summary.txt"
+grep -q failed "$OUT/summary.txt" && exit 1
+exit 0

@@ -1,0 +1,317 @@
+// One part of sync_mask: one head and up to kWidth words of one sample, against all its keys. Included once per
+// instruction set by sync_mask.cpp (so no include guard), which defines SYNCMASK_LANES, SYNCMASK_VECTORS and
+// SYNCMASK_SUMS: floats in a vector, vectors of words in a part, and sums that fit the registers beside them.
+//
+// Vectors run over words: lane l of vector t is word t * kLanes + l of the part. So the softmax over keys needs
+// nothing across lanes, keys are read where they lie, and only queries are transposed. A part with fewer words
+// repeats the last one (its weight in patch scores is 0), which cannot make a number of NaN or a NaN of a number.
+
+typedef float Lanes __attribute__((vector_size(4 * SYNCMASK_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * SYNCMASK_LANES)));
+constexpr int kLanes = SYNCMASK_LANES;
+constexpr int kVectors = SYNCMASK_VECTORS;
+constexpr int kSums = SYNCMASK_SUMS;
+#define INLINE inline __attribute__((always_inline))
+
+INLINE Lanes load(const float* from) {
+  Lanes x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE void store(float* to, Lanes x) { __builtin_memcpy(to, &x, sizeof x); }
+
+INLINE Lanes higher(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is NaN
+
+// exp(x) for x <= 0 to 1e-7 of its value, NaN for NaN, and 0 below e^-78 (1e-34): divided by a sum of up to
+// thousands it would be a denormal number, which processors are slow with. After Cephes' expf.
+INLINE Lanes exp_of_negative(Lanes x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Lanes shifted = x * 1.44269504088896341f + kRound;
+  const Lanes n = shifted - kRound;
+  const Lanes f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Lanes y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * (f * f) + f + 1.0f;
+  const Ints power = ((Ints)shifted + 127) << 23;  // the integer in the low bits as an exponent
+  return x < -78.0f ? Lanes{} : y * (Lanes)power;
+}
+
+// Elements of a0 b0 a1 b1 ...: of the lower halves, of the upper halves.
+template <int... i>
+INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  low = Lanes{(i % 2 ? b : a)[i / 2]...};
+  high = Lanes{(i % 2 ? b : a)[(kLanes + i) / 2]...};
+#else
+  low = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + i / 2)...});
+  high = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + (kLanes + i) / 2)...});
+#endif
+}
+
+INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
+  interleave(a, b, low, high, std::make_integer_sequence<int, kLanes>());
+}
+
+// x[i][j] becomes x[j][i].
+INLINE void transpose(Lanes (&x)[kLanes]) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Lanes y[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+}
+
+// Lane i of the result: the sum or the maximum over the lanes of x[i], in one tree for every i.
+template <bool kMaximum>
+INLINE Lanes reduce(Lanes (&x)[kLanes]) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+      Lanes low, high;
+      interleave(x[i], x[i + half], low, high);
+      x[i] = kMaximum ? higher(low, high) : low + high;
+    }
+  }
+  return x[0];
+}
+
+INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(Bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+INLINE float to_float(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, shifted = magnitude << 13;
+  const float finite = bits_to_float(shifted) * 0x1p112f;
+  const float value = magnitude < 0x7c00u ? finite : bits_to_float(shifted | 0x7f800000u);
+  return x.bits & 0x8000u ? -value : value;
+}
+
+template <typename T>
+INLINE void convert(const Matrix& from, int64_t first, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; ++r, to += from.columns) {
+    const T* row = static_cast<const T*>(from.data) + (first + r) * from.row_stride;
+    if (from.column_stride == 1) {
+      for (int64_t c = 0; c < from.columns; ++c) to[c] = to_float(row[c]);
+    } else {
+      for (int64_t c = 0; c < from.columns; ++c) to[c] = to_float(row[c * from.column_stride]);
+    }
+  }
+}
+
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// Rows of a matrix as float32 with neighbouring elements: where they lie, or converted into `buffer`.
+INLINE Rows read_rows(const Matrix& from, int64_t first, int64_t rows, float* buffer) {
+  if (from.type == ScalarType::Float && from.column_stride == 1) {
+    return {static_cast<const float*>(from.data) + first * from.row_stride, from.row_stride};
+  }
+  if (from.type == ScalarType::Float) convert<float>(from, first, rows, buffer);
+  if (from.type == ScalarType::BFloat16) convert<Bfloat16>(from, first, rows, buffer);
+  if (from.type == ScalarType::Half) convert<Float16>(from, first, rows, buffer);
+  return {buffer, from.columns};
+}
+
+// to[c][l] = element c of the query of word l.
+template <int V>
+INLINE void pack_queries(const Part& part, Scratch& scratch) {
+  for (int group = 0; group < V; ++group) {
+    const float* query[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t i = group * kLanes + l;
+      const int64_t word = part.words[i < part.count ? i : part.count - 1];
+      query[l] = read_rows(part.q, word, 1, scratch.rows.data() + l * part.q.columns).data;
+    }
+    float* to = scratch.queries.data() + group * kLanes;
+    int64_t c = 0;
+    for (; c + kLanes <= part.q.columns; c += kLanes) {
+      Lanes x[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) x[l] = load(query[l] + c);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) store(to + (c + l) * V * kLanes, x[l]);
+    }
+    for (; c < part.q.columns; ++c) {
+      for (int l = 0; l < kLanes; ++l) to[c * V * kLanes + l] = query[l][c];
+    }
+  }
+}
+
+// to[i][w] = scale * sum over r < terms of a[i * a_row + r * a_term] * b[r][w] for kRows rows i and V vectors of
+// words w; raises top[w] to the maximum of those.
+template <int kRows, int V>
+__attribute__((noinline)) void product(const float* a, int64_t a_row, int64_t a_term, const float* b, int64_t terms, float scale,
+                                       float* to, Lanes* top) {
+  Lanes sum[kRows][V] = {};
+  for (int64_t r = 0; r < terms; ++r) {
+    Lanes x[V];
+#pragma GCC unroll 32
+    for (int t = 0; t < V; ++t) x[t] = load(b + (r * V + t) * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i) {
+      const float y = a[i * a_row + r * a_term];
+#pragma GCC unroll 32
+      for (int t = 0; t < V; ++t) sum[i][t] += x[t] * y;
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 32
+    for (int t = 0; t < V; ++t) {
+      const Lanes x = sum[i][t] * scale;
+      store(to + (i * V + t) * kLanes, x);
+      top[t] = higher(x, top[t]);
+    }
+  }
+}
+
+// Logits of keys from `key` on: kRows at a time, then the rest with fewer.
+template <int kRows, int V>
+INLINE void logits(const Part& part, Scratch& scratch, int64_t key, Lanes* top) {
+  for (; key + kRows <= part.k.rows; key += kRows) {
+    const Rows keys = read_rows(part.k, key, kRows, scratch.rows.data());
+    float* to = scratch.weights.data() + key * V * kLanes;
+    product<kRows, V>(keys.data, keys.stride, 1, scratch.queries.data(), part.k.columns, part.scale, to, top);
+  }
+  if constexpr (kRows > 1) logits<kRows / 2, V>(part, scratch, key, top);
+}
+
+// outputs[c][w] = sum over keys j of weight[j][w] * v[j][c].
+template <int kRows, int V>
+INLINE void outputs(const Rows& values, const Part& part, Scratch& scratch, int64_t column) {
+  for (; column + kRows <= part.v.columns; column += kRows) {
+    Lanes unused[V] = {};
+    float* to = scratch.outputs.data() + column * V * kLanes;
+    product<kRows, V>(values.data + column, 1, values.stride, scratch.weights.data(), part.v.rows, 1.0f, to, unused);
+  }
+  if constexpr (kRows > 1) outputs<kRows / 2, V>(values, part, scratch, column);
+}
+
+// Turns the logits of a key into exp(logit - top); adds them to sum, raises peak to them.
+template <int V>
+INLINE void exponentials_of(float* logits, const Lanes* top, Lanes* sum, Lanes* peak) {
+#pragma GCC unroll 32
+  for (int t = 0; t < V; ++t) {
+    const Lanes x = exp_of_negative(load(logits + t * kLanes) - top[t]);
+    store(logits + t * kLanes, x);
+    sum[t] += x;
+    peak[t] = higher(x, peak[t]);
+  }
+}
+
+// Of all keys; sum over all, peak over patches.
+template <int V>
+INLINE void exponentials(const Part& part, Scratch& scratch, const Lanes* top, Lanes* sum, Lanes* peak) {
+  float* weights = scratch.weights.data();
+  Lanes of_cls[V] = {};
+  exponentials_of<V>(weights, top, sum, of_cls);
+  for (int64_t begin = 1; begin < part.k.rows; begin += kLanes) {  // in blocks: long sums lose digits
+    const int64_t end = begin + kLanes < part.k.rows ? begin + kLanes : part.k.rows;
+    Lanes block[V] = {};
+    for (int64_t key = begin; key < end; ++key) exponentials_of<V>(weights + key * V * kLanes, top, block, peak);
+#pragma GCC unroll 32
+    for (int t = 0; t < V; ++t) sum[t] += block[t];
+  }
+}
+
+// patch[j] = the sum or the maximum over words w of weight[1 + j][w] * share[w]; writes whole vectors.
+template <bool kMaximum, int V>
+INLINE void over_words(const Part& part, Scratch& scratch, const Lanes* share, float* patch) {
+  for (int64_t key = 1; key < part.k.rows; key += kLanes) {
+    Lanes x[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      const float* weights = scratch.weights.data() + (key + i) * V * kLanes;
+      x[i] = load(weights) * share[0];
+#pragma GCC unroll 32
+      for (int t = 1; t < V; ++t) {
+        const Lanes y = load(weights + t * kLanes) * share[t];
+        x[i] = kMaximum ? higher(y, x[i]) : x[i] + y;
+      }
+    }
+    store(patch + key - 1, reduce<kMaximum>(x));
+  }
+}
+
+template <int V>
+void run(const Part& part, Scratch& scratch, float* token, float* patch) {
+  constexpr float kInfinity = __builtin_inff();
+  Lanes top[V], sum[V] = {}, peak[V] = {}, share[V];
+  for (int t = 0; t < V; ++t) top[t] = Lanes{} - kInfinity;
+  pack_queries<V>(part, scratch);
+  logits<kSums / V, V>(part, scratch, 0, top);
+  exponentials<V>(part, scratch, top, sum, peak);
+
+  Lanes norm[V] = {};
+  if (part.token_rule == TokenRule::kOutput) {
+    const Rows values = read_rows(part.v, 0, part.v.rows, scratch.values.data());
+    outputs<kSums / V, V>(values, part, scratch, 0);
+    for (int64_t c = 0; c < part.v.columns; ++c) {
+      for (int t = 0; t < V; ++t) {
+        const Lanes x = load(scratch.outputs.data() + (c * V + t) * kLanes) / sum[t];
+        norm[t] += x * x;
+      }
+    }
+  }
+  bool has_nan = false;
+  for (int t = 0; t < V; ++t) {
+    const Lanes first = load(scratch.weights.data() + t * kLanes) / sum[t];
+    share[t] = 1.0f / sum[t];
+    const Lanes peak_weight = peak[t] * share[t];
+    Lanes score = peak_weight;
+    if (part.token_rule == TokenRule::kMass) score = 1.0f - first;
+    if (part.token_rule == TokenRule::kCls) score = first;
+    if (part.token_rule == TokenRule::kOutput) score = norm[t];
+    if (part.patch_rule == PatchRule::kWeighted) share[t] *= peak_weight;
+    for (int l = 0; l < kLanes; ++l) {
+      const float x = score[l];
+      token[t * kLanes + l] = part.token_rule == TokenRule::kOutput ? __builtin_sqrtf(x) : x;
+      if (t * kLanes + l >= part.count) share[t][l] = 0.0f;
+      has_nan |= share[t][l] != share[t][l];
+    }
+  }
+  const int64_t patches = part.k.rows - 1;
+  if (part.patch_rule == PatchRule::kCls) {
+    const float* weights = scratch.weights.data() + V * kLanes;
+    for (int64_t j = 0; j < patches; ++j) patch[j] = weights[j * V * kLanes] * share[0][0];
+  } else if (part.patch_rule != PatchRule::kMax) {
+    over_words<false, V>(part, scratch, share, patch);
+  } else if (!has_nan) {
+    over_words<true, V>(part, scratch, share, patch);
+  } else {  // all weights of such a word are NaN, and so is a maximum with them
+    for (int64_t j = 0; j < patches; ++j) patch[j] = __builtin_nanf("");
+  }
+}
+
+template <int V = kVectors>
+INLINE void run_narrowest(const Part& part, Scratch& scratch, float* token, float* patch) {
+  if constexpr (V > 1) {
+    if (part.count <= (V - 1) * kLanes) return run_narrowest<V - 1>(part, scratch, token, patch);
+  }
+  run<V>(part, scratch, token, patch);
+}
+
+// token[kWidth] and patch[P rounded up to kLanes] of a part; scratch as make_scratch leaves it.
+void run_part(const Part& part, Scratch& scratch, float* token, float* patch) {
+  run_narrowest(part, scratch, token, patch);
+}
+
+#undef INLINE
+#undef SYNCMASK_LANES
+#undef SYNCMASK_VECTORS
+#undef SYNCMASK_SUMS

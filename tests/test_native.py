@@ -1,0 +1,61 @@
+"""The C++ operators under AddressSanitizer, built for the purpose and run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every kernel and every path in it: words and keys that fill no vector, one word, no word, several parts, samples
+# or parts shared out, converted and strided inputs. Reads and writes past an end abort the process.
+CODE = """
+import sys
+from pathlib import Path
+import torch
+from syncmask_fast import _native
+_native.find = lambda: Path(sys.argv[1])
+from syncmask_fast import ops
+assert str(_native.load()) == sys.argv[1], _native.status()
+torch.manual_seed(0)
+for b, h, t, p, d in [(0, 1, 2, 3, 4), (1, 1, 1, 1, 1), (3, 2, 7, 9, 5), (1, 2, 70, 25, 17), (40, 1, 19, 37, 16)]:
+    words = torch.rand(b, t) < 0.7
+    words[:1] = False
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = (torch.randn(b, h, n, d).to(dtype) for n in (t, p + 1, p + 1))
+        for token_rule, patch_rule in (("peak", "max"), ("mass", "mean"), ("cls", "cls"), ("output", "weighted")):
+            rules = dict(token_score=token_rule, patch_score=patch_rule, backend="cpp")
+            ops.sync_mask(q, k, words, v=v, token_ratio=1, **rules)
+            ops.sync_mask(q.mT.contiguous().mT, k[:1].expand_as(k), words, v=v[:1].expand_as(v), patch_ratio=1, **rules)
+for n, d in [(0, 3), (1, 1), (37, 17), (90, 100)]:
+    images, texts, ids = torch.randn(n, d), torch.randn(n, d), torch.arange(n) // 3
+    for search_space in (None, 13):
+        ops.group_semi_hard(images, texts, ids, batch_size=5, search_space=search_space, backend="cpp")
+print("ran")
+"""
+
+
+@pytest.mark.slow
+def test_address_sanitizer(tmp_path):
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    library = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_file():
+        pytest.skip(f"{compiler} has no libasan")
+    build = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    flags = {"CXX": compiler, "CXXFLAGS": "-fsanitize=address -fno-omit-frame-pointer -g -O1"}
+    run = subprocess.run(build, env=os.environ | flags, capture_output=True, text=True, cwd=ROOT)
+    built = tmp_path / "syncmask_fast/_C.so"
+    assert built.is_file(), run.stderr
+    for capability in ("avx512", "avx2", "default"):
+        settings = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", CODE, str(built)]
+        run = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 0, run.stderr[-5000:]
+        assert run.stdout.split() == ["ran"]

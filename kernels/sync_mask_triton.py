@@ -20,7 +20,7 @@ from torch import Tensor
 
 from syncmask_fast.kernels import sync_mask
 
-ONE_PASS_TOKENS, ONE_PASS_PATCHES = 64, 256  # the largest block: 64 logits a thread with 8 warps
+ONE_PASS_TOKENS, ONE_PASS_PATCHES = 64, 256  # the largest block: 32 logits a thread with 16 warps
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -50,12 +50,12 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
     half = dtype in _HALVES
     wide = 64 if width <= 64 else 128
     if half and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES:
-        block_t, block_p = 16 if tokens <= 16 else 64, 64 if patches <= 64 else 256
-        constants = {"OUTPUT": output, "BLOCK_T": block_t, "BLOCK_P": block_p, "BLOCK_D": wide}
+        block_p = 64 if patches <= 64 else 256
+        constants = {"OUTPUT": output, "BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
         # Two stages fetch the next head while this one is worked on; wide or with values they would take the
         # shared memory of the second program on a multiprocessor.
-        return Blocks("_one_pass_kernel", constants, max(4, block_t * block_p // 2048), 1 if output or wide == 128 else 2)
-    constants = {"OUTPUT": output, "ALL_T": max(64, _power_of_2(tokens))}
+        return Blocks("_one_pass_kernel", constants, block_p // 16, 1 if output or wide == 128 else 2)
+    constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
     if half:
         constants |= {"BLOCK_T": 64, "BLOCK_P": 128, "BLOCK_D": wide, "CHUNKS": 1}
         return Blocks("_two_pass_kernel", constants, 8 if output else 4, 2)
@@ -73,7 +73,7 @@ def configurations() -> Iterator[tuple[torch.dtype, Blocks]]:
     """Every (dtype of q, Blocks) that calls within T <= 512, P <= 4096 and D <= 128 can take, each once."""
     seen = []
     for dtype, output, tokens, patches, width in itertools.product(
-        (torch.bfloat16, torch.float16, torch.float32), (False, True), (16, 64, 128, 256, 512), (64, 256, 4096), (64, 128)
+        (torch.bfloat16, torch.float16, torch.float32), (False, True), (64, 512), (64, 256, 4096), (64, 128)
     ):
         seen.append((dtype, main_blocks(tokens, patches, width, dtype, output)))
     seen += [(torch.float32, finish_blocks(1, patches)) for patches in (64, 256, 1024, 4096)]
@@ -82,16 +82,16 @@ def configurations() -> Iterator[tuple[torch.dtype, Blocks]]:
             yield one
 
 
-def split_heads(batch: int, heads: int, processors: int) -> int:
+def split_heads(batch: int, heads: int, processors: float) -> int:
     """How many heads of a sample one program of the one-pass kernel takes; all of them need no second launch.
 
-    Two programs run on a multiprocessor at a time. A program costs its heads and about half a head to start and
-    end; a split below all heads costs about one head for the second launch.
+    `processors` is how many programs run at a time, about. A program costs its heads and about half a head to
+    start and end; a split below all heads costs about one head for the second launch.
     """
 
     def cost(count: int) -> float:
         programs = batch * math.ceil(heads / count)
-        return math.ceil(programs / (2 * processors)) * (count + 0.5) + (count < heads)
+        return math.ceil(programs / processors) * (count + 0.5) + (count < heads)
 
     return min(range(heads, 0, -1), key=cost)
 
@@ -139,7 +139,7 @@ def sync_mask_triton(
     patch_count = sync_mask.masked_patches(patches, patch_ratio)
     processors = _processors(q.device)
     one_pass = blocks.kernel == "_one_pass_kernel"
-    heads_each = split_heads(batch, heads, processors) if one_pass else 1
+    heads_each = split_heads(batch, heads, processors * 16 // blocks.num_warps) if one_pass else 1
     whole = one_pass and heads_each == heads
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 

@@ -20,6 +20,18 @@ TOKEN_RULES = {"peak": 0, "mass": 1, "cls": 2, "output": 3}
 PATCH_RULES = {"mean": 0, "cls": 1, "weighted": 2, "max": 3}
 
 
+# The interpreter's bfloat16 is a 16-bit integer, which its product takes at face value.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, total):
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
 @triton.jit
 def _column_of_cls(logits, columns):
     # [BLOCK_T, 16] -> [BLOCK_T]: the other columns are padding, which tl.dot needs.
@@ -30,17 +42,17 @@ def _column_of_cls(logits, columns):
 def _weighted_values(weights, v):
     # weights [BLOCK_T, BLOCK_P] float32 times v: as exact as float32, from products of v's own dtype.
     if v.dtype == tl.float32:
-        total = tl.dot(weights, v, input_precision="ieee")
+        total = _dot(weights, v, None)
     elif v.dtype == tl.bfloat16:  # three times 8 bits
         high = weights.to(tl.bfloat16)
         rest = weights - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(high, v, tl.dot(middle, v, tl.dot(low, v)))
+        total = _dot(high, v, _dot(middle, v, _dot(low, v, None)))
     else:  # twice 11 bits; the factor keeps the second part out of float16's subnormal numbers
         high = weights.to(tl.float16)
         low = ((weights - high.to(tl.float32)) * 2048).to(tl.float16)
-        total = tl.dot(high, v, tl.dot(low, v) * (1 / 2048))
+        total = _dot(high, v, _dot(low, v, None) * (1 / 2048))
     return total
 
 
@@ -156,7 +168,6 @@ def _one_pass_kernel(
     q_tile = q_ptr + sample * q_stride_b + rows.to(tl.int64)[:, None] * q_stride_t + depth[None, :] * q_stride_d
     k_cls = k_ptr + sample * k_stride_b + first_columns[:, None] * 0 + depth[None, :] * k_stride_d
     k_tile = k_ptr + sample * k_stride_b + (columns + 1).to(tl.int64)[:, None] * k_stride_p + depth[None, :] * k_stride_d
-    padding = tl.where(columns < patches, 0.0, float("-inf"))
 
     token_sum = tl.zeros([BLOCK_T], tl.float32)
     patch_sum = tl.zeros([BLOCK_P], tl.float32)
@@ -165,8 +176,8 @@ def _one_pass_kernel(
         q = tl.load(q_tile + at * q_stride_h, mask=q_mask, other=0.0)
         k = tl.load(k_tile + at * k_stride_h, mask=k_mask, other=0.0)
         k_first = tl.load(k_cls + at * k_stride_h, mask=(first_columns == 0)[:, None] & in_depth, other=0.0)
-        cls = _column_of_cls(tl.dot(q, tl.trans(k_first)), first_columns) * scale
-        logits = tl.dot(q, tl.trans(k)) * scale + padding[None, :]
+        cls = _column_of_cls(_dot(q, tl.trans(k_first), None), first_columns) * scale
+        logits = tl.where((columns < patches)[None, :], _dot(q, tl.trans(k), None) * scale, float("-inf"))
 
         highest = tl.max(logits, 1)
         top = tl.maximum(highest, cls)
@@ -210,7 +221,7 @@ def _tile_logits(
         k_tile = k_head + keys.to(tl.int64)[:, None] * k_stride_p + depth[None, :] * k_stride_d
         q = tl.load(q_tile, mask=row_mask[:, None] & (depth < width)[None, :], other=0.0)
         k = tl.load(k_tile, mask=key_mask[:, None] & (depth < width)[None, :], other=0.0)
-        logits = tl.dot(q, tl.trans(k), logits, input_precision="ieee")
+        logits = _dot(q, tl.trans(k), logits)
     return logits * scale
 
 
@@ -314,7 +325,8 @@ def _two_pass_kernel(
                     of_tile = _column_score(patch_rule, tl.exp2(logits - top[:, None]), share, eligible)
                     # Weights are >= 0, so that 0 is neutral for both; NaN must not be lost in a maximum.
                     larger = tl.where(of_tile > column, of_tile, column)
-                    column = tl.where((patch_rule == 3) & (of_tile == of_tile), larger, column + of_tile)
+                    larger = tl.where(of_tile == of_tile, larger, of_tile)
+                    column = tl.where(patch_rule == 3, larger, column + of_tile)
             tl.store(patch_sum_ptr + place * patches + columns, column, mask=columns < patches)
 
 
@@ -337,7 +349,7 @@ def _finish_kernel(
     if tl.program_id(1) == 0:
         for begin in range(0, heads, 4):
             for head in tl.static_range(4):  # four loads in flight
-                here = (places < tokens) & (begin + head < heads)
+                here = places < tl.where(begin + head < heads, tokens, 0)
                 total += tl.load(token_sum_ptr + (sample * heads + begin + head) * tokens + places, mask=here, other=0.0)
         inside = places < tokens
         maskable = tl.load(maskable_ptr + sample * m_stride_b + places.to(tl.int64) * m_stride_t, mask=inside, other=0) != 0
@@ -346,6 +358,6 @@ def _finish_kernel(
     else:
         for begin in range(0, heads, 4):
             for head in tl.static_range(4):
-                here = (places < patches) & (begin + head < heads)
+                here = places < tl.where(begin + head < heads, patches, 0)
                 total += tl.load(patch_sum_ptr + (sample * heads + begin + head) * patches + places, mask=here, other=0.0)
         _finish_patches(total, patch_count, heads, sample * patches + places, places < patches, patch_score_ptr, patch_mask_ptr)

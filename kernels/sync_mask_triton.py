@@ -44,23 +44,25 @@ def available(device: torch.device) -> bool:
 def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, output: bool) -> Blocks:
     """The kernel that reads q and k of one sample's heads, for [.., T, D] against P patches.
 
-    One pass where a head's logits fit the registers and the product runs on tensor cores; otherwise two. float32
-    products are exact and run on the ordinary units: small tiles, in chunks of the width.
+    One pass where a head's logits fit the registers and the product runs on tensor cores; otherwise two, as for
+    the word score "output" (`output`). float32 products run on the ordinary units: small tiles, in chunks of the
+    width.
     """
     half = dtype in _HALVES
     wide = 64 if width <= 64 else 128
-    if half and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES:
+    if half and not output and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES:
         block_p = 64 if patches <= 64 else 256
-        constants = {"OUTPUT": output, "BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
-        # Two stages fetch the next head while this one is worked on; wide or with values they would take the
-        # shared memory of the second program on a multiprocessor.
-        return Blocks("_one_pass_kernel", constants, block_p // 16, 1 if output or wide == 128 else 2)
+        constants = {"BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
+        # Two stages fetch the next head while this one is worked on; for wide heads they would not fit sm_80.
+        return Blocks("_one_pass_kernel", constants, block_p // 16, 1 if wide == 128 else 2)
     constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
+    # The second product of "output" holds [BLOCK_T, D] more in registers, and parts of the weights.
     if half:
-        constants |= {"BLOCK_T": 64, "BLOCK_P": 128, "BLOCK_D": wide, "CHUNKS": 1}
-        return Blocks("_two_pass_kernel", constants, 8 if output else 4, 2)
-    constants |= {"BLOCK_T": 32, "BLOCK_P": 64, "BLOCK_D": 16, "CHUNKS": wide // 16}
-    return Blocks("_two_pass_kernel", constants, 4, 1)
+        block_t, block_p = (32, 32) if output else (64, 128)
+        constants |= {"BLOCK_T": block_t, "BLOCK_P": block_p, "BLOCK_D": wide, "CHUNKS": 1}
+        return Blocks("_two_pass_kernel", constants, 8 if output else 4, 1 if output else 2)
+    constants |= {"BLOCK_T": 32, "BLOCK_P": 16 if output else 64, "BLOCK_D": 16, "CHUNKS": wide // 16}
+    return Blocks("_two_pass_kernel", constants, 8 if output else 4, 1)
 
 
 def finish_blocks(tokens: int, patches: int) -> Blocks:
@@ -130,7 +132,8 @@ def sync_mask_triton(
     output = token_score == "output"
     v = v if output else k  # not read
     blocks = main_blocks(tokens, patches, width, q.dtype, output)
-    inputs = (q, k, v, maskable)
+    one_pass = blocks.kernel == "_one_pass_kernel"
+    inputs = (q, k, maskable) if one_pass else (q, k, v, maskable)
     strides = [stride for x in inputs for stride in x.stride()]
     sizes = (heads, tokens, patches, width)
     rules = kernels.TOKEN_RULES[token_score], kernels.PATCH_RULES[patch_score]
@@ -138,7 +141,6 @@ def sync_mask_triton(
     (ratio_bits,) = struct.unpack("<q", struct.pack("<d", token_ratio))
     patch_count = sync_mask.masked_patches(patches, patch_ratio)
     processors = _processors(q.device)
-    one_pass = blocks.kernel == "_one_pass_kernel"
     heads_each = split_heads(batch, heads, processors * 16 // blocks.num_warps) if one_pass else 1
     whole = one_pass and heads_each == heads
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}

@@ -125,7 +125,6 @@ def _finish_patches(total, count, heads, places, inside, score_ptr, mask_ptr):
 def _one_pass_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, 1+P, D]
-    v_ptr,  # [B, H, 1+P, D], read if OUTPUT
     maskable_ptr,  # [B, T]
     token_sum_ptr,  # [B, H, T] float32, one head each; written if the heads of a sample are split
     patch_sum_ptr,  # [B, H, P] float32, likewise
@@ -135,14 +134,12 @@ def _one_pass_kernel(
     patch_mask_ptr,  # [B, P]
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     k_stride_b, k_stride_h, k_stride_p, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_p, v_stride_d,
     m_stride_b, m_stride_t,
     heads, tokens, patches, width,
     split_heads,  # heads of one program
     scale,  # of the logits, times log2(e)
     ratio_bits,  # token_ratio, the bits of a float64
     patch_count, token_rule, patch_rule,
-    OUTPUT: tl.constexpr,
     BLOCK_T: tl.constexpr,  # >= T
     BLOCK_P: tl.constexpr,  # >= P
     BLOCK_D: tl.constexpr,  # >= D
@@ -186,15 +183,7 @@ def _one_pass_kernel(
         mass = tl.sum(weights, 1)
         inverse = 1.0 / (mass + cls)
         peak = tl.exp2(highest - top) * inverse
-        if OUTPUT:
-            v_head = v_ptr + sample * v_stride_b + at * v_stride_h
-            v_first = tl.load(v_head + depth * v_stride_d, mask=depth < width, other=0.0).to(tl.float32)
-            v_tile = v_head + (columns + 1).to(tl.int64)[:, None] * v_stride_p + depth[None, :] * v_stride_d
-            v = tl.load(v_tile, mask=k_mask, other=0.0)
-            output = (_weighted_values(weights, v) + cls[:, None] * v_first[None, :]) * inverse[:, None]
-            token = tl.sqrt(tl.sum(output * output, 1))
-        else:
-            token = _token_score(token_rule, peak, mass * inverse, cls * inverse)
+        token = _token_score(token_rule, peak, mass * inverse, cls * inverse)
         column = _column_score(patch_rule, weights, _share(patch_rule, from_cls, words, inverse, peak), eligible)
 
         place = sample * heads + head

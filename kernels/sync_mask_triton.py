@@ -20,7 +20,7 @@ from torch import Tensor
 
 from syncmask_fast.kernels import sync_mask
 
-ONE_PASS_TOKENS, ONE_PASS_PATCHES = 64, 256  # the largest block: 32 logits a thread with 16 warps
+ONE_PASS_TOKENS, ONE_PASS_PATCHES = 64, 256  # the largest block: 64 logits a thread with 8 warps
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -54,7 +54,7 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
         block_p = 64 if patches <= 64 else 256
         constants = {"BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
         # Two stages fetch the next head while this one is worked on; for wide heads they would not fit sm_80.
-        return Blocks("_one_pass_kernel", constants, block_p // 16, 1 if wide == 128 else 2)
+        return Blocks("_one_pass_kernel", constants, 4 if block_p == 64 else 8, 1 if wide == 128 else 2)
     constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
     # The second product of "output" holds [BLOCK_T, D] more in registers, and parts of the weights.
     if half:
@@ -141,7 +141,7 @@ def sync_mask_triton(
     (ratio_bits,) = struct.unpack("<q", struct.pack("<d", token_ratio))
     patch_count = sync_mask.masked_patches(patches, patch_ratio)
     processors = _processors(q.device)
-    heads_each = split_heads(batch, heads, processors * 16 // blocks.num_warps) if one_pass else 1
+    heads_each = split_heads(batch, heads, processors * 8 // blocks.num_warps) if one_pass else 1
     whole = one_pass and heads_each == heads
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
 

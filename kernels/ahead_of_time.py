@@ -11,6 +11,7 @@ width multiples of 16.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -94,7 +95,7 @@ def compile_for(one: Configuration, capability: int) -> dict[str, str | int]:
     kernel = _kernel(one.module, one.kernel)
     signature = {name: one.types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.multiples}
-    source = ASTSource(kernel, signature, {name: value for name, value in one.constants.items()}, attributes)
+    source = ASTSource(kernel, signature, dict(one.constants), attributes)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": one.num_warps, "num_stages": one.num_stages}
     )
@@ -140,8 +141,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _kernel(module: str, name: str) -> triton.JITFunction:
-    import importlib
-
     return getattr(importlib.import_module(f"syncmask_fast.kernels.{module}"), name)
 
 

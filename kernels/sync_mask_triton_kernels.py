@@ -257,7 +257,8 @@ def _two_pass_kernel(
             if tl.max(needed.to(tl.int32), 0) > 0:
                 first_keys = tl.arange(0, 16)
                 first = _tile_logits(
-                    q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d, rows, needed, first_keys, first_keys == 0, width, scale, CHUNKS, BLOCK_D
+                    q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
+                    rows, needed, first_keys, first_keys == 0, width, scale, CHUNKS, BLOCK_D,
                 )  # fmt: skip
                 cls = _column_of_cls(first, first_keys)
                 top = tl.maximum(cls, -3.4e38)  # finite, so that no difference is inf - inf
@@ -270,7 +271,8 @@ def _two_pass_kernel(
                 for begin in range(0, patches, BLOCK_P):
                     columns = begin + tl.arange(0, BLOCK_P)
                     logits = _tile_logits(
-                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d, rows, needed, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D
+                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
+                        rows, needed, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D,
                     )  # fmt: skip
                     logits += tl.where(columns < patches, 0.0, float("-inf"))[None, :]
                     highest = tl.maximum(highest, tl.max(logits, 1))
@@ -307,7 +309,8 @@ def _two_pass_kernel(
                 eligible = tl.where(from_cls, rows == 0, maskable)
                 if tl.max(eligible.to(tl.int32), 0) > 0:
                     logits = _tile_logits(
-                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d, rows, eligible, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D
+                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
+                        rows, eligible, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D,
                     )  # fmt: skip
                     top = tl.load(top_ptr + place * tokens + rows, mask=eligible, other=0.0)
                     share = tl.load(share_ptr + place * tokens + rows, mask=eligible, other=0.0)

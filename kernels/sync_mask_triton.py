@@ -20,7 +20,8 @@ from torch import Tensor
 
 from syncmask_fast.kernels import sync_mask
 
-ONE_PASS_TOKENS, ONE_PASS_PATCHES = 64, 256  # the largest block: 64 logits a thread with 8 warps
+ONE_PASS_TOKENS = 64
+ONE_PASS_PATCHES = {64: 256, 128: 64}  # by width: more spills registers on sm_80
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -49,11 +50,11 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
     width.
     """
     half = dtype in _HALVES
-    wide = 64 if width <= 64 else 128
-    if half and not output and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES:
+    wide = 64 if width <= 64 else max(128, _power_of_2(width))
+    if half and not output and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES.get(wide, 0):
         block_p = 64 if patches <= 64 else 256
         constants = {"BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
-        # Two stages fetch the next head while this one is worked on; for wide heads they would not fit sm_80.
+        # Two stages fetch the next head while this one is worked on.
         return Blocks("_one_pass_kernel", constants, 4 if block_p == 64 else 8, 1 if wide == 128 else 2)
     constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
     # The second product of "output" holds [BLOCK_T, D] more in registers, and parts of the weights.

@@ -63,7 +63,7 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
         constants |= {"BLOCK_T": block_t, "BLOCK_P": block_p, "BLOCK_D": wide, "CHUNKS": 1}
         return Blocks("_two_pass_kernel", constants, 8 if output else 4, 1 if output else 2)
     constants |= {"BLOCK_T": 32, "BLOCK_P": 16 if output else 64, "BLOCK_D": 16, "CHUNKS": wide // 16}
-    return Blocks("_two_pass_kernel", constants, 8 if output else 4, 1)
+    return Blocks("_two_pass_kernel", constants, 8, 1)
 
 
 def finish_blocks(tokens: int, patches: int) -> Blocks:

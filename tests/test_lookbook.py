@@ -139,7 +139,7 @@ def test_every_placed_detail_is_seen_on_its_face(products):
                     total += 1
                     seen += boxes[detail.kind] is not None
     assert seen >= 0.98 * total
-    assert total > 100
+    assert total > 60
 
 
 def test_garments_fill_a_third_to_two_thirds_of_a_full_view_and_stand_anywhere(products):
@@ -224,7 +224,7 @@ def test_texts_are_sentences_of_10_to_60_words_that_do_not_tell_sides(products):
         )
     assert min(lengths) >= 10
     assert max(lengths) <= 60
-    assert 26 <= np.mean(lengths) <= 38
+    assert 20 <= np.mean(lengths) <= 32
     assert placed < 0.10 * told
     details = sum(len(product.details) for product in products)
     assert 0.60 <= told / details <= 0.78
@@ -253,7 +253,7 @@ def test_position_in_the_text_does_not_tell_what_is_visible(drawn):
 # The mismatch
 
 
-def test_about_half_of_the_attribute_words_are_visible(drawn):
+def test_a_good_third_of_the_attribute_words_and_most_details_are_hidden(drawn):
     seen, total, local_seen, local = 0, 0, 0, 0
     by_kind = defaultdict(list)
     for product in drawn:
@@ -265,7 +265,7 @@ def test_about_half_of_the_attribute_words_are_visible(drawn):
                 if attribute["name"] in KINDS:
                     local_seen, local = local_seen + visible, local + 1
                     by_kind[attribute["name"]].append(visible)
-    assert 0.45 <= seen / total <= 0.60
+    assert 0.52 <= seen / total <= 0.68
     assert 0.30 <= local_seen / local <= 0.50
     # guessing from the kind of detail alone is hardly better than always saying "hidden"
     best = sum(max(np.mean(v), 1 - np.mean(v)) * len(v) for v in by_kind.values()) / local
@@ -275,7 +275,7 @@ def test_about_half_of_the_attribute_words_are_visible(drawn):
 def test_kinds_of_details_are_on_every_face(products):
     faces = defaultdict(Counter)
     for product in products:
-        assert 3 <= len(product.details) <= 6
+        assert 1 <= len(product.details) <= 4
         assert len({d.kind for d in product.details}) == len(product.details)
         for detail in product.details:
             faces[detail.kind].update(list(detail.places))

@@ -198,7 +198,7 @@ class Mention:
 def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
     """ "red cotton midi dress in white dots", without an article."""
     sub = SUBCATEGORIES[product.subcategory]
-    noun = sub.nouns[int(g.integers(len(sub.nouns)))] if g.random() < 0.6 else sub.nouns[0]
+    noun = sub.nouns[int(g.integers(len(sub.nouns)))] if g.random() < 0.3 else sub.nouns[0]
     colour = f"[[colour|{product.colour}]] " if "colour" in told else ""
     material = f"[[material|{product.material}]]" if "material" in told else ""
     if "pattern" in told and product.pattern:

@@ -54,14 +54,14 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
     if half and not output and tokens <= ONE_PASS_TOKENS and patches <= ONE_PASS_PATCHES.get(wide, 0):
         block_p = 64 if patches <= 64 else 256
         constants = {"BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
-        # Two stages fetch the next head while this one is worked on.
-        return Blocks("_one_pass_kernel", constants, 4 if block_p == 64 else 8, 1 if wide == 128 else 2)
+        # Two or three stages fetch the next heads while this one is worked on; two spill the largest block's registers on sm_100.
+        return Blocks("_one_pass_kernel", constants, 4 if block_p == 64 else 8, 3 if block_p == 256 else 1 if wide == 128 else 2)
     constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
     # The second product of "output" holds [BLOCK_T, D] more in registers, and parts of the weights.
     if half:
         block_t, block_p = (32, 32) if output else (64, 128)
         constants |= {"BLOCK_T": block_t, "BLOCK_P": block_p, "BLOCK_D": wide, "CHUNKS": 1}
-        return Blocks("_two_pass_kernel", constants, 8 if output else 4, 1 if output else 2)
+        return Blocks("_two_pass_kernel", constants, 8, 1 if output else 2)
     constants |= {"BLOCK_T": 32, "BLOCK_P": 16 if output else 64, "BLOCK_D": 16, "CHUNKS": wide // 16}
     return Blocks("_two_pass_kernel", constants, 8, 1)
 

@@ -253,7 +253,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96),
             augment=AugmentConfig(word_drop=0.1),
             mask=MaskConfig(token_ratio=0.2, patch_ratio=0.25, token_score="mass", layer=1, ramp=(0.82, 0.92)),
-            loss=LossConfig(align=0.8, queue=0, alpha=0.0, presence=1.0, cuts=0.25),
+            loss=LossConfig(align=0.8, queue=0, alpha=0.0, presence=1.0, cuts=0.5),
             optim=OptimConfig(lr=1e-3, min_lr=1e-5, muon_lr=0.01, ema=0.99),
             save_every=200,
         ),

@@ -83,8 +83,8 @@ class LossConfig:
     mlm: float = 1.0
     mim: float = 1.0
     presence: float = 0.0
-    """Weight of the word presence loss (our choice): the attention of a word at the masking layer is to lie on the patches of images that show it,
-    and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
+    """Weight of the word presence loss (our choice): the attention of a word at the masking layer is to lie on the patches of images that show
+    it, and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
     presence_images: int = 8
     """Images of other products in the batch that each text is compared with for it."""
     cuts: float = 0.0
@@ -118,8 +118,8 @@ class OptimConfig:
     lr: float = 1e-4
     min_lr: float = 1e-5
     muon_lr: float | None = None
-    """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for the weight matrices; AdamW keeps embeddings, convolutions and vectors. It falls
-    in step with `lr`. Unset: AdamW for everything."""
+    """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for the weight matrices; AdamW keeps embeddings, convolutions and vectors.
+    It falls in step with `lr`. Unset: AdamW for everything."""
     muon_decay: float = 0.1
     """Weight decay of Muon (torch's default)."""
     warmup: float = 0.03
@@ -197,7 +197,8 @@ class TrainConfig:
             "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
             "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
             "--image.patch": self.image.patch, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
-            "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr, "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
+            "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
+            "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
             "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
             "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,
             "--group.search-space": self.group.search_space,
@@ -207,7 +208,8 @@ class TrainConfig:
                 raise UserError(f"{flag} is {value}, but must be more than 0.")
         shares = {
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
-            "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts, "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts,
+            "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
         }  # fmt: skip
         for flag, value in shares.items():
             if not 0 <= value <= 1:
@@ -246,14 +248,14 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "What two CPU cores train in minutes.",
         TrainConfig(
             preset="tiny",
-            steps=700,
+            steps=560,
             batch_size=64,
             embed=128,
             image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),
             text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96),
             augment=AugmentConfig(word_drop=0.1),
-            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.25, token_score="mass", layer=1, ramp=(0.82, 0.92)),
-            loss=LossConfig(align=0.8, queue=0, alpha=0.0, presence=1.0, cuts=0.5),
+            mask=MaskConfig(token_ratio=0.2, patch_ratio=0.1, token_score="mass", layer=1, ramp=(0.82, 0.92)),
+            loss=LossConfig(align=0.8, queue=0, alpha=0.0, presence=1.0, cuts=0.25),
             optim=OptimConfig(lr=1e-3, min_lr=1e-5, muon_lr=0.01, ema=0.99),
             save_every=200,
         ),

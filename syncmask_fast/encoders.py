@@ -87,7 +87,7 @@ class ImageEncoder(nn.Module):
 
 
 def conv_stem(size: int, patch: int, width: int) -> nn.Module:
-    """Patches [B, P, width] by convolutions of stride 2, of which the last has `width` channels and the ones before half as many each time, at least 16."""
+    """Patches [B, P, width] by convolutions of stride 2: the last has `width` channels, each before it half as many, but at least 16."""
     halvings = patch.bit_length() - 1
     channels = tuple(min(width, max(16, width >> (halvings - 1 - i))) for i in range(halvings))
     backbone = ConvStem(depth=halvings + 1, channels=(*channels, width), kernel_size=(3,) * halvings + (1,), stride=(2,) * halvings + (1,))

@@ -96,9 +96,9 @@ def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, others
     q, k:      [B, H, T, D] queries of the texts' tokens and [B, H, 1+P, D] keys of their images, [CLS] first.
     token_ids: int64 [B, T], padded; words: bool [B, T], the real words among them.
     others:    permutations int64 [B]: the image that each text is compared with, once for each.
-    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: 1 for a text's
-               own image, 0 for an image whose own text has no such token; both kinds weigh the same. A word that its own image cannot show
-               counts as present too: what it shares with the others of its kind, whose images do show it, is all that it can learn.
+    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: true
+               for a text's own image, false for an image whose own text has no such token; both kinds weigh the same. Words that their own
+               image does not show count as true like the others; the images of other products that do show them are what tells them apart.
     """
     scale = q.shape[-1] ** -0.5
 

@@ -203,10 +203,10 @@ def test_collages_add_to_presence_and_teach_the_image_encoder_too():
 
 def test_presence_compares_with_every_other_image_where_there_are_few():
     config = small_config()
-    losses = [
-        losses_of(dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=n)), small_model(config), small_batch(config))
-        for n in (PAIRS - 1, 100)
-    ]
+    model, batch, losses = small_model(config), small_batch(config), []
+    for images in (PAIRS - 1, 100):
+        changed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=images))
+        losses.append(losses_of(changed, model, batch))
     assert losses[0][0].presence.item() == pytest.approx(losses[1][0].presence.item(), rel=1e-5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -20,11 +19,10 @@ from PIL import Image
 
 from syncmask_fast import train
 from syncmask_fast.checkpoint import checkpoints
-from syncmask_fast.config import PRESETS
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.train import main
-from tests.helpers import small_config, small_lookbook, small_tokenizer
+from tests.helpers import small_lookbook
 
 ROOT = Path(__file__).parent.parent
 BATCH = 16

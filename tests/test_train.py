@@ -27,11 +27,11 @@ from tests.helpers import small_lookbook
 ROOT = Path(__file__).parent.parent
 BATCH = 16
 SMALL = (
-    "--image.size 48 --image.patch 12 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
+    "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
     f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
 ).split()
 SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
-KEYS = {"step", "epoch", "pairs_per_s", "data_wait_share", "lr", "loss", "loss_itc"}
+KEYS = {"step", "epoch", "pairs_per_s", "data_wait_share", "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 
 
@@ -112,7 +112,7 @@ def test_metrics_of_every_step(run: Path):
         fused = row["step"] > 2
         assert all((name in row) == (fused or name == "loss_itc") for name in LOSSES)
         if fused:
-            assert row["loss"] == pytest.approx(sum(row[name] for name in LOSSES), rel=1e-4)  # all weights are 1
+            assert row["loss"] == pytest.approx(sum(row[name] for name in (*LOSSES, "loss_presence")), rel=1e-4)  # all weights are 1
     assert "sync/words/auc" in found[-1]
     assert found[0]["lr"] > 0
 

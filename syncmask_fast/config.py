@@ -86,7 +86,7 @@ class LossConfig:
     """Weight of the word presence loss (our choice): the attention of a word at the masking layer is to lie on the patches of images that show
     it, and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
     presence_images: int = 8
-    """Images of other products in the batch that each text is compared with for it."""
+    """Other images of the batch that each text is compared with for it."""
     cuts: float = 0.0
     """Collages for the presence loss, as a share of the batch: of two images cut into one, a word must look at the part that is from its own."""
     align: float = 0.0

@@ -90,15 +90,17 @@ def patch_pixels(pixels: Tensor, patch: int, chosen: Tensor) -> Tensor:
     return (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, others: Sequence[Tensor]) -> Tensor:
+def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, shifts: Sequence[int]) -> Tensor:
     """Teaches a cross-attention to look at the patches of images that show a word, and at [CLS] in images that do not (our choice).
 
     q, k:      [B, H, T, D] queries of the texts' tokens and [B, H, 1+P, D] keys of their images, [CLS] first.
     token_ids: int64 [B, T], padded; words: bool [B, T], the real words among them.
-    others:    permutations int64 [B]: the image that each text is compared with, once for each.
-    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: true
-               for a text's own image, false for an image whose own text has no such token; both kinds weigh the same. Words that their own
-               image does not show count as true like the others; the images of other products that do show them are what tells them apart.
+    shifts:    text n is compared with its own image and with image n + shift (modulo B) for each shift.
+    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: false
+               for an image whose own text has no such token, true for a text's own image. Where a share r of the compared texts lacks the token, the
+               label of the own image is (1 + r) / 2, so that a word in no way tied to images has log-odds 0, however common it is; one that every
+               text has cannot be told from such a word. Words that their own image does not show have that label like the others; the images of
+               other products that do show them are what tells them apart.
     """
     scale = q.shape[-1] ** -0.5
 
@@ -106,14 +108,14 @@ def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, others
         logits = (q @ keys.transpose(-1, -2)).float() * scale
         return logits[..., 1:].logsumexp(-1) - logits[..., 0]
 
-    present = (F.softplus(-log_odds(k)).mean(1) * words).sum() / words.sum().clamp(min=1)
-    total, count = present.new_zeros(()), present.new_zeros(())
-    for other in others:
-        absent = only_here(token_ids, words, token_ids[other])
-        total = total + (F.softplus(log_odds(k[other])).mean(1) * absent).sum()
-        count = count + absent.sum()
-    return (present + total / count.clamp(min=1)) / 2
-
+    surprise, lacking = q.new_zeros(words.shape, dtype=torch.float32), torch.zeros_like(words, dtype=torch.float32)
+    for shift in shifts:
+        absent = only_here(token_ids, words, token_ids.roll(-shift, 0)) / len(shifts)
+        surprise = surprise + absent * F.softplus(log_odds(k.roll(-shift, 0))).mean(1)
+        lacking = lacking + absent
+    own = log_odds(k)
+    surprise = surprise + ((1 + lacking) * F.softplus(-own).mean(1) + (1 - lacking) * F.softplus(own).mean(1)) / 2
+    return (surprise * words).sum() / ((1 + lacking) * words).sum().clamp(min=1)
 
 
 def only_here(token_ids: Tensor, words: Tensor, other_ids: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def training_losses(
     missing = itc.new_tensor(torch.nan)
     total, presence = weight.itc * itc, missing
     if weight.presence:
-        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, generator)
+        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, seed)
         total = total + weight.presence * presence
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
@@ -146,27 +146,28 @@ def training_losses(
 
 
 def _presence_loss(
-    model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, generator: torch.Generator
+    model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, seed: int
 ) -> Tensor:
     """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any."""
-    b, device = len(images), images.device
+    b, generator = len(images), torch.Generator().manual_seed(seed)  # of the host, which then knows the shifts
     q, k, _ = model.fusion.cross_projections(texts, pack_pairs(layout), images, 1)
     q, token_ids, words = layout.pad(q).transpose(1, 2), layout.pad(batch.token_ids), maskable(layout)
-    each = torch.arange(b, device=device)
-    shifts = 1 + torch.randperm(b - 1, device=device, generator=generator)[: config.loss.presence_images]
-    others = (each + shifts[:, None]) % b
-    loss = losses.presence_loss(q, k.transpose(1, 2), token_ids, words, others.unbind())
+    shifts = (1 + torch.randperm(b - 1, generator=generator)[: config.loss.presence_images]).tolist()
+    loss = losses.presence_loss(q, k.transpose(1, 2), token_ids, words, shifts)
     collages = round(config.loss.cuts * b)
     if not collages:
         return loss
-    first, second = each[:collages], others[0, :collages]
-    inside = random_rectangles(collages, model.image.grid, generator)
-    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[first], batch.pixels[second])
+    inside = random_rectangles(collages, model.image.grid, generator).to(images.device)
+
+    def second(x: Tensor) -> Tensor:
+        return x.roll(-shifts[0], 0)[:collages]
+
+    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[:collages], second(batch.pixels))
     _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
     k = k[:, 1:].transpose(1, 2)
-    for one, other, own in ((first, second, inside), (second, first, ~inside)):
-        loss = loss + losses.collage_loss(q[one], k, own, losses.only_here(token_ids[one], words[one], token_ids[other])) / 2
-    return loss
+    first_ids, second_ids = token_ids[:collages], second(token_ids)
+    here, there = losses.only_here(first_ids, words[:collages], second_ids), losses.only_here(second_ids, second(words), first_ids)
+    return loss + (losses.collage_loss(q[:collages], k, inside, here) + losses.collage_loss(second(q), k, ~inside, there)) / 2
 
 
 def _fusion_losses(

@@ -94,6 +94,7 @@ def sync_metrics(truths: Sequence[SyncTruth], masks: Sequence[SyncMask], partner
     """The measures of a set of samples, in percent, pooled over samples (AUC: the mean of the samples that have both kinds of word).
 
     words/precision:   share of masked attribute words that the view shows.
+    all-words/precision: share of all masked words that name an attribute which the view shows.
     words/auc:         chance that a visible attribute word scores higher than an invisible one of the same sample; 50 is chance.
     patches/precision: share of masked patches on a mentioned and visible attribute that has a place.
     any-patches/precision: the same with attributes of the whole garment (colour, material, category), which most patches lie on.
@@ -105,6 +106,9 @@ def sync_metrics(truths: Sequence[SyncTruth], masks: Sequence[SyncMask], partner
     results["words/precision"] = _percent((m.words & t.visible, m.words & t.attribute) for t, m in zip(truths, masks, strict=True))
     results["words/random"] = _percent((s * t.visible, s * t.attribute) for t, s in zip(truths, share, strict=True))
     results["words/shuffled"] = _percent((f & t.visible, f & t.attribute) for t, f in zip(truths, fit, strict=True))
+    results["all-words/precision"] = _percent((m.words & t.visible, m.words) for t, m in zip(truths, masks, strict=True))
+    results["all-words/random"] = _percent((s * t.visible, m.words) for t, m, s in zip(truths, masks, share, strict=True))
+    results["all-words/shuffled"] = _percent((f & t.visible, f) for t, f in zip(truths, fit, strict=True))
     results["words/auc"] = _mean_auc(truths, [m.word_score for m in masks])
     results["words/auc/shuffled"] = _mean_auc(
         truths, [np.resize(masks[j].word_score, len(t.attribute)) for j, t in zip(partner, truths, strict=True)]

@@ -147,9 +147,9 @@ def test_patch_pixels_and_loss(generator: torch.Generator):
 def test_presence_loss_is_that_of_a_plain_loop(generator: torch.Generator):
     b, h, t, p, d = 4, 2, 5, 3, 7
     q, k = torch.randn(b, h, t, d, generator=generator), torch.randn(b, h, 1 + p, d, generator=generator)
-    token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3], [2, 11, 3, 0, 0], [2, 8, 8, 12, 3]])
+    token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3], [2, 11, 7, 3, 0], [2, 8, 8, 7, 3]])
     words = token_ids > 3
-    others = [torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1])]
+    shifts = [1, 2]
 
     def surprise(n: int, image: int, word: int, shows: bool) -> float:
         value = 0.0
@@ -158,21 +158,39 @@ def test_presence_loss_is_that_of_a_plain_loop(generator: torch.Generator):
             value -= float(torch.log(weights[1:].sum() if shows else weights[0])) / h
         return value
 
-    present = [surprise(n, n, i, True) for n in range(b) for i in range(t) if words[n, i]]
-    absent = [
-        surprise(n, int(other[n]), i, False)
-        for other in others for n in range(b) for i in range(t)
-        if words[n, i] and token_ids[n, i] not in token_ids[other[n]]
-    ]  # fmt: skip
-    assert 0 < len(absent) < 2 * len(present)  # some words are in both texts
-    expected = sum(present) / len(present) / 2 + sum(absent) / len(absent) / 2
-    assert presence_loss(q, k, token_ids, words, others).item() == pytest.approx(expected, rel=1e-5)
+    values, shares = [], []
+    for n, word in words.nonzero().tolist():
+        others = [(n + shift) % b for shift in shifts]
+        lacking = [other for other in others if token_ids[n, word] not in token_ids[other]]
+        label = (1 + len(lacking) / 2) / 2
+        value = label * surprise(n, n, word, True) + (1 - label) * surprise(n, n, word, False)
+        values.append(value + sum(surprise(n, other, word, False) for other in lacking) / 2)
+        shares.append(len(lacking) / 2)
+    assert set(shares) == {0, 0.5, 1}
+    assert presence_loss(q, k, token_ids, words, shifts).item() == pytest.approx(sum(values) / sum(1 + share for share in shares), rel=1e-5)
 
 
 def test_presence_loss_without_another_image(generator: torch.Generator):
     q, k = torch.randn(1, 1, 3, 4, generator=generator), torch.randn(1, 1, 3, 4, generator=generator)
     loss = presence_loss(q, k, torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]]), [])
     assert loss.isfinite()
+
+
+def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
+    """Images are all alike: neither a common word nor a rare one has a reason to look at a patch or at [CLS]."""
+    token_ids = torch.tensor([[2, 5, 6, 3], [2, 5, 7, 3], [2, 5, 7, 3], [2, 5, 8, 3]])  # 5 is in every text, 7 in two, 6 and 8 in one
+    log_odds = torch.zeros(9, requires_grad=True)
+    with torch.no_grad():
+        log_odds += torch.linspace(-3, 3, 9)
+    q = torch.ones(4, 1, 4, 1)
+    descent = torch.optim.SGD([log_odds], lr=4.0)
+    for _ in range(200):
+        k = torch.stack([torch.zeros(4, 1, 1), torch.ones(4, 1, 1)], 2)
+        loss = presence_loss(q * log_odds[token_ids][:, None, :, None], k, token_ids, token_ids > 3, [1, 2, 3])
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+    assert log_odds[5:9].abs().max() < 0.01
 
 
 def test_collage_loss_is_that_of_a_plain_loop(generator: torch.Generator):

@@ -106,6 +106,10 @@ def test_metrics_by_hand():
     found = sync_metrics(*by_hand())
     # Masked attribute words: 0 and 2 of the first sample (0 is visible), 1 of the second (it is not).
     assert found["words/precision"] == pytest.approx(100 * 1 / 3)
+    # Masked words: 3, 1 and 2; visible attributes among them: 0.
+    assert found["all-words/precision"] == pytest.approx(100 * 1 / 6)
+    assert found["all-words/random"] == pytest.approx(100 * (3 / 5 * 2 + 1 / 3 * 1) / 6)
+    assert found["all-words/shuffled"] == pytest.approx(100 * 1 / (1 + 2 + 3))
     # Masked shares 3/5, 1/3, 1/2: expected visible ones over expected attribute ones.
     assert found["words/random"] == pytest.approx(100 * (3 / 5 * 2 + 1 / 3 * 1) / (3 / 5 * 4 + 1 / 3 * 2))
     # Partners' masks: ".x..." on the first (1: visible), "xx." on the second (1: not visible), "x.xx" on the third (no attribute).

@@ -22,10 +22,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # (B, H, T, P, D)
     (1, 1, 1, 1, 1),  # all ones
     (3, 3, 5, 9, 7),  # odd, and fewer samples than a launch holds
-    (2, 5, 13, 31, 17),  # prime
-    (2, 2, 17, 65, 64),  # one more than a small block of tokens and of patches
-    (1, 2, 65, 257, 33),  # one more than the largest one-pass block: two passes, several tiles
-    (5, 1, 64, 36, 128),  # one head: one launch
+    (1, 5, 13, 31, 17),  # prime
+    (1, 2, 17, 65, 64),  # one more than a small block of tokens and of patches
+    (1, 1, 65, 257, 33),  # one more than the largest one-pass block: two passes, several tiles
+    (3, 1, 64, 36, 128),  # one head: one launch
 ]
 
 
@@ -77,9 +77,8 @@ def test_matches_truth(shape, dtype, generator):
         check(run(q, k, maskable, **rules), truth(q, k, maskable, **rules), maskable)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_pair_of_rules(dtype, generator):
-    q, k, v, maskable = draw((3, 2, 7, 10, 5), generator, dtype)
+def test_every_pair_of_rules(generator):
+    q, k, v, maskable = draw((2, 2, 7, 10, 5), generator)
     maskable[1] = False  # a sample without a word: patch scores of "cls", no masked word
     for token_score, patch_score in itertools.product(TOKEN_SCORES, PATCH_SCORES):
         rules = {"v": v, "token_score": token_score, "patch_score": patch_score}
@@ -158,13 +157,12 @@ def test_nan(dtype, patches, generator):
     assert not clean.patch_score.isnan().any()
     assert not clean.token_score.isnan().any()
     q[0, 1, 2:5] = math.nan  # three of eight words of sample 0, in one head
-    for patch_score in PATCH_SCORES:
-        for ratio in (0.5, 6 / 8, 1.0):
-            options = {"token_ratio": ratio, "patch_score": patch_score}
-            got = run(q, k, maskable, **options)
-            check(got, truth(q, k, maskable, **options), maskable)
-            assert got.token_mask[0, 2:5].sum() == {0.5: 0, 6 / 8: 1, 1.0: 3}[ratio]
-            assert bool(got.patch_score[0].isnan().all()) == (patch_score != "cls")
+    for patch_score, (ratio, among_nan) in zip(PATCH_SCORES, ((0.5, 0), (6 / 8, 1), (1.0, 3), (6 / 8, 1)), strict=True):
+        options = {"token_ratio": ratio, "patch_score": patch_score}
+        got = run(q, k, maskable, **options)
+        check(got, truth(q, k, maskable, **options), maskable)
+        assert got.token_mask[0, 2:5].sum() == among_nan
+        assert bool(got.patch_score[0].isnan().all()) == (patch_score != "cls")
     v[1, :, 0] = math.nan
     k[0, 0, patches] = math.nan  # every row of a head
     options = {"v": v, "token_score": "output"}

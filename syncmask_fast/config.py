@@ -118,7 +118,7 @@ class OptimConfig:
     lr: float = 1e-4
     min_lr: float = 1e-5
     muon_lr: float | None = None
-    """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for the weight matrices; AdamW keeps embeddings, convolutions and vectors.
+    """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for weight matrices and convolutions; AdamW keeps embeddings and vectors.
     It falls in step with `lr`. Unset: AdamW for everything."""
     muon_decay: float = 0.1
     """Weight decay of Muon (torch's default)."""

@@ -12,10 +12,14 @@ from syncmask_fast.config import OptimConfig
 
 
 class Optimizer:
-    """One or two of torch's optimisers, stepped together."""
+    """One or two of torch's optimisers, stepped together.
 
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+    flattened: matrices that an optimiser holds in place of a parameter of more dimensions, whose memory they share.
+    """
+
+    def __init__(self, parts: list[torch.optim.Optimizer], flattened: dict[Tensor, Tensor] | None = None) -> None:
         self.parts = parts
+        self.flattened = flattened or {}
         self.peaks = [group["lr"] for group in self.param_groups]
 
     @property
@@ -24,19 +28,23 @@ class Optimizer:
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self) -> None:
+        for matrix, parameter in self.flattened.items():
+            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         for part in self.parts:
             part.step()
 
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        for parameter in self.flattened.values():
+            parameter.grad = None
 
     def states(self) -> Iterator[tuple[Tensor, dict]]:
         """Every parameter with the (changeable) state that its optimiser keeps of it."""
         for part in self.parts:
             for group in part.param_groups:
                 for parameter in group["params"]:
-                    yield parameter, part.state[parameter]
+                    yield self.flattened.get(parameter, parameter), part.state[parameter]
 
     def scale_learning_rate(self, factor: float) -> None:
         """Sets every group's learning rate to `factor` times its peak."""
@@ -45,22 +53,29 @@ class Optimizer:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Fused AdamW, without weight decay for biases, norms, single vectors and the temperature; Muon for matrices where `muon_lr` is set.
+    """Fused AdamW, without weight decay for biases, norms, single vectors and the temperature; where `muon_lr` is set, Muon for matrices and
+    convolutions.
 
-    Muon makes the updates of a matrix orthogonal (Jordan et al. 2024). A row of an embedding is a vector of its own, so embeddings stay with AdamW.
+    Muon makes the updates of a matrix orthogonal (Jordan et al. 2024); a convolution's kernel is one with a row for each output channel. A row of an
+    embedding is a vector of its own, so embeddings stay with AdamW.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = [p for p in model.parameters() if config.muon_lr is not None and p.ndim == 2 and id(p) not in embeddings]
-    taken = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in taken]
+    muon = config.muon_lr is not None
+    taken = [p for p in model.parameters() if muon and (p.ndim == 2 or p.ndim == 4) and id(p) not in embeddings]
+    others = {id(p): p for p in model.parameters()}
+    for p in taken:
+        del others[id(p)]
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in others.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, fused=True)]
-    if config.muon_lr is not None:
-        parts.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_decay))
-    return Optimizer(parts)
+    if not muon:
+        return Optimizer(parts)
+    flattened = {nn.Parameter(p.detach().flatten(1)): p for p in taken if p.ndim == 4}
+    matrices = [p for p in taken if p.ndim == 2]
+    parts.append(torch.optim.Muon([*matrices, *flattened], lr=config.muon_lr, weight_decay=config.muon_decay))
+    return Optimizer(parts, flattened)
 
 
 def learning_rate_factor(config: OptimConfig, step: int, steps: int) -> float:

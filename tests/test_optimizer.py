@@ -38,8 +38,10 @@ def test_both_learning_rates_fall_in_step(model: SyncMaskModel):
 
 @pytest.mark.parametrize("muon_lr", [None, 0.01])
 def test_every_parameter_has_one_place(model: SyncMaskModel, muon_lr: float | None):
-    groups = make_optimizer(model, OptimConfig(muon_lr=muon_lr)).param_groups
+    optimizer = make_optimizer(model, OptimConfig(muon_lr=muon_lr))
+    groups = [{**g, "params": [optimizer.flattened.get(p, p) for p in g["params"]]} for g in optimizer.param_groups]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    assert [id(p) for p, _ in optimizer.states()] == [id(p) for g in groups for p in g["params"]]
     decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 1 or name == "log_temperature"
@@ -47,11 +49,15 @@ def test_every_parameter_has_one_place(model: SyncMaskModel, muon_lr: float | No
 
 
 def test_muon_takes_matrices_that_are_not_tables_of_vectors(model: SyncMaskModel):
-    adamw, muon = make_optimizer(model, OptimConfig(muon_lr=0.01)).parts
+    optimizer = make_optimizer(model, OptimConfig(muon_lr=0.01))
+    adamw, muon = optimizer.parts
     names = {id(p): name for name, p in model.named_parameters()}
-    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    taken = {names[id(optimizer.flattened.get(p, p))] for group in muon.param_groups for p in group["params"]}
     assert "text.layers.0.attention.qkv.weight" in taken
     assert "image_proj.weight" in taken
+    convolutions = {name for name, p in model.named_parameters() if p.ndim == 4}
+    assert convolutions
+    assert convolutions <= taken
     assert not taken & {"text.words.weight", "text.positions.weight"}
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
     assert isinstance(adamw, torch.optim.AdamW)

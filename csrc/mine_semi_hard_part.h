@@ -45,16 +45,19 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t 
   }
 }
 
-// Bit l: lane l, all of whose bits are alike.
-INLINE uint64_t bits_of(Ints mask) {
+// Bit l: whether in lane l not rank <= floor, and score < limit.
+INLINE uint64_t passing(Lanes rank, Lanes floor, Lanes score, Lanes limit) {
 #if SYNCMASK_LANES == 16
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif SYNCMASK_LANES == 8
+  return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(score, limit, _CMP_LT_OQ), rank, floor, _CMP_NLE_UQ);
+#else
+  const Ints mask = ~(rank <= floor) & (score < limit);
+#if SYNCMASK_LANES == 8
   return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
 #else
   uint64_t bits = 0;
   for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
   return bits;
+#endif
 #endif
 }
 
@@ -137,7 +140,7 @@ INLINE void sieve(Block& block, int64_t first_row, int64_t first_candidate, int6
         __builtin_memcpy(&key, block.column_key.data() + first_candidate + t * kLanes, sizeof key);
         rank = score * query.inverse_temperature + noise_bound(mix(key + block.row_key[row]));
       }
-      passed |= bits_of(~(rank <= floor) & (score < limit)) << (t * kLanes);  // the floor is NaN at first
+      passed |= passing(rank, floor, score, limit) << (t * kLanes);  // the floor is NaN at first
     }
     passed &= ~uint64_t{0} >> (64 - valid);
     if (passed != 0) offer<kDraws>(block, row, first_candidate, passed, tile);

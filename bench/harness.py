@@ -139,16 +139,18 @@ class Session:
         make: Callable[[int], Sequence[torch.Tensor]],
         function: Callable[..., object],
         flops: float,
+        cold: bool = True,
     ) -> None:
         """Times function(*make(seed)) and adds a row.
 
         One round goes once over copies of the inputs that together are twice the cache, so that each call finds
-        its inputs cold; its time is that of a call, on average. flops: of the products that cannot be avoided.
+        its inputs cold; its time is that of a call, on average. With cold=False it is a call on one copy: for work that
+        goes over its inputs many times. flops: of the products that cannot be avoided.
         """
         first = make(0)
         device, dtype = first[0].device, first[0].dtype
         size = sum(x.numel() * x.element_size() for x in first)
-        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size)))]
+        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size) * cold))]
 
         def once_over() -> None:
             for inputs in copies:

@@ -23,7 +23,7 @@ stage() { # NAME SECONDS COMMAND...
 
 stage machine 20 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
 stage build 60 "$PYTHON" setup.py build_ext --inplace
-stage tests 150 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py
+stage tests 150 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py tests/test_mine_semi_hard*.py
 if command -v compute-sanitizer >/dev/null; then
     stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch
@@ -35,9 +35,14 @@ for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
         words = torch.rand(b, t, device="cuda") < 0.7
         ops.sync_mask(q, k, words)
         ops.sync_mask(q, k, words, v=v, token_score="output", patch_score="weighted")
+        for n, m, d in ((1, 1, 1), (130, 70, 33), (5, 300, 200)):
+            anchors, candidates = (torch.randn(rows, d, device="cuda").to(dtype) for rows in (n, m))
+            ids, other_ids, positive = torch.arange(n, device="cuda"), torch.arange(m, device="cuda"), torch.rand(n, device="cuda")
+            for count, temperature in ((1, None), (16, None), (64, 0.5)):
+                ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=count, temperature=temperature)
 torch.cuda.synchronize()'
 fi
-stage bench 170 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
+stage bench 185 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
 
 echo "== summary"
 for i in "${!names[@]}"; do

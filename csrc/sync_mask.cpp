@@ -22,31 +22,17 @@
 #include <vector>
 
 #include "cpu.h"
+#include "matrix.h"
 
 namespace {
 
-using syncmask::Isa;
-using torch::headeronly::ScalarType;
+using namespace syncmask;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxLanes = 16;
 
 enum class TokenRule { kPeak, kMass, kCls, kOutput };
 enum class PatchRule { kMean, kCls, kWeighted, kMax };
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// The [rows, columns] elements of one sample and head; strides in elements.
-struct Matrix {
-  const void* data = nullptr;
-  ScalarType type = ScalarType::Float;
-  int64_t rows = 0, columns = 0, row_stride = 0, column_stride = 0;
-};
 
 struct Part {
   Matrix q, k, v;
@@ -55,20 +41,6 @@ struct Part {
   float scale;
   TokenRule token_rule;
   PatchRule patch_rule;  // kCls takes the first word of the part
-};
-
-// Floats from a multiple of 64 bytes on: a vector that straddles two cache lines costs two accesses.
-class Floats {
- public:
-  void resize(int64_t count) { floats_.resize(count + kCacheLine); }
-  float* data() {
-    const uintptr_t bytes = kCacheLine * sizeof(float), address = reinterpret_cast<uintptr_t>(floats_.data());
-    return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
-  }
-
- private:
-  static constexpr int64_t kCacheLine = 16;
-  std::vector<float> floats_;
 };
 
 // What one thread works in.
@@ -120,7 +92,7 @@ struct Runner {
 
 Runner widest_runner() {
 #ifdef SYNCMASK_HAS_X86
-  switch (syncmask::widest_isa()) {
+  switch (widest_isa()) {
     case Isa::kAvx512:
       return {avx512::run_part, avx512::kLanes * avx512::kVectors, avx512::kSums};
     case Isa::kAvx2:
@@ -153,8 +125,6 @@ struct Problem {
   }
   int64_t part_size() const { return runner.width + patches + kMaxLanes; }
 };
-
-int64_t element_size(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
 Matrix matrix_of(const Tensor& x, int64_t b, int64_t h) {
   Matrix matrix;

@@ -6,20 +6,10 @@
 // nothing across lanes, keys are read where they lie, and only queries are transposed. A part with fewer words
 // repeats the last one (its weight in patch scores is 0), which cannot make a number of NaN or a NaN of a number.
 
-typedef float Lanes __attribute__((vector_size(4 * SYNCMASK_LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * SYNCMASK_LANES)));
-constexpr int kLanes = SYNCMASK_LANES;
+#include "lanes.h"
+
 constexpr int kVectors = SYNCMASK_VECTORS;
 constexpr int kSums = SYNCMASK_SUMS;
-#define INLINE inline __attribute__((always_inline))
-
-INLINE Lanes load(const float* from) {
-  Lanes x;
-  __builtin_memcpy(&x, from, sizeof x);
-  return x;
-}
-
-INLINE void store(float* to, Lanes x) { __builtin_memcpy(to, &x, sizeof x); }
 
 INLINE Lanes higher(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is NaN
 
@@ -40,34 +30,6 @@ INLINE Lanes exp_of_negative(Lanes x) {
   return x < -78.0f ? Lanes{} : y * (Lanes)power;
 }
 
-// Elements of a0 b0 a1 b1 ...: of the lower halves, of the upper halves.
-template <int... i>
-INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high, std::integer_sequence<int, i...>) {
-#ifdef __clang__
-  low = Lanes{(i % 2 ? b : a)[i / 2]...};
-  high = Lanes{(i % 2 ? b : a)[(kLanes + i) / 2]...};
-#else
-  low = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + i / 2)...});
-  high = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + (kLanes + i) / 2)...});
-#endif
-}
-
-INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
-  interleave(a, b, low, high, std::make_integer_sequence<int, kLanes>());
-}
-
-// x[i][j] becomes x[j][i].
-INLINE void transpose(Lanes (&x)[kLanes]) {
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Lanes y[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
-  }
-}
-
 // Lane i of the result: the sum or the maximum over the lanes of x[i], in one tree for every i.
 template <bool kMaximum>
 INLINE Lanes reduce(Lanes (&x)[kLanes]) {
@@ -83,49 +45,6 @@ INLINE Lanes reduce(Lanes (&x)[kLanes]) {
   return x[0];
 }
 
-INLINE float bits_to_float(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-INLINE float to_float(float x) { return x; }
-INLINE float to_float(Bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-INLINE float to_float(Float16 x) {
-  const uint32_t magnitude = x.bits & 0x7fffu, shifted = magnitude << 13;
-  const float finite = bits_to_float(shifted) * 0x1p112f;
-  const float value = magnitude < 0x7c00u ? finite : bits_to_float(shifted | 0x7f800000u);
-  return x.bits & 0x8000u ? -value : value;
-}
-
-template <typename T>
-INLINE void convert(const Matrix& from, int64_t first, int64_t rows, float* to) {
-  for (int64_t r = 0; r < rows; ++r, to += from.columns) {
-    const T* row = static_cast<const T*>(from.data) + (first + r) * from.row_stride;
-    if (from.column_stride == 1) {
-      for (int64_t c = 0; c < from.columns; ++c) to[c] = to_float(row[c]);
-    } else {
-      for (int64_t c = 0; c < from.columns; ++c) to[c] = to_float(row[c * from.column_stride]);
-    }
-  }
-}
-
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
-// Rows of a matrix as float32 with neighbouring elements: where they lie, or converted into `buffer`.
-INLINE Rows read_rows(const Matrix& from, int64_t first, int64_t rows, float* buffer) {
-  if (from.type == ScalarType::Float && from.column_stride == 1) {
-    return {static_cast<const float*>(from.data) + first * from.row_stride, from.row_stride};
-  }
-  if (from.type == ScalarType::Float) convert<float>(from, first, rows, buffer);
-  if (from.type == ScalarType::BFloat16) convert<Bfloat16>(from, first, rows, buffer);
-  if (from.type == ScalarType::Half) convert<Float16>(from, first, rows, buffer);
-  return {buffer, from.columns};
-}
-
 // to[c][l] = element c of the query of word l.
 template <int V>
 INLINE void pack_queries(const Part& part, Scratch& scratch) {
@@ -137,18 +56,7 @@ INLINE void pack_queries(const Part& part, Scratch& scratch) {
       query[l] = read_rows(part.q, word, 1, scratch.rows.data() + l * part.q.columns).data;
     }
     float* to = scratch.queries.data() + group * kLanes;
-    int64_t c = 0;
-    for (; c + kLanes <= part.q.columns; c += kLanes) {
-      Lanes x[kLanes];
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) x[l] = load(query[l] + c);
-      transpose(x);
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) store(to + (c + l) * V * kLanes, x[l]);
-    }
-    for (; c < part.q.columns; ++c) {
-      for (int l = 0; l < kLanes; ++l) to[c * V * kLanes + l] = query[l][c];
-    }
+    interleave_rows(query, part.q.columns, V * kLanes, to);
   }
 }
 

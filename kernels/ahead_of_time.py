@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncmask_fast.kernels import sync_mask_triton
+from syncmask_fast.kernels import mine_semi_hard_triton, sync_mask_triton
 
 TARGETS = (80, 90, 100)
 # Shared memory a program may have, in bytes (CUDA C++ Programming Guide, compute capabilities).
@@ -77,8 +77,29 @@ def _sync_mask() -> Iterator[Configuration]:
         yield Configuration(module, blocks.kernel, types, constants, tuple(multiples), blocks.num_warps, blocks.num_stages, _TYPES[dtype])
 
 
+def _mine_semi_hard() -> Iterator[Configuration]:
+    module = "mine_semi_hard_triton_kernels"
+    features, whole_numbers = ("anchors_ptr", "candidates_ptr"), ("anchor_ids_ptr", "candidate_ids_ptr", "keys_ptr", "index_ptr")
+    for dtype, blocks in mine_semi_hard_triton.configurations():
+        kernel = _kernel(module, blocks.kernel)
+        types, constants, multiples = {}, dict(blocks.constants), []
+        for name in kernel.arg_names:
+            if name in blocks.constants:
+                continue
+            if name in ("a_stride_d", "c_stride_d", "a_id_stride", "c_id_stride", "p_stride"):
+                constants[name] = 1
+                continue
+            if name.endswith("_ptr"):
+                types[name] = "*" + (_TYPES[dtype] if name in features else "i64" if name in whole_numbers else "fp32")
+            else:
+                types[name] = "fp32" if name in ("margin", "temperature", "inverse_temperature") else "i32"
+            if name.endswith("_ptr") or name in ("a_stride_n", "c_stride_m", "width"):
+                multiples.append(name)
+        yield Configuration(module, blocks.kernel, types, constants, tuple(multiples), blocks.num_warps, blocks.num_stages, _TYPES[dtype])
+
+
 # Each operator with Triton kernels adds a function that yields its configurations.
-OPERATORS = (_sync_mask,)
+OPERATORS = (_sync_mask, _mine_semi_hard)
 
 
 def configurations() -> list[Configuration]:

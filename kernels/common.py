@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import math
 import numbers
+import os
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -85,3 +89,31 @@ def working_dtype(value: Tensor) -> torch.dtype:
 def full_precision(value: Tensor) -> contextlib.AbstractContextManager:
     """Turns autocast off: float32 products inside an operator stay float32 in a caller's autocast region."""
     return torch.autocast(value.device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on `device`: CUDA, or the CPU under TRITON_INTERPRET=1; Triton importable."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" or (device.type == "cpu" and interpreted)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; elsewhere (Triton's interpreter) one, so that small tests take every path."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_warned: set[str] = set()
+
+
+def warn_slow(op: str, reason: str) -> None:
+    """Says once for each operator that it runs its slow reference, and why."""
+    if op not in _warned:
+        _warned.add(op)
+        warnings.warn(f"{op} runs its slow reference: {reason}", stacklevel=2)
+
+
+NO_TRITON = "Triton is missing; to have it, `pip install triton`"

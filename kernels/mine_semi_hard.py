@@ -24,15 +24,18 @@ Letters: N anchors, M candidates, D features. Source: own.
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
 from torch import Tensor
 
+from syncmask_fast import _native
 from syncmask_fast.kernels import common
 
 _TILE_ELEMENTS = 1 << 21  # similarities alive at a time in the reference (8 MiB of float32)
 _WORD = 0xFFFFFFFF
+TRITON_LARGEST_K = 64
 
 
 def mine_semi_hard_reference(
@@ -102,12 +105,17 @@ def gumbel_noise(
     seed: int, begin: int, end: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The noise g (module docstring) of anchors begin..end-1 with all candidates, [end - begin, columns]."""
-    key = _mix_int((seed & _WORD) ^ _mix_int((seed >> 32 & _WORD) ^ 0x9E3779B9))
-    row = _mix(torch.arange(begin, end, device=device) ^ key)
+    row = _mix(torch.arange(begin, end, device=device) ^ (seed_key(seed) & _WORD))
     column = _mix(torch.arange(columns, device=device) ^ 0x85EBCA6B)
     bits = _mix((row[:, None] + column) & _WORD)
     uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).to(dtype)
     return -torch.log(-torch.log1p(-uniform))
+
+
+def seed_key(seed: int) -> int:
+    """mix(seed_low ^ mix(seed_high ^ 0x9e3779b9)) as a signed 32-bit integer."""
+    key = _mix_int((seed & _WORD) ^ _mix_int((seed >> 32 & _WORD) ^ 0x9E3779B9))
+    return key - 2**32 if key >= 2**31 else key
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -123,8 +131,8 @@ def _mix_int(x: int) -> int:
     return x ^ (x >> 16)
 
 
-@torch.library.custom_op("syncmask::mine_semi_hard", mutates_args=())
-def _mine_semi_hard(
+@torch.library.custom_op("syncmask::mine_semi_hard_reference", mutates_args=())
+def _mine_semi_hard_reference(
     anchors: Tensor,
     candidates: Tensor,
     anchor_ids: Tensor,
@@ -148,6 +156,54 @@ def _mine_semi_hard(
     )
 
 
+@torch.library.custom_op("syncmask::mine_semi_hard_triton", mutates_args=())
+def _mine_semi_hard_triton(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_ids: Tensor,
+    candidate_ids: Tensor,
+    positive_score: Tensor,
+    k: int,
+    margin: float,
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    launcher = importlib.import_module("syncmask_fast.kernels.mine_semi_hard_triton")  # imports this module
+    return launcher.mine_semi_hard_triton(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
+
+
+@torch.library.custom_op("syncmask::mine_semi_hard", mutates_args=())
+def _mine_semi_hard(
+    anchors: Tensor,
+    candidates: Tensor,
+    anchor_ids: Tensor,
+    candidate_ids: Tensor,
+    positive_score: Tensor,
+    k: int,
+    margin: float,
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    # csrc/mine_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
+    if anchors.device.type == "cpu":
+        common.warn_slow("mine_semi_hard", _native.status())
+    return _mine_semi_hard_reference(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
+
+
+@_mine_semi_hard.register_kernel("cuda")
+def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed):
+    if k > TRITON_LARGEST_K:
+        op = _mine_semi_hard_reference
+    elif common.has_triton(anchors.device):
+        op = _mine_semi_hard_triton
+    else:
+        op = _mine_semi_hard_reference
+        common.warn_slow("mine_semi_hard", common.NO_TRITON)
+    return op(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
+
+
+@_mine_semi_hard_reference.register_fake
+@_mine_semi_hard_triton.register_fake
 @_mine_semi_hard.register_fake
 def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed):
     shape = (anchors.shape[0], k)
@@ -155,6 +211,9 @@ def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin,
         anchors.new_empty(shape, dtype=torch.int64),
         anchors.new_empty(shape, dtype=common.working_dtype(anchors)),
     )
+
+
+_native.load()  # after the schema above, which the kernel belongs to
 
 
 def mine_semi_hard(
@@ -185,20 +244,35 @@ def mine_semi_hard(
     eligible:       another product, and similarity (accumulated in float32) < positive_score - margin. NaN is
                     not eligible.
     ties:           to the lowest index.      grad: none, inputs are detached.
-    memory:         O(N k) and one tile of similarities; never [N, M].
+    memory:         O(N k) and a tile of similarities for each thread or program; never [N, M].
     errors:         ValueError for shape, dtype or device mismatch, k < 1, temperature <= 0, a backend not
                     built.
-    runs:           the reference, on every device.
+    runs:           C++ on CPU, Triton on CUDA for k <= 64 (and on the CPU for backend="triton" under
+                    TRITON_INTERPRET=1); the reference otherwise, with one warning where one of these is missing.
     source:         own.
     """
     dtypes = common.FLOATS
     _check(
         anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes
     )
-    common.check_backend("mine_semi_hard", backend, ("reference",), anchors.device)
-    tensors = (t.detach() for t in (anchors, candidates, anchor_ids, candidate_ids, positive_score))
+    op = _op_of(backend, anchors.device, k)
+    tensors = (t.detach() for t in (anchors, candidates, anchor_ids, candidate_ids, positive_score.float()))
     temperature = None if temperature is None else float(temperature)
-    return _mine_semi_hard(*tensors, int(k), float(margin), temperature, _as_int64(int(seed)))
+    return op(*tensors, int(k), float(margin), temperature, _as_int64(int(seed)))
+
+
+def _op_of(backend: str, device: torch.device, k: int) -> torch.library.CustomOpDef:
+    if backend == "auto":
+        return _mine_semi_hard
+    built = ["reference"]
+    if _native.loaded() and device.type == "cpu":
+        built.append("cpp")
+    if backend != "reference" and common.has_triton(device):
+        built.append("triton")
+    common.check_backend("mine_semi_hard", backend, built, device)
+    if backend == "triton" and k > TRITON_LARGEST_K:
+        raise ValueError(f"k is {k}; expected at most {TRITON_LARGEST_K} for backend='triton'")
+    return {"reference": _mine_semi_hard_reference, "triton": _mine_semi_hard_triton, "cpp": _mine_semi_hard}[backend]
 
 
 def _as_int64(seed: int) -> int:

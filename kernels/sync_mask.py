@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -183,8 +181,8 @@ def _sync_mask_triton(
     patch_score: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale
-    return _triton_module().sync_mask_triton(*args)
+    launcher = importlib.import_module("syncmask_fast.kernels.sync_mask_triton")  # imports this module
+    return launcher.sync_mask_triton(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
 
 
 @torch.library.custom_op("syncmask::sync_mask", mutates_args=())
@@ -201,15 +199,15 @@ def _sync_mask(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # csrc/sync_mask.cpp registers the CPU kernel of this schema; this body runs where there is none.
     if q.device.type == "cpu":
-        _warn_slow(_native.status())
+        common.warn_slow("sync_mask", _native.status())
     return _sync_mask_reference(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
 
 
 @_sync_mask.register_kernel("cuda")
 def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
-    op = _sync_mask_triton if _has_triton(q.device) else _sync_mask_reference
+    op = _sync_mask_triton if common.has_triton(q.device) else _sync_mask_reference
     if op is _sync_mask_reference:
-        _warn_slow("Triton is missing; to have it, `pip install triton`")
+        common.warn_slow("sync_mask", common.NO_TRITON)
     return op(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
 
 
@@ -228,27 +226,6 @@ def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, sca
 
 
 _native.load()  # after the schema above, which the kernel belongs to
-_warned = False
-
-
-def _warn_slow(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"sync_mask runs its slow reference: {reason}", stacklevel=2)
-
-
-def _triton_module() -> ModuleType:
-    """Imported where it is needed, because Triton takes long to import."""
-    return importlib.import_module("syncmask_fast.kernels.sync_mask_triton")
-
-
-@torch.compiler.assume_constant_result
-def _has_triton(device: torch.device) -> bool:
-    try:
-        return _triton_module().available(device)
-    except ImportError:
-        return False
 
 
 def sync_mask(
@@ -327,7 +304,7 @@ def _op_of(backend: str, device: torch.device) -> torch.library.CustomOpDef:
     built = ["reference"]
     if _native.loaded() and device.type == "cpu":
         built.append("cpp")
-    if backend != "reference" and _has_triton(device):
+    if backend != "reference" and common.has_triton(device):
         built.append("triton")
     common.check_backend("sync_mask", backend, built, device)
     return {"reference": _sync_mask_reference, "triton": _sync_mask_triton, "cpp": _sync_mask}[backend]

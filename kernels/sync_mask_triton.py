@@ -6,11 +6,8 @@ launch, and every configuration can be compiled ahead of time (`ahead_of_time.py
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import itertools
 import math
-import os
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncmask_fast.kernels import sync_mask
+from syncmask_fast.kernels import common, sync_mask
 
 ONE_PASS_TOKENS = 64
 ONE_PASS_PATCHES = {64: 256, 128: 64}  # by width: more spills registers on sm_80
@@ -32,14 +29,6 @@ class Blocks(NamedTuple):
     constants: dict[str, int | bool]
     num_warps: int
     num_stages: int
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: CUDA, or the CPU under TRITON_INTERPRET=1; Triton importable."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return device.type == "cuda" or (device.type == "cpu" and interpreted)
 
 
 def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, output: bool) -> Blocks:
@@ -141,7 +130,7 @@ def sync_mask_triton(
     log2_scale = scale * math.log2(math.e)
     (ratio_bits,) = struct.unpack("<q", struct.pack("<d", token_ratio))
     patch_count = sync_mask.masked_patches(patches, patch_ratio)
-    processors = _processors(q.device)
+    processors = common.processors(q.device)
     heads_each = split_heads(batch, heads, processors * 8 // blocks.num_warps) if one_pass else 1
     whole = one_pass and heads_each == heads
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
@@ -177,9 +166,3 @@ def sync_mask_triton(
 
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; under the interpreter one, so that small tests take every path."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

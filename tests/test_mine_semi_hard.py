@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 
 import pytest
 import torch
 
-from syncmask_fast import ops
+from syncmask_fast import _native, ops
+from syncmask_fast.kernels import common
 from syncmask_fast.kernels import mine_semi_hard as module
 
-# (N, M, D): all ones; fewer candidates than k; odd; primes; around powers of two.
-SHAPES = [(1, 1, 1), (3, 2, 5), (9, 15, 7), (31, 37, 11), (63, 65, 33), (65, 127, 64)]
+# (N, M, D): all ones; fewer candidates than k; odd; primes; around powers of two; one more than the C++ kernel's tile
+# (14 x 32, 6 x 16 or 4 x 8).
+SHAPES = [(1, 1, 1), (3, 2, 5), (9, 15, 7), (15, 33, 17), (31, 37, 11), (63, 65, 33), (65, 127, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_cpp = pytest.mark.skipif(not _native.loaded(), reason=_native.status())
+
+
+@pytest.fixture(params=["reference", pytest.param("cpp", marks=needs_cpp)])
+def mine(request):
+    return functools.partial(ops.mine_semi_hard, backend=request.param)
 
 
 def draw(shape, generator, dtype=torch.float32):
@@ -51,9 +61,9 @@ def oracle(anchors, candidates, anchor_ids, candidate_ids, positive, k, margin):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("k", [1, 5])
-def test_matches_oracle(shape, dtype, k, generator):
+def test_matches_oracle(shape, dtype, k, generator, mine):
     args = draw(shape, generator, dtype)
-    index, score = ops.mine_semi_hard(*args, k=k, margin=0.07)
+    index, score = mine(*args, k=k, margin=0.07)
     truth_index, truth_score = oracle(*args, k, 0.07)
     assert (index.dtype, score.dtype) == (torch.int64, torch.float32)
     torch.testing.assert_close(score, truth_score.float(), rtol=1e-5, atol=1e-6)
@@ -62,22 +72,22 @@ def test_matches_oracle(shape, dtype, k, generator):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 17, 40, 60])
 @pytest.mark.parametrize("margin", [0.0, 3.0, -math.inf, math.inf])
-def test_exact_with_ties(k, margin, generator):
+def test_exact_with_ties(k, margin, generator, mine):
     args = draw_integers(33, 40, generator)
     truth_index, truth_score = oracle(*args, k, margin)
     for dtype in DTYPES:
         feats = [x.to(dtype) for x in args[:2]]
-        index, score = ops.mine_semi_hard(*feats, *args[2:], k=k, margin=margin)
+        index, score = mine(*feats, *args[2:], k=k, margin=margin)
         assert index.equal(truth_index)
         assert score.equal(truth_score.float())
     if margin == math.inf:
         assert index.eq(-1).all()
 
 
-def test_all_scores_equal():
+def test_all_scores_equal(mine):
     ones = torch.ones(4, 3)
     ids = torch.arange(4)
-    index, score = ops.mine_semi_hard(ones, ones, ids, ids, torch.full((4,), 9.0), k=2)
+    index, score = mine(ones, ones, ids, ids, torch.full((4,), 9.0), k=2)
     assert index.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
     assert score.eq(3).all()
 
@@ -93,9 +103,9 @@ def test_float64_reference(generator):
 
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("temperature", [None, 0.1])
-def test_empty(n, m, temperature):
+def test_empty(n, m, temperature, mine):
     ids = torch.zeros(n, dtype=torch.int64), torch.ones(m, dtype=torch.int64)
-    index, score = ops.mine_semi_hard(
+    index, score = mine(
         torch.zeros(n, 4), torch.zeros(m, 4), *ids, torch.ones(n), k=3, temperature=temperature
     )
     assert index.shape == score.shape == (n, 3)
@@ -103,20 +113,20 @@ def test_empty(n, m, temperature):
     assert score.eq(-math.inf).all()
 
 
-def test_threshold_is_strict():
+def test_threshold_is_strict(mine):
     candidates = torch.tensor([[1.0], [2.0], [3.0]])
     ids = torch.tensor([7]), torch.tensor([1, 2, 3])
-    index, _ = ops.mine_semi_hard(torch.ones(1, 1), candidates, *ids, torch.tensor([3.0]), margin=1.0, k=3)
+    index, _ = mine(torch.ones(1, 1), candidates, *ids, torch.tensor([3.0]), margin=1.0, k=3)
     assert index.tolist() == [[0, -1, -1]]  # 2 < 3 - 1 does not hold
 
 
-def test_nan_is_not_eligible(generator):
+def test_nan_is_not_eligible(generator, mine):
     anchors, candidates, anchor_ids, candidate_ids, positive = draw((6, 20, 8), generator)
     candidates[3] = math.nan
     anchors[1] = math.nan
     positive[2] = math.nan
     for temperature in (None, 0.5):
-        index, score = ops.mine_semi_hard(
+        index, score = mine(
             anchors, candidates, anchor_ids, candidate_ids, positive + 1, k=20, temperature=temperature
         )
         assert index[1:3].eq(-1).all()
@@ -127,18 +137,18 @@ def test_nan_is_not_eligible(generator):
         )
 
 
-def test_large_values(generator):
+def test_large_values(generator, mine):
     anchors, candidates, *rest, positive = draw_integers(20, 30, generator)
-    index, score = ops.mine_semi_hard(anchors * 100, candidates * 100, *rest, positive * 1e4, k=4)
+    index, score = mine(anchors * 100, candidates * 100, *rest, positive * 1e4, k=4)
     truth_index, truth_score = oracle(anchors, candidates, *rest, positive, 4, 0.0)
     assert index.equal(truth_index)
     assert score.equal(truth_score.float() * 1e4)
 
 
-def test_strides(generator):
+def test_strides(generator, mine):
     anchors, candidates, anchor_ids, candidate_ids, positive = draw((8, 9, 6), generator)
-    expected = ops.mine_semi_hard(anchors, candidates, anchor_ids, candidate_ids, positive, k=3)
-    got = ops.mine_semi_hard(
+    expected = mine(anchors, candidates, anchor_ids, candidate_ids, positive, k=3)
+    got = mine(
         anchors.T.contiguous().T,
         torch.stack((candidates, candidates), 2)[:, :, 0],
         anchor_ids.repeat_interleave(2)[::2],
@@ -154,7 +164,7 @@ def test_strides(generator):
         candidate_ids,
         positive[:1].expand(8),
     )
-    index, _ = ops.mine_semi_hard(*one, k=3)
+    index, _ = mine(*one, k=3)
     assert index.eq(index[:1]).all()
 
 
@@ -190,10 +200,10 @@ def test_noise_is_the_documented_one(seed):
     torch.testing.assert_close(noise, torch.tensor(truth), rtol=1e-5, atol=1e-5)
 
 
-def test_draws_are_the_documented_ones(generator):
+def test_draws_are_the_documented_ones(generator, mine):
     args = draw_integers(12, 30, generator)
     anchors, candidates, anchor_ids, candidate_ids, positive = args
-    index, score = ops.mine_semi_hard(*args, k=6, margin=-2.0, temperature=1.7, seed=99)
+    index, score = mine(*args, k=6, margin=-2.0, temperature=1.7, seed=99)
     for i in range(12):
         keys = []
         for j in range(30):
@@ -206,11 +216,11 @@ def test_draws_are_the_documented_ones(generator):
         assert index[i, len(expected) :].eq(-1).all()
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution(mine):
     """Two draws without replacement, by 20,000 anchors with the same five candidates."""
     s = torch.tensor([0.5, 0.1, -0.2, 0.3, 0.9])  # the last one is too similar
     n = 20_000
-    index, _ = ops.mine_semi_hard(
+    index, _ = mine(
         torch.ones(n, 1), s[:, None], torch.full((n,), 9), torch.arange(5), torch.full((n,), 0.8),
         k=2, temperature=0.4, seed=7,
     )  # fmt: skip
@@ -224,30 +234,30 @@ def test_draws_follow_the_distribution():
     assert chi2 < 31.3  # 0.1 % point of chi-squared with 11 degrees of freedom
 
 
-def test_seed_and_no_global_state(generator):
+def test_seed_and_no_global_state(generator, mine):
     args = draw((40, 60, 8), generator)
-    first = ops.mine_semi_hard(*args, k=3, temperature=0.3, seed=5)
+    first = mine(*args, k=3, temperature=0.3, seed=5)
     torch.manual_seed(123)
-    again = ops.mine_semi_hard(*args, k=3, temperature=0.3, seed=5)
-    other = ops.mine_semi_hard(*args, k=3, temperature=0.3, seed=6)
+    again = mine(*args, k=3, temperature=0.3, seed=5)
+    other = mine(*args, k=3, temperature=0.3, seed=6)
     assert first[0].equal(again[0])
     assert not first[0].equal(other[0])
-    assert ops.mine_semi_hard(*args, temperature=0.3, seed=-1)[0].equal(
-        ops.mine_semi_hard(*args, temperature=0.3, seed=2**64 - 1)[0]
+    assert mine(*args, temperature=0.3, seed=-1)[0].equal(
+        mine(*args, temperature=0.3, seed=2**64 - 1)[0]
     )
     # A draw never holds a candidate twice, and the noise of one anchor does not depend on the others.
     for row in first[0].tolist():
         real = [j for j in row if j >= 0]
         assert len(set(real)) == len(real)
-    head = ops.mine_semi_hard(
+    head = mine(
         args[0][:7], args[1], args[2][:7], args[3], args[4][:7], k=3, temperature=0.3, seed=5
     )
     assert head[0].equal(first[0][:7])
 
 
-def test_low_temperature_is_the_highest(generator):
+def test_low_temperature_is_the_highest(generator, mine):
     args = draw((30, 50, 16), generator)
-    assert ops.mine_semi_hard(*args, k=4, temperature=1e-6)[0].equal(ops.mine_semi_hard(*args, k=4)[0])
+    assert mine(*args, k=4, temperature=1e-6)[0].equal(mine(*args, k=4)[0])
 
 
 def good():
@@ -290,32 +300,116 @@ def test_errors(change, names):
         assert name in str(caught.value)
 
 
-def test_autocast_is_ignored(generator):
+def test_autocast_is_ignored(generator, mine):
     args = draw((20, 30, 16), generator)
-    plain = ops.mine_semi_hard(*args, k=3)
+    plain = mine(*args, k=3)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = ops.mine_semi_hard(args[0].requires_grad_(), *args[1:], k=3)
+        cast = mine(args[0].requires_grad_(), *args[1:], k=3)
     assert cast[1].equal(plain[1])
     assert not cast[1].requires_grad
 
 
-@pytest.mark.parametrize("temperature", [None, 0.2])
-def test_backends_agree(temperature, generator):
+def near(index, score, args, **options):
+    """The operator's result against the float64 reference: another candidate only where the scores are as near as rounding."""
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    truth_index, truth_score = ops.mine_semi_hard_reference(*wide, **options)
+    torch.testing.assert_close(score, truth_score.float(), rtol=1e-5, atol=1e-6)
+    assert index.lt(0).equal(truth_index.lt(0))
+    found = index >= 0
+    rows = torch.arange(len(index))[:, None].expand_as(index)[found]
+    own = (wide[0][rows] * wide[1][index[found]]).sum(1)
+    torch.testing.assert_close(own, truth_score[found], rtol=1e-5, atol=1e-6)
+    assert (wide[3][index[found]] != wide[2][rows]).all()
+    assert all(len(set(row.tolist()) - {-1}) == row.ge(0).sum() for row in index)
+    assert (index == truth_index).double().mean() > 0.999
+
+
+# Several of all that the C++ kernel takes at once: tiles, runs of candidates (128 at D 1024), blocks of anchors, vectors of winners.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "k"), [((200, 1000, 64), 16), ((30, 300, 1024), 64), ((1200, 70, 1000), 3), ((5, 3000, 17), 100)], ids=str)
+def test_several_tiles(shape, k, dtype, generator, mine):
+    args = draw(shape, generator, dtype)
+    near(*mine(*args, k=k, margin=0.03), args, k=k, margin=0.03)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_duplicates(temperature, generator, mine):
+    """Every candidate thirty times, far apart: each tie must be cut at the lowest index, in and across tiles."""
+    anchors, candidates, anchor_ids, candidate_ids, positive = draw_integers(50, 40, generator)
+    args = anchors, candidates.repeat(30, 1), anchor_ids, candidate_ids.repeat(30), positive
+    index, score = mine(*args, k=50, temperature=temperature, seed=1)
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    truth_index, truth_score = ops.mine_semi_hard_reference(*wide, k=50, temperature=temperature, seed=1)
+    assert index.equal(truth_index)
+    assert score.equal(truth_score.float())
+
+
+def test_ids_all_equal(generator, mine):
+    anchors, candidates, *_, positive = draw((40, 90, 8), generator)
+    for k in (1, 20):
+        index, score = mine(anchors, candidates, torch.full((40,), 2**40), torch.full((90,), 2**40), positive + 2, k=k)
+        assert index.eq(-1).all()
+        assert score.eq(-math.inf).all()
+    low, high = torch.full((40,), 5), torch.full((90,), 2**32 + 5)  # differ in their upper halves only
+    assert mine(anchors, candidates, low, high, positive + 2, k=20)[0].ge(0).all()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_eligible_minus_infinity(temperature, mine):
+    """A similarity that overflows to -inf is eligible, and the last of all."""
+    candidates = torch.tensor([[-3e38], [1.0], [-3e38], [2.0]])
+    args = torch.full((1, 1), 1e10), candidates, torch.tensor([9]), torch.tensor([1, 2, 3, 9]), torch.tensor([1e30])
+    index, score = mine(*args, k=4, temperature=temperature)
+    assert index.tolist() == [[1, 0, 2, -1]]
+    assert score.tolist() == [[1e10, -math.inf, -math.inf, -math.inf]]
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(5, 40_000, 64), (300, 700, 64)], ids=str)  # threads share out the candidates, the anchors
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_threads_do_not_show(shape, temperature, generator):
+    args = draw(shape, generator)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.mine_semi_hard(*args, k=20, temperature=temperature, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for index, score in results[1:]:
+        assert index.equal(results[0][0])
+        assert score.equal(results[0][1])
+
+
+def test_without_the_extension(generator, monkeypatch):
+    monkeypatch.setattr(_native, "_path", None)
+    monkeypatch.setattr(_native, "_problem", "the C++ extension is not built")
+    with pytest.raises(ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built"):
+        ops.mine_semi_hard(**good(), backend="cpp")
+    monkeypatch.setattr(common, "_warned", set())
+    args = (*good().values(), 1, 0.0, None, 0)
+    with pytest.warns(UserWarning, match="mine_semi_hard runs its slow reference: .*not built"):
+        first = module._mine_semi_hard._init_fn(*args)  # the body that the C++ kernel otherwise shadows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        again = module._mine_semi_hard._init_fn(*args)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+
+def test_auto_is_the_fastest(generator):
     args = draw((20, 30, 16), generator)
-    options = {"k": 3, "temperature": temperature, "seed": 4}
-    auto = ops.mine_semi_hard(*args, **options)
-    for other in (
-        ops.mine_semi_hard(*args, **options, backend="reference"),
-        ops.mine_semi_hard_reference(*args, **options),
-    ):
-        assert auto[0].equal(other[0])
-        assert auto[1].equal(other[1])
+    auto = ops.mine_semi_hard(*args, k=3, temperature=0.2, seed=4)
+    named = ops.mine_semi_hard(*args, k=3, temperature=0.2, seed=4, backend="cpp" if _native.loaded() else "reference")
+    assert auto[0].equal(named[0])
+    assert auto[1].equal(named[1])
 
 
 def test_opcheck(generator):
     args = draw((5, 7, 4), generator)
     for temperature in (None, 0.3):
-        torch.library.opcheck(torch.ops.syncmask.mine_semi_hard, (*args, 2, 0.1, temperature, 3))
+        for op in (torch.ops.syncmask.mine_semi_hard, torch.ops.syncmask.mine_semi_hard_reference):
+            torch.library.opcheck(op, (*args, 2, 0.1, temperature, 3))
 
 
 def test_compile(generator):

@@ -36,6 +36,14 @@ for n, d in [(0, 3), (1, 1), (37, 17), (90, 100)]:
     images, texts, ids = torch.randn(n, d), torch.randn(n, d), torch.arange(n) // 3
     for search_space in (None, 13):
         ops.group_semi_hard(images, texts, ids, batch_size=5, search_space=search_space, backend="cpp")
+for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5, 700, 1000, 70), (90, 3000, 33, 20)]:
+    ids, other_ids, positive = torch.arange(n) // 2, torch.arange(m) // 2, torch.rand(n)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        anchors, candidates = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+        for temperature in (None, 0.5):
+            options = dict(k=k, temperature=temperature, backend="cpp")
+            ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, **options)
+            ops.mine_semi_hard(anchors.T.contiguous().T, candidates[:1].expand(m, d), ids, other_ids, positive, **options)
 print("ran")
 """
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from syncmask_fast import _native, ops
+from syncmask_fast.kernels import common
 from syncmask_fast.kernels import sync_mask as module
 
 BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(not _native.loaded(), reason=_native.status()))]
@@ -341,7 +342,7 @@ def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(_native, "_problem", "the C++ extension is not built")
     with pytest.raises(ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built; .*make install"):
         ops.sync_mask(**good(), backend="cpp")
-    monkeypatch.setattr(module, "_warned", False)
+    monkeypatch.setattr(common, "_warned", set())
     args = (*good().values(), None, 0.15, 0.5, "peak", "max", 6**-0.5)
     with pytest.warns(UserWarning, match="not built.*make install"):
         first = module._sync_mask._init_fn(*args)  # the body that the C++ kernel otherwise shadows

@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 
+from syncmask_fast.kernels import common
 from syncmask_fast.kernels import sync_mask_triton as launcher
 from syncmask_fast.kernels.sync_mask import PATCH_SCORES, TOKEN_SCORES, SyncMask, sync_mask_reference
 
@@ -98,7 +99,7 @@ def test_splits_do_not_show(shape, generator, monkeypatch):
     q, k, v, maskable = draw(shape, generator, torch.bfloat16)
     results = []
     for processors in (0.1, 1, 10_000):
-        monkeypatch.setattr(launcher, "_processors", lambda device, count=processors: count)
+        monkeypatch.setattr(common, "processors", lambda device, count=processors: count)
         results.append(run(q, k, maskable, v, token_score="output"))
     same(results[0], results[1])
     same(results[0], results[2])
@@ -196,5 +197,5 @@ def test_scale(generator):
 
 
 def test_available():
-    assert launcher.available(DEVICE)
-    assert not launcher.available(torch.device("meta"))
+    assert common.has_triton(DEVICE)
+    assert not common.has_triton(torch.device("meta"))

@@ -151,8 +151,8 @@ class TrainConfig:
 
     preset: str = "base"
     """Name of the preset that these settings started from."""
-    data: Path | None = None
-    """Folder of shards, or one with `train` and `eval` inside; unset draws the lookbook."""
+    data: str | None = None
+    """Folder of shards, or one with `train` and `eval` inside, or its address (s3://, gs://, https://); unset draws the lookbook."""
     out: Path | None = None
     """Folder of the run; unset is runs/PRESET-TIMESTAMP."""
     steps: int | None = None
@@ -287,7 +287,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
             value = from_json(type(default), value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif name in ("data", "out") and value is not None:
+        elif name == "out" and value is not None:
             value = Path(value)
         made[name] = value
     return cls(**made)

@@ -90,9 +90,9 @@ def draw_default_lookbook(config: TrainConfig) -> Path:
     return folder
 
 
-def start_run(out: Path, config: TrainConfig, data: Path) -> TrainConfig:
+def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
     """Makes the run's folder, or checks that the one that is there belongs to this configuration; points runs/latest to it."""
-    config = dataclasses.replace(config, data=data, out=out)
+    config = dataclasses.replace(config, data=str(data), out=out)
     known = out / "config.json"
     begun = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # a run that stopped at a mistake before is no hindrance
     if known.is_file() and begun:

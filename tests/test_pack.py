@@ -294,8 +294,8 @@ BAD_FASHIONIQ = {
     "no annotation": ("captions/cap.shirt.train.json", None, "cannot be read"),
     "broken JSON": ("captions/cap.shirt.train.json", "[{", "is not valid JSON"),
     "an object": ("image_splits/split.dress.val.json", "{}", "is not a list"),
-    "a caption as one text": ("captions/cap.dress.val.json", '[{"candidate": "A", "target": "B", "captions": "red"}]', "entry 0 is not of the form"),
-    "a path for an ASIN": ("captions/cap.dress.val.json", '[{"candidate": "../../x", "target": "B", "captions": ["red"]}]', "'../../x', where an ASIN"),
+    "a caption as one text": ("captions/cap.shirt.val.json", '[{"candidate": "A", "target": "B", "captions": "red"}]', "not of the form"),
+    "a path for an ASIN": ("captions/cap.dress.val.json", '[{"candidate": "../../x", "target": "B", "captions": ["red"]}]', "'../../x', where"),
     "a number for an ASIN": ("image_splits/split.dress.val.json", "[3]", "entry 0 names the picture 3"),
 }  # fmt: skip
 

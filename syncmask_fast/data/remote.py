@@ -51,7 +51,7 @@ def local_folder(data: str | Path) -> Path:
     except ImportError as error:
         raise UserError(f"{address}: this protocol needs another package ({error}); pip install 'syncmask_fast[remote]'") from None
     except FileNotFoundError as error:
-        raise UserError(f"{address}: {error} is not there; check the address") from None
+        raise UserError(f"{address}: {error} is not there, or the server does not answer; check the address and the network") from None
     except UserError:
         raise
     except Exception as error:  # each protocol's library raises its own kinds

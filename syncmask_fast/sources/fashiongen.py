@@ -123,8 +123,8 @@ class FashionGen:
         """Refuses what is missing, what lies in another file (the file's author would choose which), and what would fill the memory."""
         link = file.get(key, getlink=True)
         if link is None:
-            there = ", ".join([name.removeprefix("input_") for name in file if name.startswith("input_")][:20]) or "nothing"
-            raise UserError(f"{self.path} has no dataset {key}, but {there}; give FashionGen's .h5, or choose the fields of the text by --text")
+            there = ", ".join(list(file)[:20]) or "nothing"
+            raise UserError(f"{self.path} has no dataset {key}; it has {there}; give FashionGen's .h5, or choose the fields of the text by --text")
         data = None if isinstance(link, h5py.ExternalLink) else file.get(key)
         if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
             self._fail(key, "is a link, a group or data of another file", "a dataset in this file")

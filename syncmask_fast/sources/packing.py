@@ -72,7 +72,7 @@ def pack(
     plan = json.loads(json.dumps(plan))
     done = _finished(out, plan)
     if done is not None:
-        Console().print(f"{out} already holds this source", highlight=False)
+        print(f"{out} already holds this source", flush=True)
         _show(done, out)
         return done
     jobs = _jobs(source.units(rows_per_shard), out)
@@ -135,9 +135,9 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 def _same_plan(out: Path, found: dict[str, Any] | None, plan: dict[str, Any]) -> None:
     if found is None or found == plan:  # none: it was killed before it had begun
         return
-    ours, theirs = ({**p, **p.get("source", {})} for p in (plan, found))
-    names = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name != "source"))
-    raise UserError(f"{out} was packed from another source or with other settings ({names} differ); delete it or choose another output folder")
+    ours, theirs = ({**p.get("source", {}), **p.get("encoding", {}), "rows per shard": p.get("rows per shard")} for p in (plan, found))
+    names = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))) or "version"
+    raise UserError(f"{out} was packed from another source or with other settings ({names}); delete it or choose another output folder")
 
 
 @contextlib.contextmanager
@@ -340,6 +340,5 @@ def _show(report: dict[str, Any], out: Path, work: tuple[int, float] | None = No
         lines += [("time", f"{work[1]:.0f} s for {work[0]:,} rows: {work[0] / work[1]:,.0f} a second")]
     for name, value in lines:
         table.add_row(name, value)
-    console = Console()
-    console.print(table, highlight=False)
-    console.print(f"all of it: {out / REPORT}", highlight=False, soft_wrap=True)
+    Console(markup=False, highlight=False).print(table)
+    print(f"all of it: {out / REPORT}", flush=True)

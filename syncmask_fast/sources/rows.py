@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
@@ -137,7 +138,10 @@ def exif_orientation(data: bytes) -> int:
 def read_file(path: Path) -> bytes:
     """A picture's file. errors: Dropped."""
     try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            raise Dropped("the picture is no file", str(path))
+        if stat.st_size > MAX_IMAGE_BYTES:
             raise Dropped(f"the picture has more than {MAX_IMAGE_BYTES >> 20} MB", str(path))
         return path.read_bytes()
     except FileNotFoundError:

@@ -34,16 +34,15 @@ def show_shards(data: str | Path, picture: Path, samples: int = 24, seed: int = 
         table.add_column(name)
     for row in next(iter(columns.values())):
         table.add_row(row, *(column[row] for column in columns.values()))
-    console = Console()
-    console.print(table, highlight=False)
+    Console(markup=False, highlight=False).print(table)
     for name, index in parts.items():
         for problem in index.problems[:5]:
-            console.print(f"left out: {name}/{problem}" if name else f"left out: {problem}", highlight=False, soft_wrap=True)
+            print(f"left out: {name}/{problem}" if name else f"left out: {problem}")
     try:
         contact_sheet(next(iter(parts.values())), samples, seed).save(picture, quality=88)
     except (OSError, ValueError) as error:
         raise UserError(f"{picture} cannot be written ({error}); name a .jpg or .png by --picture") from None
-    console.print(f"contact sheet: {picture}", highlight=False, soft_wrap=True)
+    print(f"contact sheet: {picture}")
 
 
 def facts(index: ShardIndex) -> dict[str, str]:

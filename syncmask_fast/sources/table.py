@@ -26,6 +26,7 @@ IMAGE_NAMES = ("image", "img", "jpg", "picture", "photo", "image_path", "path", 
 TEXT_NAMES = ("text", "caption", "description", "title", "txt")
 LABELS = ("category", "subcategory", "view")
 MAX_LINE = 2 * MAX_IMAGE_BYTES
+MAX_UNPACKED, MAX_RATIO = 2**30, 200  # a column of a row group beyond both was made to fill the memory
 PARQUET_ROWS = 16  # read at once: pictures in bytes may be large
 _ID = 2**63
 
@@ -133,6 +134,8 @@ class TableSource:
                 asked = f"column {name!r}" if name is not None else f"column of a usual name ({', '.join(usual[:3])} ...)"
                 raise UserError(f"{path} has no {asked}; name one by {flag} of: {', '.join(names)[:300] or 'none'}")
             found.append(name)
+        if self._kind == "jsonl":  # any object may lack it
+            return found[0], found[1], self.product or "product_id"
         product = self.product if self.product is not None else ("product_id" if "product_id" in names else None)
         if product is not None and product not in names:
             raise UserError(f"{path} has no column {product!r}; name one by --product of: {', '.join(names)[:300]}")
@@ -143,16 +146,15 @@ class TableSource:
         starts, count = [], 0
         with open(path, "rb") as file:
             lines = _Lines(path, file)
+            found: Iterator[object] = self._csv_reader(lines) if self._kind == "csv" else lines
             if self._kind == "csv":
-                reader = self._csv_reader(lines)
-                self._next_row(path, reader, lines)
-                begins = iter(lambda: (lines.offset, lines.number + 1, self._next_row(path, reader, lines)), None)
-                found = itertools.takewhile(lambda begin: begin[2] is not None, begins)
-            else:
-                found = ((lines.offset - len(line.encode()), lines.number, line) for line in lines if line.strip())
-            for offset, line, _ in found:
+                self._next_row(path, found, lines)
+            while True:
+                place = lines.offset, lines.number + 1
+                if self._next_row(path, found, lines) is None:
+                    break
                 if count % rows == 0:
-                    starts.append((offset, line))
+                    starts.append(place)
                 count += 1
         return [Unit("", number, i * rows, min((i + 1) * rows, count), *start) for i, start in enumerate(starts)]
 
@@ -179,10 +181,10 @@ class TableSource:
         csv.field_size_limit(MAX_LINE)
         return csv.reader(lines, delimiter="\t" if self.path.suffix.lower() == ".tsv" else ",", strict=True)
 
-    def _next_row(self, path: Path, reader: Iterator[list[str]], lines: _Lines) -> list[str] | None:
-        """The next row that is not an empty line; None at the end."""
+    def _next_row(self, path: Path, rows: Iterator[Any], lines: _Lines) -> Any:
+        """The next row, of a CSV reader or of lines, that is not an empty line; None at the end."""
         try:
-            return next((row for row in reader if row), None)
+            return next((row for row in rows if (row.strip() if isinstance(row, str) else row)), None)
         except csv.Error as error:
             raise UserError(f'{path}: line {lines.number} is not valid CSV ({error}); columns between commas, quoted by ", were expected') from None
 
@@ -200,7 +202,8 @@ class TableSource:
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {lines.number} is not valid JSON ({error}); one object on each line was expected") from None
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+                raise UserError(f"{path}: line {lines.number} is not valid JSON ({reason}); one object on each line was expected") from None
             if not isinstance(found, dict):
                 raise UserError(f'{path}: line {lines.number} is not an object, where {{"image": ..., "text": ...}} was expected')
             yield found
@@ -232,7 +235,7 @@ class TableSource:
         if isinstance(value, str) and value.isascii() and value.isdigit() and str(int(value[:20])) == value:
             value = int(value)
         if isinstance(value, bool) or not (isinstance(value, str) or (isinstance(value, int) and -_ID <= value < _ID)):
-            raise UserError(f"{path}: row {number}: {column} is {value!r:.60}, where an integer or a text was expected")
+            raise UserError(f"{path}: row {number}: {column} is {value!r:.60}, where an integer below 2^63 or a text was expected")
         return value
 
 
@@ -277,9 +280,16 @@ def _parquet(path: Path):
     except ImportError:
         raise UserError(f"{path} needs pyarrow to be read: pip install 'syncmask_fast[parquet]'") from None
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise UserError(f"{path} is not a whole Parquet file ({_one_line(error)}); write it anew") from None
+    for group in range(file.metadata.num_row_groups):
+        for number in range(file.metadata.num_columns):
+            column = file.metadata.row_group(group).column(number)
+            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+            if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * packed:
+                raise UserError(f"{path}: column {column.path_in_schema} unpacks to {unpacked:,} bytes from {packed:,}, as no pictures or texts do")
+    return file
 
 
 def _parquet_rows(path: Path, unit: Unit, columns: list[str]) -> Iterator[dict[str, Any]]:

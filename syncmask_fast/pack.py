@@ -106,7 +106,6 @@ def fashioniq(
     from syncmask_fast.sources.rows import Encoding
 
     data = FashionIQ(source, images)
-    data.units(rows_per_shard)
     data.refuse_missing(allow_missing)
     pack(
         data, out, encoding=Encoding(quality, size), rows_per_shard=rows_per_shard, workers=workers,

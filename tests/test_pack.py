@@ -161,7 +161,7 @@ def test_killed_and_started_again_gives_the_same_files(tmp_path: Path):
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     source, out = tmp_path / "x.h5", tmp_path / "out"
     write_fashiongen(source, 20)
     fashiongen(source, out, workers=1)
@@ -174,6 +174,9 @@ def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     assert "is not empty" in refusal(capsys, "fashiongen", source, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    fashiongen(Path("x.h5"), Path("out"), workers=1)  # the same by another name
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def change(path: Path, key: str, value: object) -> None:
@@ -328,6 +331,7 @@ def test_fashioniq_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
     write_fashioniq(tmp_path / "iq", 4)
     (tmp_path / "empty").mkdir()
     assert "holds no pictures" in refusal(capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--images", tmp_path / "empty")
+    assert "--rows-per-shard must be" in refusal(capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--rows-per-shard", "0")
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------------------------

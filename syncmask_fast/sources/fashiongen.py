@@ -40,7 +40,7 @@ class FashionGen:
 
     def describe(self) -> dict[str, Any]:
         stat = self._stat()
-        return {"source": str(self.path), "kind": "fashiongen", "bytes": stat.st_size, "changed": stat.st_mtime_ns, "text": self.text}
+        return {"source": str(self.path.resolve()), "kind": "fashiongen", "bytes": stat.st_size, "changed": stat.st_mtime_ns, "text": self.text}
 
     def units(self, rows: int) -> list[Unit]:
         with self._open() as file:

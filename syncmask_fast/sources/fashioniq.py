@@ -55,11 +55,9 @@ class FashionIQ:
     def describe(self) -> dict[str, Any]:
         parts = sorted(path for name in ("captions", "image_splits") for path in (self.folder / name).glob("*.json"))
         changed = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in parts}
-        return {"source": str(self.folder), "kind": "fashioniq", "images": str(self._images), "annotation": changed}
+        return {"source": str(self.folder.resolve()), "kind": "fashioniq", "images": str(self._images.resolve()), "annotation": changed}
 
     def units(self, rows: int) -> list[Unit]:
-        if not self._files:
-            raise UserError(f"{self._images} holds no pictures; ASIN.jpg or ASIN.png were expected: give their folder by --images")
         return [unit for split in SPLITS for unit in cut(len(self._pictures[split]), rows, split)]
 
     def read(self, unit: Unit) -> Iterator[Row]:
@@ -75,6 +73,8 @@ class FashionIQ:
 
     def refuse_missing(self, allowed: float) -> None:
         """UserError if more than the share `allowed` of the pictures is missing."""
+        if not self._files:
+            raise UserError(f"{self._images} holds no pictures; ASIN.jpg or ASIN.png were expected: give their folder by --images")
         lost = [asin for names in self.missing().values() for asin in names]
         count = sum(map(len, self._pictures.values()))
         if len(lost) > allowed * count:

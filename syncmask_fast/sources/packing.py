@@ -72,6 +72,7 @@ def pack(
     plan = json.loads(json.dumps(plan))
     done = _finished(out, plan)
     if done is not None:
+        shutil.rmtree(out / WORK, ignore_errors=True)  # where the first run was killed at its very end
         print(f"{out} already holds this source", flush=True)
         _show(done, out)
         return done
@@ -120,16 +121,15 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another output folder")
+    report = _read_json(out / REPORT)
+    if report is not None and "plan" in report:
+        _same_plan(out, report["plan"], plan)
+        return report
     if (out / WORK).is_dir():
         _same_plan(out, _read_json(out / WORK / "plan.json"), plan)
-        return None
-    if not any(out.iterdir()):
-        return None
-    report = _read_json(out / REPORT)
-    if report is None:
+    elif any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not packed by this command; choose another output folder")
-    _same_plan(out, report.get("plan"), plan)
-    return report
+    return None
 
 
 def _same_plan(out: Path, found: dict[str, Any] | None, plan: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class TableSource:
     def describe(self) -> dict[str, Any]:
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self._files}
         columns = {"image": self.image, "text": self.text, "product": self.product}
-        return {"source": str(self.path), "kind": "table", "files": stats, "columns": columns, "images": str(self._root)}
+        return {"source": str(self.path.resolve()), "kind": "table", "files": stats, "columns": columns, "images": str(self._root)}
 
     def units(self, rows: int) -> list[Unit]:
         found: list[Unit] = []

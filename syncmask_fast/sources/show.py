@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
 from rich.table import Table
 
@@ -91,8 +91,7 @@ def contact_sheet(index: ShardIndex, samples: int, seed: int) -> Image.Image:
     for place, sample in enumerate(chosen.tolist()):
         left, top = GAP + (place % COLUMNS) * (CELL + GAP), GAP + place // COLUMNS * height
         try:
-            photo = Image.fromarray(decode_image(index.jpeg(sample)))
-            photo.thumbnail((CELL, CELL))
+            photo = ImageOps.contain(Image.fromarray(decode_image(index.jpeg(sample))), (CELL, CELL))
             sheet.paste(photo, (left + (CELL - photo.width) // 2, top + (CELL - photo.height) // 2))
         except ValueError as error:
             draw.multiline_text((left, top), "\n".join(textwrap.wrap(str(error), 28)), fill=INK, font=body)

@@ -26,7 +26,7 @@ class ImageConfig:
     name: str = "vit_base_patch16_224"
     """timm's name of the architecture."""
     pretrained: bool = False
-    """Start from timm's weights of that name."""
+    """Start from timm's weights of that name, which may be hf-hub:OWNER/NAME or local-dir:FOLDER too."""
     size: int = 256
     """Side of the square input in pixels (ALBEF: 256)."""
     patch: int = 16
@@ -151,8 +151,12 @@ class TrainConfig:
 
     preset: str = "base"
     """Name of the preset that these settings started from."""
-    data: Path | None = None
-    """Folder of shards, or one with `train` and `eval` inside; unset draws the lookbook."""
+    data: str | None = None
+    """Folder of shards, or one with `train` and `eval` inside, or its address (s3://, gs://, https://); unset draws the lookbook."""
+    weights: str | None = None
+    """Checkpoint in ALBEF's layout (.pth or .safetensors) to start all encoders from; --text.name then gives the tokenizer alone."""
+    min_loaded: float = 0.9
+    """Least part of the tensors of a model that weights to start from must give; less is an error."""
     out: Path | None = None
     """Folder of the run; unset is runs/PRESET-TIMESTAMP."""
     steps: int | None = None
@@ -209,7 +213,7 @@ class TrainConfig:
         shares = {
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
             "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts,
-            "--optim.warmup": self.optim.warmup, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--optim.warmup": self.optim.warmup, "--min-loaded": self.min_loaded, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
         }  # fmt: skip
         for flag, value in shares.items():
             if not 0 <= value <= 1:
@@ -262,7 +266,14 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "base": (
         "ALBEF-shaped: ViT-B/16 at 256 pixels, BERT 6 + 6.",
-        TrainConfig(preset="base", epochs=30, image=ImageConfig(pretrained=True), text=TextConfig(name="bert-base-uncased")),
+        # The FashionGen recipe; docs/recipes.md has the origin of every value.
+        TrainConfig(
+            preset="base",
+            epochs=30,  # ALBEF, FashionSAP
+            image=ImageConfig(pretrained=True),
+            text=TextConfig(name="bert-base-uncased"),  # ALBEF
+            augment=AugmentConfig(scale=(0.5, 1.0)),  # FashionSAP
+        ),
     ),
 }
 
@@ -287,7 +298,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
             value = from_json(type(default), value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif name in ("data", "out") and value is not None:
+        elif name == "out" and value is not None:
             value = Path(value)
         made[name] = value
     return cls(**made)

@@ -39,7 +39,6 @@ class ImageEncoder(nn.Module):
         try:
             self.vit = timm.create_model(
                 config.name,
-                pretrained=config.pretrained,
                 img_size=config.size,
                 patch_size=config.patch,
                 num_classes=0,

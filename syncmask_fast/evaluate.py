@@ -152,8 +152,8 @@ class Common:
 
     model: Path
     """Folder of a model: a run's `model`."""
-    data: Path
-    """Folder of shards; its `eval` folder is evaluated where it has one, otherwise the products held out from training."""
+    data: str
+    """Folder of shards, or its address; its `eval` folder is evaluated where it has one, otherwise the products held out from training."""
     out: Path | None = None
     """File for the results, as JSON."""
     device: str = "auto"

@@ -82,9 +82,7 @@ class SyncMaskModel(nn.Module):
         self.word_head = WordHead(width, text.vocabulary)
         target = 3 * config.image.patch**2 if config.loss.mim_target == "pixels" else self.image.width
         self.patch_head = PatchHead(width, text.heads, self.image.width, target)
-        if not config.image.pretrained:
-            self.image.apply(_init_scratch)
-        for part in (self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
+        for part in (self.image, self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
             part.apply(_init_scratch)
 
     @property
@@ -174,20 +172,12 @@ class SyncMaskModel(nn.Module):
             weights = load_file(folder / "model.safetensors")
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} is not a SyncMask model (config.json, model.safetensors and a tokenizer): {error}") from error
-        # The weights are in the file: nothing is fetched from timm.
-        model = cls(without_start_weights(config), load_tokenizer(str(folder)))
+        model = cls(config, load_tokenizer(str(folder)))
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
         return model.to(device).eval()
-
-
-def without_start_weights(config: TrainConfig) -> TrainConfig:
-    """The same configuration, but for the flag that has timm fetch weights."""
-    import dataclasses
-
-    return dataclasses.replace(config, image=dataclasses.replace(config.image, pretrained=False))
 
 
 def _init_scratch(module: nn.Module) -> None:

@@ -1,28 +1,95 @@
-"""Start weights for the text and the fusion encoder from a BERT (ALBEF: its first layers read text, its last ones fuse)."""
+"""Start weights: from timm, from a Hugging Face BERT, or from a checkpoint in ALBEF's layout. What was loaded, missing, left over and resized is
+reported, and too little is an error: a model that silently starts from nothing costs days.
+
+Checkpoints are read as tensors alone (safetensors, or torch.load with weights_only).
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from syncmask_fast.config import TextConfig
 from syncmask_fast.errors import UserError
 from syncmask_fast.model import SyncMaskModel
 
+Names = dict[str, tuple[str, ...]]  # our tensor -> theirs, several behind each other
+# In ALBEF's checkpoints, but not for us: the momentum copy, its queues, and what is tied to the word embeddings.
+_NOT_FOR_US = (
+    "visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.", "image_queue", "text_queue", "queue_ptr", "idx_queue",
+    "cls.predictions.decoder.", "embeddings.position_ids",
+)  # fmt: skip
 
-@torch.no_grad()
-def load_bert(model: SyncMaskModel, name: str) -> str:
-    """Copies a Hugging Face BERT (name or local folder) into the text encoder and, layer by layer after it, the fusion encoder.
 
-    Cross-attention and heads keep their random start. Returns one sentence that says what was loaded.
-    errors: UserError where the BERT cannot be had, or has another width or too few layers, words or positions.
+@dataclass
+class LoadReport:
+    """What became of a source of weights. Names are ours but for `unexpected`, which are the source's."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The part of our tensors that the source was to give and gave."""
+        return len(self.loaded) / max(1, len(self.loaded) + len(self.missing))
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} of {len(self.loaded) + len(self.missing)} tensors loaded"]
+        lines += [f"  resized: {name}, {how}" for name, how in self.resized.items()]
+        lines += [f"  {what}: {_some(names)}" for what, names in (("missing", self.missing), ("not used", self.unexpected)) if names]
+        return "\n".join(lines)
+
+
+def start_weights(model: SyncMaskModel) -> list[LoadReport]:
+    """Fills a new model with the weights that its configuration names: `weights`, or else `image.pretrained` and `text.name`.
+
+    errors: UserError where they cannot be had, do not fit, or give less than the share `min_loaded`.
     """
-    from transformers import BertModel
+    config = model.config
+    if config.weights is not None:
+        return [load_albef(model, config.weights, config.min_loaded)]
+    reports = []
+    if config.image.pretrained:
+        reports.append(load_timm(model, config.image.name, config.min_loaded))
+    if config.text.name is not None:
+        reports.append(load_bert(model, config.text.name, config.min_loaded))
+    return reports
+
+
+def load_timm(model: SyncMaskModel, name: str, least: float = 0.9) -> LoadReport:
+    """Fills the image encoder from timm: a name, hf-hub:OWNER/NAME, or local-dir:FOLDER. Position embeddings are interpolated.
+
+    errors: see `start_weights`.
+    """
+    try:
+        theirs = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # the hub, the network and timm raise many kinds
+        raise UserError(f"--image.name {name}: timm has no weights for it here ({_one_line(error)}): name others, or local-dir:FOLDER.") from error
+    return _fill(model, name, theirs, {key: (key.removeprefix("image.vit."),) for key in _image_keys(model)}, least)
+
+
+def load_bert(model: SyncMaskModel, name: str, least: float = 0.9) -> LoadReport:
+    """Fills the text encoder and, with the layers after it, the fusion encoder from a Hugging Face BERT (name or local folder).
+
+    Cross-attention and the heads of ITC, ITM and MIM keep their random start. errors: see `start_weights`.
+    """
+    from transformers import BertForMaskedLM
 
     try:
-        bert = BertModel.from_pretrained(name, add_pooling_layer=False)
+        bert, found = BertForMaskedLM.from_pretrained(name, output_loading_info=True, weights_only=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--text.name {name}: no BERT can be loaded ({reason}): give a local folder or a Hugging Face name.") from error
+        raise UserError(f"--text.name {name}: no BERT can be loaded ({_one_line(error)}): give a local folder or a Hugging Face name.") from error
     text, config = model.config.text, bert.config
     needed = {"width": (text.width, config.hidden_size), "heads": (text.heads, config.num_attention_heads)}
     for what, (ours, theirs) in needed.items():
@@ -31,28 +98,152 @@ def load_bert(model: SyncMaskModel, name: str) -> str:
     layers = text.layers + text.fusion_layers
     if layers > config.num_hidden_layers:
         raise UserError(f"--text.layers and --text.fusion-layers ask for {layers} layers, but {name} has {config.num_hidden_layers}.")
-    if text.max_tokens > config.max_position_embeddings:
-        raise UserError(f"--text.max-tokens is {text.max_tokens}, but {name} has {config.max_position_embeddings} positions.")
-    if text.vocabulary != config.vocab_size:
-        raise UserError(f"{name} has {config.vocab_size} word pieces, but its tokenizer {text.vocabulary}: give one whose files belong together.")
-
-    theirs = bert.embeddings
-    model.text.words.weight.copy_(theirs.word_embeddings.weight)
-    model.text.positions.weight.copy_(theirs.position_embeddings.weight[: text.max_tokens])
-    model.text.token_type.copy_(theirs.token_type_embeddings.weight[0])
-    _copy(model.text.norm, theirs.LayerNorm)
-    for ours, layer in zip((*model.text.layers, *model.fusion.layers), bert.encoder.layer, strict=False):
-        attention = layer.attention
-        _copy(ours.attention.qkv, attention.self.query, attention.self.key, attention.self.value)
-        _copy(ours.attention.proj, attention.output.dense)
-        _copy(ours.attention.norm, attention.output.LayerNorm)
-        _copy(ours.feed_forward.up, layer.intermediate.dense)
-        _copy(ours.feed_forward.down, layer.output.dense)
-        _copy(ours.feed_forward.norm, layer.output.LayerNorm)
-    return f"{name}: embeddings, {text.layers} text layers and {text.fusion_layers} fusion layers loaded; cross-attention and heads start at random"
+    # What the folder lacks was filled at random by transformers: it is not what we were asked for.
+    state = {key.removeprefix("bert."): value for key, value in bert.state_dict().items() if key not in found["missing_keys"]}
+    return _fill(model, name, state, bert_names(text), least)
 
 
-def _copy(ours: nn.Module, *theirs: nn.Module) -> None:
-    """Weights and biases of one module, or of several behind each other."""
-    for part in ("weight", "bias"):
-        getattr(ours, part).copy_(torch.cat([getattr(module, part) for module in theirs]))
+def load_albef(model: SyncMaskModel, path: str | Path, least: float = 0.9) -> LoadReport:
+    """Fills every part that ALBEF has from a checkpoint in its layout (`visual_encoder.*`, `text_encoder.bert.*`), .pth or .safetensors.
+
+    The masked patch's token and the head of MIM keep their random start. errors: see `start_weights`.
+    """
+    state = {}
+    for key, value in read_checkpoint(Path(path)).items():
+        key = key.removeprefix("module.").replace("text_encoder.bert.", "text_encoder.").removeprefix("text_encoder.")
+        state[key] = value
+    names = {key: (key.replace("image.vit.", "visual_encoder."),) for key in _image_keys(model)}
+    names |= bert_names(model.config.text) | cross_attention_names(model.config.text)
+    for ours, theirs in (("image_proj", "vision_proj"), ("text_proj", "text_proj"), ("match_head", "itm_head")):
+        names |= {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
+    names["log_temperature"] = ("temp",)
+    return _fill(model, str(path), state, names, least)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without those of its optimiser. errors: UserError, also for one that holds more than plain data."""
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        mend = "where you trust it, save its tensors anew with torch.save(checkpoint['model'], ...)"
+        raise UserError(f"{path} holds more than weights, and nothing else is loaded ({_one_line(error)}): {mend}.") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path} is not a checkpoint that can be read ({_one_line(error)}): give a .pth or .safetensors file.") from error
+    for name in ("model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path} has no tensors, where visual_encoder.* and text_encoder.* were expected.")
+    return tensors
+
+
+def bert_names(config: TextConfig) -> Names:
+    """Text encoder, fusion encoder without cross-attention, and MLM head by BERT's names."""
+    names: Names = {
+        "text.words.weight": ("embeddings.word_embeddings.weight",),
+        "text.positions.weight": ("embeddings.position_embeddings.weight",),
+        "text.token_type": ("embeddings.token_type_embeddings.weight",),
+        "word_head.bias": ("cls.predictions.bias",),
+    }
+    modules = {
+        "text.norm": ("embeddings.LayerNorm",),
+        "word_head.dense": ("cls.predictions.transform.dense",),
+        "word_head.norm": ("cls.predictions.transform.LayerNorm",),
+    }
+    for ours, theirs in _layers(config):
+        modules |= _attention(f"{ours}.attention", f"{theirs}.attention", {"qkv": ("query", "key", "value")})
+        modules[f"{ours}.feed_forward.up"] = (f"{theirs}.intermediate.dense",)
+        modules[f"{ours}.feed_forward.down"] = (f"{theirs}.output.dense",)
+        modules[f"{ours}.feed_forward.norm"] = (f"{theirs}.output.LayerNorm",)
+    return names | _with_parts(modules)
+
+
+def cross_attention_names(config: TextConfig) -> Names:
+    """The cross-attention of the fusion layers by the names that ALBEF gives it."""
+    modules: Names = {}
+    for ours, theirs in _layers(config)[config.layers :]:
+        modules |= _attention(f"{ours}.cross", f"{theirs}.crossattention", {"q": ("query",), "kv": ("key", "value")})
+    return _with_parts(modules)
+
+
+def _layers(config: TextConfig) -> list[tuple[str, str]]:
+    """Our layers and BERT's: the first ones read text, those after them fuse."""
+    ours = [f"text.layers.{n}" for n in range(config.layers)] + [f"fusion.layers.{n}" for n in range(config.fusion_layers)]
+    return [(name, f"encoder.layer.{n}") for n, name in enumerate(ours)]
+
+
+def _attention(ours: str, theirs: str, projections: Names) -> Names:
+    found: Names = {f"{ours}.{name}": tuple(f"{theirs}.self.{part}" for part in parts) for name, parts in projections.items()}
+    return found | {f"{ours}.proj": (f"{theirs}.output.dense",), f"{ours}.norm": (f"{theirs}.output.LayerNorm",)}
+
+
+def _with_parts(modules: Names) -> Names:
+    return {f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs) for ours, theirs in modules.items() for part in ("weight", "bias")}
+
+
+def _image_keys(model: SyncMaskModel) -> list[str]:
+    return [name for name in model.state_dict() if name.startswith("image.vit.")]
+
+
+@torch.no_grad()
+def _fill(model: SyncMaskModel, source: str, state: Mapping[str, Tensor], names: Names, least: float) -> LoadReport:
+    """Copies what fits, and reports it. errors: UserError where less than the share `least` of `names` was loaded."""
+    report, ours, used = LoadReport(source), model.state_dict(), set()
+    for name, theirs in names.items():
+        if not all(key in state for key in theirs):
+            report.missing.append(name)
+            continue
+        used.update(theirs)
+        value = torch.cat([state[key] for key in theirs]) if len(theirs) > 1 else state[theirs[0]]
+        fitted = _fitted(model, source, name, value.float())
+        if fitted.shape != ours[name].shape:
+            report.missing.append(f"{name} ({_size(ours[name])}, the source has {_size(value)})")
+            continue
+        if name in ("image.vit.pos_embed", "text.positions.weight") and fitted.shape != value.shape:
+            report.resized[name] = f"{_size(value)} to {_size(fitted)}"
+        ours[name].copy_(fitted)
+        report.loaded.append(name)
+    report.unexpected = [key for key in state if key not in used and not key.startswith(_NOT_FOR_US)]
+    if report.share < least:
+        raise UserError(
+            f"{source} gives {len(report.loaded)} of the {len(names)} tensors that it was to give, less than --min-loaded {least:g} "
+            f"(missing: {_some(report.missing)}; not used: {_some(report.unexpected)}): check that it fits the model, or lower --min-loaded."
+        )
+    return report
+
+
+def _fitted(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tensor:
+    """A tensor of theirs as ours, where the two are kept in another way or size."""
+    text = model.config.text
+    if name == "image.vit.pos_embed" and value.ndim == 3:
+        vit = model.image.vit
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        side = round((value.shape[1] - prefix) ** 0.5)
+        if value.shape[1] == side * side + prefix:
+            return timm.layers.resample_abs_pos_embed(value, list(model.image.grid), num_prefix_tokens=prefix)
+    if name == "text.positions.weight":
+        if len(value) < text.max_tokens:
+            raise UserError(f"--text.max-tokens is {text.max_tokens}, but {source} has {len(value)} positions.")
+        return value[: text.max_tokens]
+    if name == "text.words.weight" and len(value) != text.vocabulary:
+        mend = "name the tokenizer that it was made with by --text.name"
+        raise UserError(f"{source} has {len(value)} word pieces, but the tokenizer {text.vocabulary}: {mend}.")
+    if name == "text.token_type":
+        return value[0]
+    if name == "log_temperature":
+        return value.clamp(0.001, 0.5).log()
+    return value
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "1"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

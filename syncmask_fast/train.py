@@ -30,7 +30,7 @@ from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
-from syncmask_fast.pretrained import load_bert
+from syncmask_fast.pretrained import start_weights
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
 LOOKBOOK = Path("data/lookbook")
@@ -90,9 +90,9 @@ def draw_default_lookbook(config: TrainConfig) -> Path:
     return folder
 
 
-def start_run(out: Path, config: TrainConfig, data: Path) -> TrainConfig:
+def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
     """Makes the run's folder, or checks that the one that is there belongs to this configuration; points runs/latest to it."""
-    config = dataclasses.replace(config, data=data, out=out)
+    config = dataclasses.replace(config, data=str(data), out=out)
     known = out / "config.json"
     begun = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # a run that stopped at a mistake before is no hindrance
     if known.is_file() and begun:
@@ -125,8 +125,10 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
 
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
-    if config.text.name:
-        print(load_bert(model, config.text.name))
+    newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
+    if newest is None:
+        for report in start_weights(model):
+            print(report)
     model.to(device)
     teacher = make_teacher(model)
     optimizer = make_optimizer(model, config.optim)
@@ -139,7 +141,6 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         raise UserError(f"{config.data} has {len(train_split)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
     steps = config.steps or max(1, (config.epochs or 1) * batches_per_epoch // config.optim.accumulate)
     product_ids = np.unique(train_split.index.product_ids[train_split.samples], return_inverse=True)[1]
-    newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
     if newest is not None:
         load_checkpoint(newest, state)
         print(f"going on from {newest}: step {state.step} of {steps}")

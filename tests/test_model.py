@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import timm
 import torch
@@ -14,9 +12,7 @@ from transformers import BertConfig, BertModel
 from syncmask_fast.attention import Layout, attention, block_diagonal_mask
 from syncmask_fast.config import ImageConfig, TextConfig
 from syncmask_fast.encoders import FusionEncoder, ImageEncoder, TextEncoder, pack_by_image, pack_pairs
-from syncmask_fast.errors import UserError
 from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.pretrained import load_bert
 from tests.helpers import small_config, small_tokenizer
 
 WIDTH, HEADS, LAYERS, FUSION = 48, 4, 2, 3
@@ -178,28 +174,3 @@ def test_saved_model_answers_as_before(tmp_path):
         assert close(again.encode_text(texts[n : n + 1]), again.encode_text(texts)[n : n + 1])
     norms = again.encode_image(pictures).norm(dim=-1)
     assert close(norms, torch.ones(3))
-
-
-def test_start_weights_from_a_bert_folder(tmp_path):
-    """The loaded text encoder answers as the BERT whose folder it was; the fusion layers have the BERT's later layers."""
-    theirs = bert()
-    theirs.save_pretrained(tmp_path)
-    text = TextConfig(vocabulary=101, width=WIDTH, heads=HEADS, layers=1, fusion_layers=1, max_tokens=20)
-    config = small_config()
-    model = SyncMaskModel(dataclasses.replace(config, text=text, mask=dataclasses.replace(config.mask, layer=1)))
-    assert "1 text layers and 1 fusion layers" in load_bert(model, str(tmp_path))
-    layout = Layout.of(LENGTHS)
-    ids = torch.randint(1, 101, (sum(LENGTHS),))
-    expected = theirs(layout.pad(ids), attention_mask=layout.valid.long(), output_hidden_states=True).hidden_states
-    x = model.text(ids, layout)
-    assert close(x, layout.unpad(expected[1]))
-    fusion = model.fusion.layers[0]
-    assert close(fusion.feed_forward(fusion.attention(x, layout)), layout.unpad(expected[2]))
-
-
-def test_a_bert_that_does_not_fit_is_refused(tmp_path):
-    bert().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"--text.width"):
-        load_bert(SyncMaskModel(small_config()), str(tmp_path))
-    with pytest.raises(UserError, match="no BERT can be loaded"):
-        load_bert(SyncMaskModel(small_config()), str(tmp_path / "nothing"))

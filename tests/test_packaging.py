@@ -22,7 +22,7 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"data"},
-    {"config", "attention", "retrieval", "sync"},
+    {"config", "attention", "retrieval", "sync", "sources"},
     {"encoders", "report"},
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},

@@ -22,7 +22,7 @@ from syncmask_fast.data.tar import BrokenTar, tar_members
 from syncmask_fast.data.text_table import StringTable, TextTable
 from syncmask_fast.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 CACHE_NAME = ".syncmask-index.npz"
 LABELS = ("category", "subcategory", "view")
 _KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}
@@ -210,6 +210,8 @@ def _read_sample(archive: mmap.mmap | bytes, members: Members) -> dict[str, Any]
             record["text"] = archive[offset : offset + size].decode().strip()
         except UnicodeDecodeError:
             raise BadSample("the text is not UTF-8") from None
+    elif "text" not in record and "caption" in record:
+        record["text"] = record["caption"]
     check_record(record)
     return {
         "image_offset": image_offset,

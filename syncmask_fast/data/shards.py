@@ -1,9 +1,9 @@
 """Shards: image-text samples in WebDataset tars, written atomically and read at random.
 
 A dataset is a folder of `*.tar`. One sample is the members of one key: `KEY.jpg` (or .jpeg, .png, .webp) and
-`KEY.json`, or `KEY.txt` for a plain WebDataset. The JSON holds
+`KEY.json` or `KEY.txt`, as in anyone's image-text WebDataset. The JSON holds
 
-    text        string
+    text        string; without it the text is that of KEY.txt, and without that the JSON's `caption`
     product_id  integer or string, or none: then the sample is a product of its own
     category, subcategory, view     strings, where known
     attributes  where known: [{"span": [start, end] in characters of the text,
@@ -21,7 +21,7 @@ import threading
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,15 +30,77 @@ from syncmask_fast.data.shard_index import DatasetArrays, Labels, load_or_build
 from syncmask_fast.data.text_table import TextTable
 from syncmask_fast.errors import UserError
 
-__all__ = ["Labels", "ShardIndex", "ShardWriter"]
+__all__ = ["Labels", "ShardFile", "ShardIndex", "ShardWriter"]
 
 MAX_OPEN_SHARDS = 256
+
+
+class ShardFile:
+    """Writes one shard: as `.NAME.PID.partial` beside its place, flushed to disk and renamed when it is whole.
+
+    A context manager: an exception removes what was written. The same samples give the same bytes; without any sample there is no file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._file = open(self._partial, "wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
+
+    def write(self, key: str, image: bytes, record: dict[str, Any]) -> None:
+        """Adds one sample; see `ShardWriter.write`. Keys that repeat are the caller's to avoid."""
+        if not key or key != key.strip("/ ") or "." in key or "\0" in key:
+            raise ValueError(f"a key must be non-empty without dots or outer slashes, not {key!r}")
+        extension = image_format(image)
+        if extension is None:
+            raise ValueError(f"the image of key {key!r} is neither JPEG, PNG nor WebP")
+        text = json.dumps(
+            record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number
+        )
+        self._add(f"{key}.{extension}", image)
+        self._add(f"{key}.json", text.encode())
+        self.count += 1
+
+    def finish(self) -> None:
+        """Puts the shard in its place."""
+        if self.count == 0:
+            self.abandon()
+            return
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Removes what was written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
+    def _add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, BytesIO(data))
+        self._tar.members.clear()  # tarfile keeps an object per member, which nobody reads here
 
 
 class ShardWriter:
     """Writes samples into `folder/PREFIX00000.tar`, `PREFIX00001.tar`, ...: each appears whole or not at all.
 
-    A shard is written as `.NAME.partial`, flushed to disk and renamed when it is full or the writer closes.
     If the `with` block ends by an exception the shard in work is removed; earlier shards stay. The same
     samples give the same bytes.
 
@@ -54,8 +116,7 @@ class ShardWriter:
         self.prefix = prefix
         self.count = 0
         self._keys: set[str] = set()
-        self._file: BinaryIO | None = None
-        self._tar: tarfile.TarFile | None = None
+        self._shard: ShardFile | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -74,29 +135,21 @@ class ShardWriter:
         record: what goes into KEY.json; numpy numbers are accepted, NaN is not.
         errors: ValueError for a bad key, a repeated key, bytes of no known image format.
         """
-        if not key or key != key.strip("/ ") or "." in key or "\0" in key:
-            raise ValueError(f"a key must be non-empty without dots or outer slashes, not {key!r}")
         if key in self._keys:
             raise ValueError(f"key {key!r} was written before")
-        extension = image_format(jpeg)
-        if extension is None:
-            raise ValueError(f"the image of key {key!r} is neither JPEG, PNG nor WebP")
-        text = json.dumps(
-            record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number
-        )
-        if self._tar is None:
-            self._open_shard()
-        self._add(f"{key}.{extension}", jpeg)
-        self._add(f"{key}.json", text.encode())
+        if self._shard is None:
+            self._shard = ShardFile(self.folder / f"{self.prefix}{self.count // self.samples_per_shard:05d}.tar")
+        self._shard.write(key, jpeg, record)
         self._keys.add(key)
         self.count += 1
         if self.count % self.samples_per_shard == 0:
-            self._finish_shard()
+            self.close()
 
     def close(self) -> None:
         """Finishes the shard in work, if there is one."""
-        if self._tar is not None:
-            self._finish_shard()
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            shard.finish()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -104,45 +157,8 @@ class ShardWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.close()
-        else:
-            self._abandon_shard()
-
-    @property
-    def _name(self) -> str:
-        return f"{self.prefix}{(self.count - 1) // self.samples_per_shard:05d}.tar"
-
-    @property
-    def _partial(self) -> Path:
-        return Path(self._file.name)
-
-    def _open_shard(self) -> None:
-        name = f"{self.prefix}{self.count // self.samples_per_shard:05d}.tar"
-        self._file = open(self.folder / f".{name}.partial", "wb")  # noqa: SIM115 (closed by _finish_shard)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-
-    def _add(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._tar.addfile(member, BytesIO(data))
-        self._tar.members.clear()  # tarfile keeps an object per member, which nobody reads here
-
-    def _finish_shard(self) -> None:
-        try:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self.folder / self._name)
-        except BaseException:
-            self._abandon_shard()
-            raise
-        self._tar = self._file = None
-
-    def _abandon_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-            self._tar = self._file = None
+        elif self._shard is not None:
+            self._shard.abandon()
 
 
 class ShardIndex:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from syncmask_fast.data.remote import local_folder
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.errors import UserError
 
@@ -22,12 +23,13 @@ class Split:
         return len(self.samples)
 
 
-def open_splits(folder: Path, holdout: float = 0.05) -> tuple[Split, Split]:
-    """The training and the evaluation samples of a dataset folder.
+def open_splits(data: str | Path, holdout: float = 0.05) -> tuple[Split, Split]:
+    """The training and the evaluation samples of a dataset: a folder, or the address of one (`syncmask_fast.data.remote`).
 
     With folders `train` and `eval` inside, these; otherwise the folder's own shards, of which the share `holdout` of the products, the same in every
     run, is held out. Raises `UserError` where there are no shards.
     """
+    folder = local_folder(data)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: --data takes a folder of .tar shards, or one with train and eval inside.")
     if (folder / "train").is_dir() and (folder / "eval").is_dir():
@@ -39,8 +41,9 @@ def open_splits(folder: Path, holdout: float = 0.05) -> tuple[Split, Split]:
     return Split(index, np.flatnonzero(~out)), Split(index, np.flatnonzero(out))
 
 
-def open_evaluation(folder: Path, holdout: float = 0.05) -> Split:
+def open_evaluation(data: str | Path, holdout: float = 0.05) -> Split:
     """The evaluation samples alone; a folder of shards without `train` and `eval` inside is one evaluation set, whole, if `holdout` is 1."""
+    folder = local_folder(data)
     if (folder / "eval").is_dir():
         return _whole(ShardIndex.open(folder / "eval"))
     return open_splits(folder, holdout)[1]

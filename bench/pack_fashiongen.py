@@ -1,4 +1,4 @@
-"""`pack fashiongen` against JPEG encoding alone: rows/s, the share of the encoding rate, and peak memory.
+"""`pack fashiongen` against JPEG encoding alone: rows/s, the share of the encoding rate (by the clock and by the processor's time), and peak memory.
 
     python bench/pack_fashiongen.py [--rows 20000] [--workers N] [--file FILE.h5] [--compression gzip]
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.harness import machine, results_folder  # noqa: E402
 from syncmask_fast.sources.rows import Encoding  # noqa: E402
 
 SIZE, POOL = 256, 64
@@ -61,26 +61,35 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
         file["index_2"] = np.arange(rows)
 
 
-def encode_many(seconds: float) -> int:
-    """Encodes pictures from memory for a while; returns how many."""
-    pool, encoding, done, end = pictures(POOL), Encoding(), 0, time.perf_counter() + seconds
+def encode_many(seconds: float) -> tuple[int, float]:
+    """Encodes pictures from memory for a while; returns how many, and the processor's time."""
+    pool, encoding, done = pictures(POOL), Encoding(), 0
+    begin, end = time.process_time(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         encoding.stored(pool[done % POOL])
         done += 1
-    return done
+    return done, time.process_time() - begin
 
 
-def encoding_rate(workers: int, seconds: float = 10.0) -> float:
-    """Pictures a second on `workers` processes."""
+def encoding_rate(workers: int, seconds: float = 10.0) -> tuple[float, float]:
+    """Pictures a second on `workers` processes, and the processor's time for one in microseconds."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(encode_many, [0.1] * workers, chunksize=1)  # started, imported, warm
-        return sum(pool.map(encode_many, [seconds] * workers, chunksize=1)) / seconds
+        counts, cpu = zip(*pool.map(encode_many, [seconds] * workers, chunksize=1), strict=True)
+    return sum(counts) / seconds, 1e6 * sum(cpu) / sum(counts)
 
 
-def pack(source: Path, out: Path, workers: int) -> tuple[float, float]:
-    """Seconds, and the largest memory in MB that the command and its workers had together (private pages, looked at five times a second)."""
+def processor_time() -> float:
+    """Of all processes that this one waited for, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def pack(source: Path, out: Path, workers: int) -> tuple[float, float, float]:
+    """Seconds, the processor's seconds (start of the processes included), and the most memory in MB that the command and its workers had together
+    (private pages, looked at five times a second)."""
     command = [sys.executable, "-m", "syncmask_fast.pack", "fashiongen", str(source), str(out), "--workers", str(workers)]
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), processor_time()
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     peak, ended = 0.0, threading.Event()
 
@@ -96,7 +105,7 @@ def pack(source: Path, out: Path, workers: int) -> tuple[float, float]:
     ended.set()
     thread.join()
     assert code == 0, f"pack ended with {code}"
-    return seconds, peak
+    return seconds, processor_time() - before, peak
 
 
 def processes_of(parent: int) -> list[int]:
@@ -128,14 +137,18 @@ def main() -> None:
             write_file(source, options.rows, options.compression)
         with h5py.File(source) as file:
             rows = len(file["input_image"])
-        alone = encoding_rate(options.workers)  # before and after, the better of both: other work can only slow it down
-        seconds, peak = pack(source, Path(folder, "shards"), options.workers)
-        alone = max(alone, encoding_rate(options.workers))
-    import torch
+        first = encoding_rate(options.workers)  # before and after, the better of both: other work can only slow it down
+        seconds, cpu, peak = pack(source, Path(folder, "shards"), options.workers)
+        second = encoding_rate(options.workers)
+    alone, alone_us = max(first[0], second[0]), min(first[1], second[1])
+    import torch  # here, so that the processes that encode do not import it
+
+    from bench.harness import machine, results_folder
 
     row = {
         "rows": rows, "workers": options.workers, "compression": options.compression or "none", "seconds": round(seconds, 2),
         "rows_per_s": round(rows / seconds, 1), "jpeg_alone_per_s": round(alone, 1), "share": round(rows / seconds / alone, 3),
+        "cpu_us_per_row": round(1e6 * cpu / rows), "jpeg_alone_cpu_us": round(alone_us), "cpu_share": round(alone_us / (1e6 * cpu / rows), 3),
         "peak_private_mb": round(peak, 1),
         **machine(torch.device("cpu")),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from syncmask_fast.data import shard_index
+from syncmask_fast.data import shard_index, shards
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.tar import tar_members
 from syncmask_fast.errors import UserError
@@ -132,6 +132,14 @@ def test_writer_refuses_misuse(tmp_path):
     assert len(ShardIndex.open(tmp_path)) == 1
     with pytest.raises(UserError, match="already exists"):
         ShardWriter(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "x" * 100, "x" * 101, "ü" * 50, "ü" * 51, "folder/b.json"])
+@pytest.mark.parametrize("size", [0, 1, 511, 8**11 - 1, 8**11])
+def test_written_headers_are_tarfiles_own(name, size):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert shards._header(name, size) == member.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

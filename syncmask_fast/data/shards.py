@@ -18,7 +18,6 @@ import json
 import os
 import tarfile
 import threading
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +45,6 @@ class ShardFile:
         self.count = 0
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._file = open(self._partial, "wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
 
     def write(self, key: str, image: bytes, record: dict[str, Any]) -> None:
         """Adds one sample; see `ShardWriter.write`. Keys that repeat are the caller's to avoid."""
@@ -55,9 +53,7 @@ class ShardFile:
         extension = image_format(image)
         if extension is None:
             raise ValueError(f"the image of key {key!r} is neither JPEG, PNG nor WebP")
-        text = json.dumps(
-            record, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number
-        )
+        text = _JSON.encode(record)
         self._add(f"{key}.{extension}", image)
         self._add(f"{key}.json", text.encode())
         self.count += 1
@@ -68,7 +64,8 @@ class ShardFile:
             self.abandon()
             return
         try:
-            self._tar.close()
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))  # the mark at the end of an archive
+            self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -92,10 +89,9 @@ class ShardFile:
             self.abandon()
 
     def _add(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._tar.addfile(member, BytesIO(data))
-        self._tar.members.clear()  # tarfile keeps an object per member, which nobody reads here
+        self._file.write(_header(name, len(data)))
+        self._file.write(data)
+        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
 
 class ShardWriter:
@@ -265,7 +261,28 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+def _header(name: str, size: int) -> bytes:
+    """What `tarfile` writes before a member, for a short name by filling in a form, which takes a tenth of its time."""
+    short = name.encode()
+    if len(short) > 100 or size >= 8**11:
+        member = tarfile.TarInfo(name)
+        member.size = size
+        return member.tobuf(tarfile.GNU_FORMAT)
+    header = bytearray(_FORM)
+    header[: len(short)] = short
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8  # the checksum counts itself as blanks
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
+
+
+_FORM = tarfile.TarInfo("").tobuf(tarfile.GNU_FORMAT)
+
+
 def _plain_number(value: object) -> int | float | list:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be stored in JSON")
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain_number)

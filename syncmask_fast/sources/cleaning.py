@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 
@@ -23,6 +24,7 @@ def clean(text: str) -> str:
     return _SPACE.sub(" ", _CONTROL.sub(" ", html.unescape(text))).strip()
 
 
+@functools.lru_cache(maxsize=4096)  # photos of a product share their texts, and few brands and seasons are many rows
 def decode_field(raw: bytes, width: int, encoding: str = "iso-8859-1") -> str:
     """A fixed-width field of bytes as clean text.
 

@@ -1,12 +1,17 @@
 // The CPU kernel of syncmask::group_semi_hard: the walk that kernels/group_semi_hard.py defines, where its
 // schema is too.
 //
-// Each step scans every unvisited item of its run with a float32 dot product and keeps the best of three
-// levels at once: all unvisited, those with an allowed id, and the near misses among these. Items are kept in
-// ascending order and a later one wins only if it is strictly higher, so that ties go to the lowest index for
-// any number of threads.
+// One blocked product of all images with all texts gives every item two neighbour lists, one for each direction in
+// which the walk may leave it; the product itself is never written. The walk takes the best entry that is unvisited and
+// allowed. Where a list has none left, a scan over all unvisited items decides; when scans have cost as much as new
+// lists would, the unvisited are moved together and get new lists among themselves.
 //
-// Letters: n items of a run, D features.
+// Order of the choice. With `ordered` a monotone map of floats to 32-bit integers, key = ordered(similarity) -
+// ordered(threshold) as an unsigned integer, which wraps, is above all others for near misses (similarity < threshold)
+// and rises with the similarity on either side: the first two levels of the walk in one comparison. A list holds the
+// highest keys of its item, so its best entry is the best of all. Ties go to the lowest index.
+//
+// Letters: n items of a run, D features. A place is the number of an item among those that had lists made last.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,14 +20,22 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
+
+#ifdef SYNCMASK_HAS_X86
+#include <immintrin.h>
+#endif
 
 #ifndef SYNCMASK_BUILD_STAMP
 #define SYNCMASK_BUILD_STAMP "unknown build"
@@ -41,135 +54,329 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 // A thread is woken for about 0.1 ms of work. Less pays on an idle machine only: on a busy one each step
 // waits until the last thread has had its turn.
 constexpr int64_t kMinMultipliesPerThread = 1 << 20;
+// A similarity of a scan costs about as much as so many of a blocked product, which reads its operands from a cache.
+constexpr int64_t kScanCost = 6;
+constexpr int64_t kBlockPanels = 16;  // two sides of a block and their lists fit a cache of 2 MB at D = 256
+constexpr int64_t kMinNeighbours = 24, kMaxNeighbours = 128;
 
-enum Level { kUnvisited, kAllowed, kNearMiss, kLevels };
+// NaN counts as the lowest, and -0 is 0.
+int32_t ordered(float x) {
+  x = x == x ? x + 0.0f : kLowest;
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
 
-struct Best {
-  float score = kLowest;
-  int32_t item = -1;
+// Of ordered numbers; see the top.
+uint32_t key_of(int32_t similarity, int32_t threshold) {
+  return static_cast<uint32_t>(similarity) - static_cast<uint32_t>(threshold);
+}
 
-  void offer(float other_score, int32_t other_item) {
-    if (item < 0 || other_score > score) {
-      score = other_score;
-      item = other_item;
-    }
+// Higher is better: the key, then the lower place. Never 0.
+uint64_t entry_of(uint32_t key, int64_t place) { return static_cast<uint64_t>(key) << 32 | (0xffffffffu - place); }
+int64_t place_of(uint64_t entry) { return 0xffffffffu - static_cast<uint32_t>(entry); }
+
+// Uninitialised memory that starts at a cache line.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) / 64 + 1) * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
   }
+  T* data() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
 };
 
-struct Candidates {
-  Best of_level[kLevels];
+// The neighbours of items in one direction: of all items, those with the highest keys, in no order. What has a key above
+// the bound is still to be added.
+struct Lists {
+  uint64_t* entries;  // [places, capacity]
+  int32_t* count;     // [places]
+  uint32_t* bound;    // [places]
+  int64_t capacity;
 };
 
-// What one step compares all unvisited items with.
+// Items that had lists made last. Arrays go on to whole panels: features 0, bound at its highest, unvisited 0.
+struct Remaining {
+  int64_t count, width;
+  const float* images;       // [panels, D, panel]
+  const float* texts;        // [panels, D, panel]
+  const int32_t* product;    // [places], numbered from 0
+  const int32_t* threshold;  // [places], ordered
+  const int32_t* unvisited;  // [places], -1 or 0
+  Lists of_image, of_text;
+};
+
+// What one step compares items with.
 struct Query {
-  const float* feature;    // [D]
-  const float* targets;    // [n, D]
-  int64_t width;           // D
-  const int32_t* product;  // [n], numbered from 0
-  const int64_t* batch_of; // [products]: the last batch that holds the product
-  int32_t current_product;
+  const float* feature;     // [D]
+  const float* targets;     // panels of the other modality
+  const int64_t* batch_of;  // [products]: the last batch that holds the product
+  int32_t product;
   int64_t batch;
-  float threshold;
+  int32_t threshold;
+  bool any_product;
+
+  bool allows(int32_t other) const { return any_product || (other != product && batch_of[other] != batch); }
 };
 
-// One build for every x86-64 processor: the scan in two instruction sets, picked at run time.
+// One build for every x86-64 processor: three instruction sets, picked at run time.
 #ifdef SYNCMASK_HAS_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+namespace avx512 {
+#define SYNCMASK_LANES 16
+#define SYNCMASK_ROWS 8
+#include "group_semi_hard_part.h"
+}  // namespace avx512
+#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-#include "scan.h"
-}
+#define SYNCMASK_LANES 8
+#define SYNCMASK_ROWS 4
+#include "group_semi_hard_part.h"
+}  // namespace avx2
 #pragma GCC pop_options
 #endif
 namespace plain {
-#include "scan.h"
-}
+#define SYNCMASK_LANES 4
+#define SYNCMASK_ROWS 4
+#include "group_semi_hard_part.h"
+}  // namespace plain
 
-struct Scanner {
+struct Kernels {
+  int64_t panel = plain::kPanel;
+  decltype(&plain::find_thresholds) find_thresholds = plain::find_thresholds;
+  decltype(&plain::sample_bounds) sample_bounds = plain::sample_bounds;
+  decltype(&plain::fill_block) fill_block = plain::fill_block;
   decltype(&plain::scan) scan = plain::scan;
-  decltype(&plain::own_similarity) own_similarity = plain::own_similarity;
 };
 
-Scanner widest_scanner() {
+Kernels widest_kernels() {
 #ifdef SYNCMASK_HAS_X86
-  if (syncmask::widest_isa() != syncmask::Isa::kPlain) return {avx2::scan, avx2::own_similarity};
+  switch (syncmask::widest_isa()) {
+    case syncmask::Isa::kAvx512:
+      return {avx512::kPanel, avx512::find_thresholds, avx512::sample_bounds, avx512::fill_block, avx512::scan};
+    case syncmask::Isa::kAvx2:
+      return {avx2::kPanel, avx2::find_thresholds, avx2::sample_bounds, avx2::fill_block, avx2::scan};
+    case syncmask::Isa::kPlain:
+      break;
+  }
 #endif
   return {};
 }
 
-const Scanner scanner = widest_scanner();
+const Kernels kernels = widest_kernels();
 
-int32_t next_item(const Query& query, const std::vector<int32_t>& unvisited, std::vector<Candidates>& parts) {
-  const int64_t count = unvisited.size();
-  const int64_t work = count * std::max<int64_t>(query.width, 1);
-  const int64_t threads = std::clamp<int64_t>(work / kMinMultipliesPerThread, 1, parts.size());
-  const int64_t share = (count + threads - 1) / threads;
-  const auto scan_parts = [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t first = std::min(count, part * share);
-      parts[part] = Candidates();
-      scanner.scan(query, unvisited.data() + first, std::min(count - first, share), parts[part]);
+// Walks over runs of up to `size` items, in memory that is taken once.
+class Walk {
+ public:
+  Walk(int64_t size, int64_t width, int64_t batch_size, float margin, int64_t neighbours)
+      : width_(width),
+        batch_size_(batch_size),
+        margin_(margin),
+        capacity_(neighbours > 0 ? neighbours : std::clamp(size / 128, kMinNeighbours, kMaxNeighbours)),
+        places_((size + kernels.panel - 1) / kernels.panel * kernels.panel),
+        image_panels_(places_ * width),
+        text_panels_(places_ * width),
+        entries_(2 * places_ * capacity_),
+        counts_(2 * places_),
+        bounds_(2 * places_),
+        product_(places_),
+        threshold_(places_),
+        unvisited_(places_) {}
+
+  void run(const float* images, const float* texts, const int64_t* ids, int64_t n, int64_t start, int64_t offset,
+           int64_t* order) {
+    images_ = images;
+    texts_ = texts;
+    number_products(ids, n);
+    item_.resize(n);
+    place_.resize(n);
+    std::iota(item_.begin(), item_.end(), 0);
+    gather();
+    for_panels([&](int64_t panel) { kernels.find_thresholds(remaining(), panel, margin_, threshold_.data()); });
+    make_lists();
+
+    int64_t current = start;
+    for (int64_t position = 0; position < n; ++position) {
+      const int64_t batch = position / batch_size_;
+      if (position > 0) current = next_item(current, position, n - position);
+      order[position] = offset + current;
+      batch_of_[product_of_item_[current]] = batch;
+      unvisited_[place_[current]] = 0;
     }
-  };
-  if (threads == 1) {
-    scan_parts(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, scan_parts);
   }
-  for (int level = kNearMiss; level >= kUnvisited; --level) {
-    Best best;
-    for (int64_t part = 0; part < threads; ++part) {
-      const Best& other = parts[part].of_level[level];
-      if (other.item >= 0) best.offer(other.score, other.item);
+
+ private:
+  // Products numbered from 0 in order of appearance.
+  void number_products(const int64_t* ids, int64_t n) {
+    std::unordered_map<int64_t, int32_t> number;
+    product_of_item_.resize(n);
+    for (int64_t i = 0; i < n; ++i) product_of_item_[i] = number.emplace(ids[i], number.size()).first->second;
+    batch_of_.assign(number.size(), -1);
+  }
+
+  Remaining remaining() const {
+    const Lists of_image{entries_.data(), counts_.data(), bounds_.data(), capacity_};
+    const Lists of_text{entries_.data() + places_ * capacity_, counts_.data() + places_, bounds_.data() + places_,
+                        capacity_};
+    return {count(),         width_,            image_panels_.data(), text_panels_.data(),
+            product_.data(), threshold_.data(), unvisited_.data(),    of_image,
+            of_text};
+  }
+
+  int64_t count() const { return item_.size(); }
+  int64_t panels() const { return (count() + kernels.panel - 1) / kernels.panel; }
+
+  template <typename Function>
+  void for_panels(const Function& function) const {
+    torch::stable::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) function(panel);
+    });
+  }
+
+  // Features of the items item_, in ascending order, and what goes with their places but thresholds and lists.
+  void gather() {
+    const int64_t size = kernels.panel;
+    for_panels([&](int64_t panel) {
+      for (int64_t l = 0; l < size; ++l) {
+        const int64_t place = panel * size + l;
+        const bool is_item = place < count();
+        unvisited_[place] = is_item ? -1 : 0;
+        product_[place] = is_item ? product_of_item_[item_[place]] : -1;
+        if (is_item) place_[item_[place]] = place;
+        const std::pair<const float*, float*> sides[] = {{images_, image_panels_.data()}, {texts_, text_panels_.data()}};
+        for (const auto& [features, panels] : sides) {
+          float* to = panels + panel * size * width_ + l;
+          const float* from = features + (is_item ? item_[place] * width_ : 0);
+          for (int64_t d = 0; d < width_; ++d) to[d * size] = is_item ? from[d] : 0.0f;
+        }
+      }
+    });
+  }
+
+  // In waves of blocks that share no item, each after the blocks above it and left of it: so that a list is offered its
+  // items in ascending order, whatever the number of threads.
+  void make_lists() {
+    const Remaining items = remaining();
+    for (const Lists& lists : {items.of_image, items.of_text}) {
+      std::fill_n(lists.count, panels() * kernels.panel, 0);
+      std::fill_n(lists.bound, count(), 0);
+      std::fill_n(lists.bound + count(), panels() * kernels.panel - count(), 0xffffffffu);
     }
-    if (best.item >= 0) return best.item;
-  }
-  return unvisited.front();  // not reached: the first level takes every item
-}
-
-// Products numbered from 0 in order of appearance.
-std::vector<int32_t> number_products(const int64_t* ids, int64_t n, int32_t& products) {
-  std::unordered_map<int64_t, int32_t> number;
-  std::vector<int32_t> product(n);
-  for (int64_t i = 0; i < n; ++i) product[i] = number.emplace(ids[i], number.size()).first->second;
-  products = number.size();
-  return product;
-}
-
-void walk(const float* images, const float* texts, const int64_t* ids, int64_t n, int64_t width,
-          int64_t batch_size, float margin, int64_t start, int64_t offset, int64_t* order) {
-  int32_t products = 0;
-  const std::vector<int32_t> product = number_products(ids, n, products);
-  std::vector<int64_t> batch_of(products, -1);
-  std::vector<int32_t> unvisited(n);
-  std::iota(unvisited.begin(), unvisited.end(), 0);
-  std::vector<Candidates> parts(std::max<int64_t>(1, torch::stable::get_num_threads()));
-
-  int32_t current = start;
-  for (int64_t position = 0; position < n; ++position) {
-    const int64_t batch = position / batch_size;
-    if (position > 0) {
-      const bool from_image = position % 2 == 1;
-      Query query;
-      query.feature = (from_image ? images : texts) + current * width;
-      query.targets = from_image ? texts : images;
-      query.width = width;
-      query.product = product.data();
-      query.batch_of = batch_of.data();
-      query.current_product = product[current];
-      query.batch = batch;
-      const float own = scanner.own_similarity(images + current * width, texts + current * width, width);
-      query.threshold = own - margin;
-      current = next_item(query, unvisited, parts);
+    // About two in a panel lie above such a bound. Panels half the items apart, since neighbours may be alike.
+    if (count() > kernels.panel * capacity_) {
+      for_panels([&](int64_t panel) { kernels.sample_bounds(items, panel, (panel + panels() / 2) % panels()); });
     }
-    order[position] = offset + current;
-    batch_of[product[current]] = batch;
-    unvisited.erase(std::lower_bound(unvisited.begin(), unvisited.end(), current));
+    const int64_t size = std::clamp<int64_t>(panels() / 16, 1, kBlockPanels);
+    const int64_t blocks = (panels() + size - 1) / size;
+    for (int64_t wave = 0; wave < 2 * blocks - 1; ++wave) {
+      const int64_t first = std::max<int64_t>(0, wave - blocks + 1), last = std::min(wave, blocks - 1);
+      torch::stable::parallel_for(first, last + 1, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t column = wave - row;
+          kernels.fill_block(items, row * size, std::min(panels(), (row + 1) * size), column * size,
+                             std::min(panels(), (column + 1) * size));
+        }
+      });
+    }
+    scanned_ = 0;
   }
-}
+
+  // Moves the unvisited items together, and makes lists among them.
+  void make_lists_anew() {
+    int64_t kept = 0;
+    for (int64_t place = 0; place < count(); ++place) {
+      if (unvisited_[place] == 0) continue;
+      item_[kept] = item_[place];
+      threshold_[kept++] = threshold_[place];
+    }
+    item_.resize(kept);
+    gather();
+    make_lists();
+  }
+
+  int64_t next_item(int64_t current, int64_t position, int64_t left) {
+    const bool from_image = position % 2 == 1;
+    const Remaining items = remaining();
+    Query query;
+    query.feature = (from_image ? images_ : texts_) + current * width_;
+    query.targets = from_image ? items.texts : items.images;
+    query.batch_of = batch_of_.data();
+    query.product = product_of_item_[current];
+    query.batch = position / batch_size_;
+    query.threshold = threshold_[place_[current]];
+    query.any_product = false;
+    uint64_t best = best_in_list(query, from_image ? items.of_image : items.of_text, place_[current]);
+    if (best != 0) return item_[place_of(best)];
+    best = best_of_all(query);
+    if (best == 0) {  // nothing is allowed: the highest
+      query.any_product = true;
+      query.threshold = std::numeric_limits<int32_t>::min();
+      best = best_of_all(query);
+    }
+    const int64_t next = item_[place_of(best)];
+    if (scanned_ * kScanCost > left * left) make_lists_anew();
+    return next;
+  }
+
+  uint64_t best_in_list(const Query& query, const Lists& lists, int64_t place) const {
+    const uint64_t* list = lists.entries + place * lists.capacity;
+    uint64_t best = 0;
+    for (int64_t i = 0; i < lists.count[place]; ++i) {
+      const int64_t other = place_of(list[i]);
+      if (list[i] > best && unvisited_[other] && query.allows(product_[other])) best = list[i];
+    }
+    return best;
+  }
+
+  uint64_t best_of_all(const Query& query) {
+    scanned_ += count();
+    const int64_t work = count() * std::max<int64_t>(width_, 1);
+    const int64_t threads = std::clamp<int64_t>(work / kMinMultipliesPerThread, 1,
+                                                std::max<int64_t>(1, torch::stable::get_num_threads()));
+    const int64_t share = (panels() + threads - 1) / threads;
+    std::vector<uint64_t> best(threads);
+    const auto scan_shares = [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        best[part] = kernels.scan(query, remaining(), part * share, std::min(panels(), (part + 1) * share));
+      }
+    };
+    if (threads == 1) {
+      scan_shares(0, 1);
+    } else {
+      torch::stable::parallel_for(0, threads, 1, scan_shares);
+    }
+    return *std::max_element(best.begin(), best.end());
+  }
+
+  const float* images_ = nullptr;
+  const float* texts_ = nullptr;
+  int64_t width_, batch_size_;
+  float margin_;
+  int64_t capacity_, places_;
+  std::vector<int32_t> product_of_item_;
+  std::vector<int64_t> batch_of_;
+  std::vector<int32_t> item_;   // of a place
+  std::vector<int32_t> place_;  // of an item
+  Buffer<float> image_panels_, text_panels_;
+  Buffer<uint64_t> entries_;
+  Buffer<int32_t> counts_;
+  Buffer<uint32_t> bounds_;
+  Buffer<int32_t> product_, threshold_, unvisited_;
+  int64_t scanned_ = 0;  // similarities of scans since lists were made
+};
 
 Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_t batch_size, double margin,
-                       int64_t start, std::optional<int64_t> search_space) {
+                       int64_t start, std::optional<int64_t> search_space, int64_t neighbours) {
   for (const Tensor& feats : {image_feats, text_feats}) {
     STD_TORCH_CHECK(feats.dim() == 2 && feats.scalar_type() == ScalarType::Float && feats.is_contiguous(),
                     "group_semi_hard: features must be contiguous float32 [N, D]");
@@ -183,6 +390,7 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
   const int64_t run = std::max<int64_t>(1, std::min(n, search_space.value_or(n)));
   STD_TORCH_CHECK(run <= std::numeric_limits<int32_t>::max(),
                   "group_semi_hard: more than 2^31 items in one walk");
+  STD_TORCH_CHECK(neighbours >= 0 && neighbours != 1 && neighbours <= kMaxNeighbours, "group_semi_hard: neighbours out of range");
   STD_TORCH_CHECK(batch_size >= 1 && start >= 0 && start < run && search_space.value_or(1) >= 1,
                   "group_semi_hard: batch_size, start or search_space out of range");
 
@@ -191,9 +399,11 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
   const float* texts = text_feats.const_data_ptr<float>();
   const int64_t* products = ids.const_data_ptr<int64_t>();
   int64_t* out = order.mutable_data_ptr<int64_t>();
+  if (n == 0) return order;
+  Walk walk(run, width, batch_size, static_cast<float>(margin), neighbours);
   for (int64_t begin = 0; begin < n; begin += run) {
-    walk(images + begin * width, texts + begin * width, products + begin, std::min(run, n - begin), width,
-         batch_size, static_cast<float>(margin), begin == 0 ? start : 0, begin, out + begin);
+    walk.run(images + begin * width, texts + begin * width, products + begin, std::min(run, n - begin),
+             begin == 0 ? start : 0, begin, out + begin);
   }
   return order;
 }

@@ -78,6 +78,7 @@ def _walk(
                 in_batch.zero_()
             source, target = (image_feats, text_feats) if position % 2 else (text_feats, image_feats)
             similarity = target @ source[current][0]
+            similarity.masked_fill_(similarity.isnan(), -math.inf)
             allowed = unvisited & ~in_batch[codes] & (codes != codes[current])
             near_miss = allowed & (similarity < similarity[current] - margin)
             current = _first_highest(similarity, torch.stack((unvisited, allowed, near_miss)))
@@ -88,10 +89,10 @@ def _walk(
 
 
 def _first_highest(similarity: Tensor, levels: Tensor) -> Tensor:
-    """Index [1] of the highest similarity [n] in the last row of levels bool [3, n] that marks any."""
+    """Index [1] of the highest similarity [n] (no NaN) in the last row of levels bool [3, n] that marks any."""
     level = levels.sum(0)  # each level is part of the one before it
     best_level = level == level.max()
-    similarity = similarity.masked_fill(similarity.isnan() | ~best_level, -math.inf)
+    similarity = similarity.masked_fill(~best_level, -math.inf)
     return (best_level & (similarity == similarity.max())).int().argmax(0, keepdim=True)
 
 
@@ -104,6 +105,7 @@ def _group_semi_hard_reference(
     margin: float,
     start: int,
     search_space: int | None,
+    neighbours: int = 0,
 ) -> Tensor:
     return group_semi_hard_reference(
         image_feats,
@@ -125,6 +127,7 @@ def _group_semi_hard(
     margin: float,
     start: int,
     search_space: int | None,
+    neighbours: int = 0,
 ) -> Tensor:
     # csrc/group_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
     if image_feats.device.type == "cpu":
@@ -134,7 +137,7 @@ def _group_semi_hard(
 
 @_group_semi_hard_reference.register_fake
 @_group_semi_hard.register_fake
-def _(image_feats, text_feats, ids, batch_size, margin, start, search_space):
+def _(image_feats, text_feats, ids, batch_size, margin, start, search_space, neighbours=0):
     return ids.new_empty(ids.shape)
 
 

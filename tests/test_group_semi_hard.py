@@ -76,6 +76,19 @@ def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
     assert ops.group_semi_hard(*args, **options, backend=backend).tolist() == oracle(*args, **options)
 
 
+# 2 neighbours: most lists run dry; 5: some do; 128: none does. n: up to a panel of 48 items, and above 48 * 2 items, where bounds are
+# sampled first. Few products: most of a list is not allowed.
+@pytest.mark.skipif(not _native.loaded(), reason=_native.status())
+@pytest.mark.parametrize("n", [1, 2, 47, 48, 49, 95, 300])
+@pytest.mark.parametrize("neighbours", [0, 2, 5, 128])
+def test_dry_lists(n, neighbours, generator):
+    for products, margin, search_space in ((n, 0.0, None), (n // 4 + 1, 0.3, None), (3, -math.inf, 130), (1, math.inf, None)):
+        options = dict(batch_size=8, margin=margin, search_space=search_space)
+        for images, texts, ids in (draw(n, 16, generator, products), draw_integers(n, 4, generator, products)):
+            expected = ops.group_semi_hard_reference(images.double(), texts.double(), ids, **options)
+            assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbours).equal(expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_and_strides(backend, generator):
     args = draw_integers(40, 6, generator)
@@ -148,7 +161,7 @@ def test_empty(backend):
 
 @st.composite
 def walks(sample):
-    n = sample(st.integers(1, 24))
+    n = sample(st.integers(1, 60))
     seed = sample(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     exact = sample(st.booleans())
@@ -162,17 +175,18 @@ def walks(sample):
         start=sample(st.integers(0, min(n, search_space or n) - 1)),
         search_space=search_space,
     )
-    return args, options
+    return args, options, sample(st.integers(2, 9))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(walks())
 def test_properties(walk):
-    (images, texts, ids), options = walk
+    (images, texts, ids), options, neighbours = walk
     n, run = len(ids), options["search_space"] or len(ids)
     orders = [ops.group_semi_hard(images, texts, ids, **options, backend="reference")]
     if _native.loaded():
         orders.append(ops.group_semi_hard(images, texts, ids, **options, backend="cpp"))
+        orders.append(torch.ops.syncmask.group_semi_hard(images, texts, ids, *options.values(), neighbours))
     for order in orders:
         assert sorted(order.tolist()) == list(range(n))
         assert order[0] == options["start"]

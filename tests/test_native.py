@@ -32,10 +32,13 @@ for b, h, t, p, d in [(0, 1, 2, 3, 4), (1, 1, 1, 1, 1), (3, 2, 7, 9, 5), (1, 2, 
             rules = dict(token_score=token_rule, patch_score=patch_rule, backend="cpp")
             ops.sync_mask(q, k, words, v=v, token_ratio=1, **rules)
             ops.sync_mask(q.mT.contiguous().mT, k[:1].expand_as(k), words, v=v[:1].expand_as(v), patch_ratio=1, **rules)
-for n, d in [(0, 3), (1, 1), (37, 17), (90, 100)]:
-    images, texts, ids = torch.randn(n, d), torch.randn(n, d), torch.arange(n) // 3
+for n, d in [(0, 3), (1, 1), (37, 17), (90, 100), (230, 9)]:
+    images, texts, ids = torch.randn(n, d).round(), torch.randn(n, d).round(), torch.arange(n) // 3
     for search_space in (None, 13):
-        ops.group_semi_hard(images, texts, ids, batch_size=5, search_space=search_space, backend="cpp")
+        expected = ops.group_semi_hard(images, texts, ids, batch_size=5, search_space=search_space, backend="reference")
+        for neighbours in (0, 2, 128):
+            found = torch.ops.syncmask.group_semi_hard(images, texts, ids, 5, 0.0, 0, search_space, neighbours)
+            assert found.equal(expected)
 for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5, 700, 1000, 70), (90, 3000, 33, 20)]:
     ids, other_ids, positive = torch.arange(n) // 2, torch.arange(m) // 2, torch.rand(n)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

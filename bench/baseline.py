@@ -65,6 +65,8 @@ class Padded(Layout):
     lengths: int32 [N], tokens of each; longest: rows of a slot.
     """
 
+    gaps = True
+
     def __init__(self, lengths: Tensor, longest: int) -> None:
         slots = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * longest
         super().__init__(slots, longest, len(lengths) * longest)

@@ -157,7 +157,7 @@ def _presence_loss(
     collages = round(config.loss.cuts * b)
     if not collages:
         return loss
-    inside = random_rectangles(collages, model.image.grid, generator).to(images.device)
+    inside = random_rectangles(collages, model.image.grid, generator).to(images.device, non_blocking=True)
 
     def second(x: Tensor) -> Tensor:
         return x.roll(-shifts[0], 0)[:collages]
@@ -194,8 +194,8 @@ def _fusion_losses(
     sequences, looks_at = [each, negative_text, each], [each, each, negative_image]
     if masked_at is not None:  # the masked copies, which lie behind the full texts
         sequences, looks_at = [*sequences, each + b], [*looks_at, each]
-    # On CUDA the length of the drawn texts stays unknown to the host, so the longest possible is reserved.
-    capacity = (len(sequences) - 1) * layout.total + b * layout.longest if takes_packed(device) else None
+    # On CUDA the length of the drawn texts stays unknown to the host, so the longest possible is reserved, in few different sizes.
+    capacity = round_up((len(sequences) - 1) * layout.total + b * layout.longest, 128) if takes_packed(device) else None
     pack = pack_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity)
     fused = model.fusion(texts[pack.rows], pack, images)
 
@@ -207,6 +207,10 @@ def _fusion_losses(
         rows = pack.first[3 * b :][layout.sequence[masked_at]] + layout.position[masked_at]
         mlm = losses.word_loss(model.word_head(fused[rows], model.text.words.weight), batch.token_ids[masked_at])
     return itm, mlm
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _mim_target(config: TrainConfig, batch: Batch, teacher_images: Tensor, chosen: Tensor) -> Tensor:

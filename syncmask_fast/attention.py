@@ -41,6 +41,13 @@ class Layout:
         starts = torch.cat([self.starts, other.starts[1:] + self.total])
         return Layout(starts, max(self.longest, other.longest), self.total + other.total)
 
+    def filled(self, multiple: int) -> Layout:
+        """This layout with rows behind it that nobody reads, one more sequence, so that the total is a multiple of `multiple`."""
+        rest = -self.total % multiple
+        if rest == 0:
+            return self
+        return Layout(torch.cat([self.starts, self.starts[-1:] + rest]), max(self.longest, rest), self.total + rest)
+
     @cached_property
     def lengths(self) -> Tensor:
         """int32 [N]."""

@@ -215,35 +215,37 @@ class FusionPack(NamedTuple):
     """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
 
 
-def pack_by_image(source: Layout, sequences: Tensor, images: Tensor, n_images: int, capacity: int | None = None) -> FusionPack:
+def pack_by_image(
+    source: Layout, sequences: Tensor, images: Tensor, n_images: int, capacity: int | None = None, multiple: int = 1
+) -> FusionPack:
     """Orders sequences by image, so that self-attention and cross-attention are block-diagonal over one and the same order.
 
     source:    layout of the packed text features that the sequences are taken from.
     sequences: int64 [N], which sequence of the source each is (any number of times).
     images:    int64 [N], the image that each looks at.
     capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by more sequences
-               of repeated rows, none longer than the longest, that look at the last image and that nobody reads. None: exactly the total.
+               of repeated rows, none longer than the longest, that look at the last image and that nobody reads. None: the total, which is read back.
+    multiple:  the total is filled up to a multiple of it in the same way.
     """
     order = torch.argsort(images, stable=True)
     lengths = source.lengths[sequences[order]]
     begin = source.starts[sequences[order]]
     per_image = torch.zeros(n_images, dtype=torch.int32, device=images.device).index_add_(0, images, source.lengths[sequences])
-    if capacity is not None:
-        rest = capacity - lengths.sum(dtype=torch.int32)
-        begins = torch.arange(0, capacity, max(source.longest, 1), device=images.device, dtype=torch.int32)
-        fillers = (rest - begins).clamp(0, source.longest)
-        lengths, begin = torch.cat([lengths, fillers]), torch.cat([begin, torch.zeros_like(fillers)])
-        per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
+    read_back = capacity is None
+    used = int(lengths.sum()) if read_back else lengths.sum(dtype=torch.int32)
+    capacity = used if read_back else capacity
+    capacity += -capacity % multiple
+    rest = capacity - used
+    begins = torch.arange(0, rest if read_back else capacity, max(source.longest, 1), device=images.device, dtype=torch.int32)
+    fillers = (rest - begins).clamp(0, source.longest)
+    lengths, begin = torch.cat([lengths, fillers]), torch.cat([begin, torch.zeros_like(fillers)])
+    per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
     zero = lengths.new_zeros(1)
     starts, image_starts = (torch.cat([zero, x.cumsum(0, dtype=torch.int32)]) for x in (lengths, per_image))
-    if capacity is None:
-        total, largest = int(starts[-1]), int(per_image.max())
-    else:
-        total = largest = capacity
-    texts = Layout(starts, source.longest, total)
+    texts = Layout(starts, source.longest, capacity)
     rows = begin[texts.sequence] + texts.position
     first = torch.empty_like(order).index_copy_(0, order, starts[: len(order)].long())
-    return FusionPack(rows, texts, Layout(image_starts, largest, total), first)
+    return FusionPack(rows, texts, Layout(image_starts, int(per_image.max()) if read_back else capacity, capacity), first)
 
 
 def pack_pairs(layout: Layout) -> FusionPack:

@@ -8,7 +8,9 @@ allocator setting.
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
+import gc
 import json
 import math
 import os
@@ -91,16 +93,21 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 
 def extra_mib(function: Callable[[], object], device: torch.device) -> float:
-    """Peak memory of a call beyond what was there; NaN where the kernel does not say (not Linux)."""
+    """Peak memory of a call beyond what was there; NaN where the kernel does not say (not Linux).
+
+    On the CPU what earlier calls freed is given back first; with the tuned allocator much stays, so read memory off the other rows.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    gc.collect()
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
+    except (OSError, AttributeError):
         return math.nan
     before = _status_kib("VmRSS")
     function()
@@ -166,25 +173,71 @@ class Session:
         key = (device, dtype)
         limits = self._limits[key] = self._limits.get(key) or measure_limits(device, dtype)
         gemm_ms, copy_ms = 1e3 * flops / limits["gemm"], 1e3 * size / limits["copy"]
-        low, median, high = statistics.quantiles(calls, n=10)[0], statistics.median(calls), statistics.quantiles(calls, n=10)[-1]
+        self._add(
+            benchmark,
+            device,
+            {"operator": operator, "provider": provider, "device": device.type, "dtype": str(dtype).removeprefix("torch."), **case},
+            calls,
+            {
+                "copies": len(copies),
+                "extra_mib": extra,
+                "gemm_limit_ms": gemm_ms,
+                "copy_limit_ms": copy_ms,
+                "of_limit": max(gemm_ms, copy_ms) / statistics.median(calls),
+                "gemm_tflops": limits["gemm"] / 1e12,
+                "copy_gb_s": limits["copy"] / 1e9,
+            },
+        )
+
+    def measure_whole(
+        self,
+        benchmark,
+        *,
+        operator: str,
+        provider: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        case: dict,
+        function: Callable[[], object],
+        items: int,
+        rounds: int,
+        warm_up: int = 1,
+        facts: Callable[[float], dict] = lambda seconds: {},
+    ) -> None:
+        """Times function(), which keeps what it needs between calls (a training step, an epoch), and adds a row.
+
+        items: pairs or images of a call. cpu_ms in the row is the processor time of all threads of this process. facts: further columns, from the
+        median time of a call in seconds.
+        """
+        for _ in range(warm_up):
+            function()
+        extra = extra_mib(function, device)
+        used: list[float] = []
+
+        def once() -> None:
+            begin = time.process_time()
+            function()
+            synchronize(device)
+            used.append(1e3 * (time.process_time() - begin))
+
+        benchmark.pedantic(once, rounds=rounds, iterations=1)
+        calls = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+        median = statistics.median(calls)
+        what = {"operator": operator, "provider": provider, "device": device.type, "dtype": str(dtype).removeprefix("torch."), **case}
+        more = {"cpu_ms": min(used), "per_s": 1e3 * items / median, "extra_mib": extra, **facts(median / 1e3)}
+        self._add(benchmark, device, what, calls, more)
+
+    def _add(self, benchmark, device: torch.device, what: dict, calls: list[float], more: dict) -> None:
+        """Adds the row of a provider; calls: milliseconds of each."""
+        tenths = statistics.quantiles(calls, n=10) if len(calls) > 1 else calls * 2
         row = {
-            "operator": operator,
-            "provider": provider,
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            **case,
-            "median_ms": median,
+            **what,
+            "median_ms": statistics.median(calls),
             "min_ms": min(calls),
-            "p10_ms": max(min(calls), low),
-            "p90_ms": min(max(calls), high),
-            "rounds": rounds,
-            "copies": len(copies),
-            "extra_mib": extra,
-            "gemm_limit_ms": gemm_ms,
-            "copy_limit_ms": copy_ms,
-            "of_limit": max(gemm_ms, copy_ms) / median,
-            "gemm_tflops": limits["gemm"] / 1e12,
-            "copy_gb_s": limits["copy"] / 1e9,
+            "p10_ms": max(min(calls), tenths[0]),
+            "p90_ms": min(max(calls), tenths[-1]),
+            "rounds": len(calls),
+            **more,
         }
         row = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
         self.rows.append(row | machine(device))
@@ -212,9 +265,9 @@ class Session:
             case = [name for name in row if list(row).index("dtype") < list(row).index(name) < list(row).index("median_ms")]
             same = [r for r in self.rows if r["provider"] == "ours" and all(r[n] == row[n] for n in ("operator", "device", "dtype", *case))]
             ratio = f"{row['median_ms'] / same[0]['median_ms']:5.2f}x ours ({row['min_ms'] / same[0]['min_ms']:.2f}x at best)" if same else ""
+            limits = f"limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy" if "of_limit" in row else f"{row['per_s']:.4g}/s"
             lines.append(
                 f"{row['operator']} {row['device']} {row['allocator']:8s} {' '.join(f'{n} {row[n]}' for n in case):38s} {row['provider']:9s}"
-                f" {row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f}) +{row['extra_mib']:.0f} MiB,"
-                f" limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy  {ratio}"
+                f" {row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f}) +{row['extra_mib']:.0f} MiB, {limits}  {ratio}"
             )
         return lines

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything on a CUDA machine in one call: builds csrc, runs the kernel tests on the GPU (Triton compiled, not
-# interpreted), compute-sanitizer where there is one, and the benchmarks. Goes on after a stage that fails and ends with a summary.
+# Everything on a CUDA machine in one call of at most 8 minutes: builds csrc, runs the kernel tests on the GPU (Triton compiled, not interpreted) and
+# those of the step, compute-sanitizer where there is one, the benchmarks of operator, step and loader, and a profile of the step. Goes on after a
+# stage that fails and ends with a summary.
 #   bench/run_gpu.sh             results go to bench/results, or to $OUT
 #   PYTHON=.venv/bin/python      which Python (torch, triton, pytest, pytest-benchmark, setuptools)
 set -uo pipefail
@@ -23,9 +24,9 @@ stage() { # NAME SECONDS COMMAND...
 
 stage machine 20 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
 stage build 60 "$PYTHON" setup.py build_ext --inplace
-stage tests 150 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py tests/test_mine_semi_hard*.py
+stage tests 120 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py tests/test_mine_semi_hard*.py tests/test_no_host_sync.py
 if command -v compute-sanitizer >/dev/null; then
-    stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+    stage sanitizer 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch
 from syncmask_fast import ops
 for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
@@ -42,7 +43,10 @@ for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
                 ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=count, temperature=temperature)
 torch.cuda.synchronize()'
 fi
-stage bench 185 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
+stage operators 100 "$PYTHON" -m pytest bench/test_sync_mask.py bench/test_mine_semi_hard.py --benchmark-only -q -k cuda
+stage step 100 "$PYTHON" -m pytest bench/test_step.py --benchmark-only -q -k cuda
+stage profile 30 "$PYTHON" bench/profile_step.py base 128
+stage loader 20 "$PYTHON" -m pytest bench/test_loader.py --benchmark-only -q -k cuda
 
 echo "== summary"
 for i in "${!names[@]}"; do

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function, xformers on CUDA, PyTorch's SDPA on the CPU.
+"""Attention over packed sequences: one function; on CUDA the fastest of xformers and PyTorch's `varlen_attn`, on the CPU PyTorch's SDPA.
 
 Tokens of many sequences lie behind each other in one [total, ...] tensor. A `Layout` says where each sequence begins. Sequences of one
 length may stay dense, [N, L, ...], and then need no layout.
@@ -6,8 +6,8 @@ length may stay dense, [N, L, ...], and then need no layout.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache, cached_property
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ class Layout:
     longest: an upper bound on the sequences' lengths, known to the host.
     total:   rows of the packed tensor, starts[N], known to the host.
     """
+
+    gaps = False  # a kind of layout whose sequences do not fill their rows sets this: keys must then be masked
 
     def __init__(self, starts: Tensor, longest: int, total: int) -> None:
         self.starts, self.longest, self.total = starts, longest, total
@@ -38,6 +40,13 @@ class Layout:
         """The layout of this packed tensor with another one behind it."""
         starts = torch.cat([self.starts, other.starts[1:] + self.total])
         return Layout(starts, max(self.longest, other.longest), self.total + other.total)
+
+    def filled(self, multiple: int) -> Layout:
+        """This layout with rows behind it that nobody reads, one more sequence, so that the total is a multiple of `multiple`."""
+        rest = -self.total % multiple
+        if rest == 0:
+            return self
+        return Layout(torch.cat([self.starts, self.starts[-1:] + rest]), max(self.longest, rest), self.total + rest)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -75,16 +84,18 @@ class Layout:
         return padded.flatten(0, 1).index_select(0, self._padded_row)
 
 
+@torch.compiler.disable  # the blocks around it are compiled, not the choice of the kernel
 def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None) -> Tensor:
     """Softmax attention within blocks: the queries of block n look at the keys of block n, and at no others.
 
     q:        [total, H, D] with `q_layout`, or dense [N, L, H, D] without; float32, bfloat16 or float16.
     k, v:     [total, H, D] with `k_layout`, or dense [N, S, H, D] without; the same number of blocks N.
     returns:  like q.
-    runs:     xformers' memory-efficient attention with a block-diagonal mask on CUDA; padded SDPA on the CPU and where xformers is missing.
+    runs:     what `attention_kind` names.
     """
-    if takes_packed(q.device):
-        return _attention_xformers(q, k, v, q_layout, k_layout)
+    kind = attention_kind(q.device, q.dtype)
+    if kind != "padded" and not (k_layout is not None and k_layout.gaps):
+        return _PACKED[kind](q, k, v, q_layout, k_layout)
     mask = None if k_layout is None else k_layout.valid[:, None, None, :]
     q_dense = q if q_layout is None else q_layout.pad(q)
     if k_layout is not None:
@@ -96,14 +107,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k
     return out if q_layout is None else q_layout.unpad(out)
 
 
+def attention_kind(device: torch.device, dtype: torch.dtype) -> str:
+    """What attention in `dtype` runs on: "xformers" or "varlen" (packed as they are), the faster of those that work here, or "padded" (SDPA).
+
+    On CUDA the first call in a dtype tries them, which takes some milliseconds and waits for the device.
+    """
+    if device.type != "cuda":
+        return "padded"
+    if dtype not in _chosen:
+        seconds = {kind: _seconds(run, device, dtype) for kind, run in _PACKED.items()}
+        best = min(seconds, key=lambda kind: seconds[kind])
+        _chosen[dtype] = best if seconds[best] < float("inf") else "padded"
+    return _chosen[dtype]
+
+
 def takes_packed(device: torch.device) -> bool:
-    """Whether attention on this device takes packed sequences as they are; otherwise it pads, and their lengths must be known to the host."""
-    return device.type == "cuda" and _have_xformers()
-
-
-@cache
-def _have_xformers() -> bool:
-    return importlib.util.find_spec("xformers") is not None
+    """Whether attention, in the precision of now, takes packed sequences as they are; otherwise it pads, and the host must know their lengths."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return attention_kind(device, torch.get_autocast_dtype(device.type) if autocast else torch.float32) != "padded"
 
 
 def block_diagonal_mask(blocks: int, q_layout: Layout | int, k_layout: Layout | int):
@@ -117,11 +138,15 @@ def block_diagonal_mask(blocks: int, q_layout: Layout | int, k_layout: Layout | 
 
     def info(layout: Layout | int) -> _SeqLenInfo:
         if isinstance(layout, int):
-            starts = torch.arange(0, (blocks + 1) * layout, max(layout, 1), dtype=torch.int32, device=device)
+            starts = _dense_starts(blocks, layout, device)
             return _SeqLenInfo(seqstart=starts, max_seqlen=layout, min_seqlen=layout, seqstart_py=[0, blocks * layout])
         return _SeqLenInfo(seqstart=layout.starts, max_seqlen=layout.longest, min_seqlen=0, seqstart_py=[0, layout.total])
 
     return BlockDiagonalMask(q_seqinfo=info(q_layout), k_seqinfo=info(k_layout))
+
+
+def _dense_starts(blocks: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(blocks + 1, dtype=torch.int32, device=device) * length
 
 
 def _attention_xformers(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
@@ -134,3 +159,40 @@ def _attention_xformers(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None
     one = [x if layout is not None else x.flatten(0, 1) for x, layout in ((q, q_layout), (k, k_layout), (v, k_layout))]
     out = memory_efficient_attention(*(x[None] for x in one), attn_bias=bias)[0]
     return out if q_layout is not None else out.view_as(q)
+
+
+def _attention_varlen(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q_layout is None and k_layout is None:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    starts, longest = zip(
+        *((_dense_starts(len(x), x.shape[1], x.device), x.shape[1]) if layout is None else (layout.starts, layout.longest)
+          for x, layout in ((q, q_layout), (k, k_layout))), strict=True,
+    )  # fmt: skip
+    one = [x if layout is not None else x.flatten(0, 1) for x, layout in ((q, q_layout), (k, k_layout), (v, k_layout))]
+    out = varlen_attn(*one, *starts, *longest)
+    return out if q_layout is not None else out.view_as(q)
+
+
+_PACKED = {"xformers": _attention_xformers, "varlen": _attention_varlen}
+_chosen: dict[torch.dtype, str] = {}
+
+
+def _seconds(run: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> float:
+    """Time of texts that look at images of 257 rows, forward and backward; infinite where it does not run here."""
+    layout = Layout.of(list(range(40, 168)), device)
+    try:
+        with torch.enable_grad():
+            q = torch.randn(layout.total, 12, 64, device=device, dtype=dtype, requires_grad=True)
+            k, v = (torch.randn(len(layout), 257, 12, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for calls in (3, 10):
+                begin.record()
+                for _ in range(calls):
+                    run(q, k, v, layout, None).sum().backward()
+                end.record()
+            torch.cuda.synchronize(device)
+    except Exception:  # not installed, not built for this PyTorch, not for this GPU or precision: each says it in its own way
+        return float("inf")
+    return begin.elapsed_time(end) / 1e3

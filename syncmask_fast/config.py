@@ -178,7 +178,11 @@ class TrainConfig:
     device: str = "auto"
     """auto: the first CUDA device, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Of products; weights stay in float32. auto: bfloat16 on CUDA, and on CPUs with AMX or AVX512_BF16 for models of width 512 and more."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the encoders' blocks. auto: on CUDA."""
+    checkpointing: bool = False
+    """Compute what is inside the encoders' blocks anew in the backward pass instead of keeping it: about a third more work, far less memory."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     threads: int | None = None
     """Threads that decode images; unset is one for each core, at most 16."""

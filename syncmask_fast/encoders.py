@@ -7,11 +7,13 @@ layers with cross-attention to an image between self-attention and feed-forward,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
@@ -20,6 +22,16 @@ from syncmask_fast.config import ImageConfig, TextConfig
 from syncmask_fast.errors import UserError
 
 LAYER_NORM_EPS = 1e-12  # BERT's
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, checkpointing: bool) -> Tensor:
+    """x through one block after the other. checkpointing: what a block computes inside is not kept for the backward pass but computed again."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():  # nothing random is inside, so that no generator's state need be kept
+            x = torch.utils.checkpoint.checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *context)
+    return x
 
 
 class ImageAttention(timm.layers.Attention):
@@ -32,6 +44,8 @@ class ImageAttention(timm.layers.Attention):
 
 class ImageEncoder(nn.Module):
     """A timm VisionTransformer that can hide patches."""
+
+    checkpointing = False
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -75,7 +89,7 @@ class ImageEncoder(nn.Module):
             else:
                 masked = patches = vit.patch_embed(pixels)
             patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
-        x = vit.norm(vit.blocks(vit.norm_pre(vit._pos_embed(patches))))
+        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(vit._pos_embed(patches)), checkpointing=self.checkpointing))
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
@@ -171,6 +185,8 @@ class FusionLayer(nn.Module):
 class TextEncoder(nn.Module):
     """BERT's embeddings and its first layers."""
 
+    checkpointing = False
+
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocabulary, config.width, padding_idx=0)
@@ -182,9 +198,7 @@ class TextEncoder(nn.Module):
     def forward(self, token_ids: Tensor, layout: Layout) -> Tensor:
         """[T, C] features of packed token ids [T]."""
         x = self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type)
-        for layer in self.layers:
-            x = layer(x, layout)
-        return x
+        return run_blocks(self.layers, x, layout, checkpointing=self.checkpointing)
 
 
 class FusionPack(NamedTuple):
@@ -200,35 +214,37 @@ class FusionPack(NamedTuple):
     """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
 
 
-def pack_by_image(source: Layout, sequences: Tensor, images: Tensor, n_images: int, capacity: int | None = None) -> FusionPack:
+def pack_by_image(
+    source: Layout, sequences: Tensor, images: Tensor, n_images: int, capacity: int | None = None, multiple: int = 1
+) -> FusionPack:
     """Orders sequences by image, so that self-attention and cross-attention are block-diagonal over one and the same order.
 
     source:    layout of the packed text features that the sequences are taken from.
     sequences: int64 [N], which sequence of the source each is (any number of times).
     images:    int64 [N], the image that each looks at.
-    capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by one more sequence
-               of repeated rows that looks at the last image and that nobody reads. None: exactly the total.
+    capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by more sequences
+               of repeated rows, none longer than the longest, that look at the last image and that nobody reads. None: the total, which is read back.
+    multiple:  the total is filled up to a multiple of it in the same way.
     """
     order = torch.argsort(images, stable=True)
     lengths = source.lengths[sequences[order]]
     begin = source.starts[sequences[order]]
     per_image = torch.zeros(n_images, dtype=torch.int32, device=images.device).index_add_(0, images, source.lengths[sequences])
-    if capacity is not None:
-        rest = (capacity - lengths.sum(dtype=torch.int32)).reshape(1)
-        lengths, begin = torch.cat([lengths, rest]), torch.cat([begin, torch.zeros_like(rest)])
-        per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
+    read_back = capacity is None
+    used = int(lengths.sum()) if read_back else lengths.sum(dtype=torch.int32)
+    capacity = used if read_back else capacity
+    capacity += -capacity % multiple
+    rest = capacity - used
+    begins = torch.arange(0, rest if read_back else capacity, max(source.longest, 1), device=images.device, dtype=torch.int32)
+    fillers = (rest - begins).clamp(0, source.longest)
+    lengths, begin = torch.cat([lengths, fillers]), torch.cat([begin, torch.zeros_like(fillers)])
+    per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
     zero = lengths.new_zeros(1)
     starts, image_starts = (torch.cat([zero, x.cumsum(0, dtype=torch.int32)]) for x in (lengths, per_image))
-    if capacity is None:
-        total, longest, largest = int(starts[-1]), source.longest, int(per_image.max())
-    else:
-        total = longest = largest = capacity
-    texts = Layout(starts, longest, total)
+    texts = Layout(starts, source.longest, capacity)
     rows = begin[texts.sequence] + texts.position
-    if capacity is not None:
-        rows = rows.remainder(source.total)
     first = torch.empty_like(order).index_copy_(0, order, starts[: len(order)].long())
-    return FusionPack(rows, texts, Layout(image_starts, largest, total), first)
+    return FusionPack(rows, texts, Layout(image_starts, int(per_image.max()) if read_back else capacity, capacity), first)
 
 
 def pack_pairs(layout: Layout) -> FusionPack:
@@ -239,15 +255,15 @@ def pack_pairs(layout: Layout) -> FusionPack:
 class FusionEncoder(nn.Module):
     """Text layers that look at images."""
 
+    checkpointing = False
+
     def __init__(self, config: TextConfig, image_width: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FusionLayer(config.width, config.heads, image_width) for _ in range(config.fusion_layers))
 
     def forward(self, x: Tensor, pack: FusionPack, images: Tensor) -> Tensor:
         """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
-        for layer in self.layers:
-            x = layer(x, pack, images)
-        return x
+        return run_blocks(self.layers, x, pack, images, checkpointing=self.checkpointing)
 
     def cross_projections(self, x: Tensor, pack: FusionPack, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import resource
 import time
 from pathlib import Path
 
@@ -19,8 +20,8 @@ LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_presence")
 class MetricsLog:
     """Collects steps on the device and writes them in groups, so that logging does not make the device wait."""
 
-    def __init__(self, out: Path, start_step: int, steps: int, every: int) -> None:
-        self.steps, self.every = steps, every
+    def __init__(self, out: Path, start_step: int, steps: int, every: int, device: torch.device, peak_flops: float) -> None:
+        self.steps, self.every, self.device, self.peak_flops = steps, every, device, peak_flops
         self.path = out / "metrics.jsonl"
         kept = _rows_up_to(self.path, start_step)
         self.file = open(self.path, "w", encoding="utf-8")
@@ -35,13 +36,14 @@ class MetricsLog:
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
 
-    def add(self, step: int, epoch: int, pairs: int, wait_seconds: float, lr: float, losses: Losses) -> None:
-        """Adds one step. wait_seconds: the loader's running total."""
+    def add(self, step: int, epoch: int, pairs: int, flops: float, wait_seconds: float, lr: float, losses: Losses) -> None:
+        """Adds one step. flops: of the model (`flops.step_flops`); wait_seconds: the loader's running total."""
         now = time.perf_counter()
         seconds = max(now - self.clock, 1e-9)
         wait = min(1.0, max(0.0, (wait_seconds - self.waited) / seconds))
         self.clock, self.waited = now, wait_seconds
-        self.rows.append({"step": step, "epoch": epoch, "pairs_per_s": round(pairs / seconds, 2), "data_wait_share": round(wait, 4), "lr": lr})
+        speed = {"pairs_per_s": round(pairs / seconds, 2), "mfu": round(flops / seconds / self.peak_flops, 5), "data_wait_share": round(wait, 4)}
+        self.rows.append({"step": step, "epoch": epoch, **speed, "peak_gib": round(peak_bytes(self.device) / 2**30, 3), "lr": lr})
         self.losses.append(torch.stack(list(losses)))
 
     def note(self, values: dict[str, float]) -> None:
@@ -60,7 +62,8 @@ class MetricsLog:
             losses = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
             print(
                 f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s"
-                f"  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f} ({losses}){self.lift}",
+                f"  MFU {100 * mean['mfu']:2.0f} %  {last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %"
+                f"  loss {mean['loss']:.3f} ({losses}){self.lift}",
                 flush=True,
             )
 
@@ -85,6 +88,13 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device's allocator on CUDA, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:

@@ -19,6 +19,8 @@ from syncmask_fast.encoders import pack_by_image, pack_pairs
 from syncmask_fast.masking import blend, count, maskable, random_masks, random_rectangles, sync_masks
 from syncmask_fast.model import SyncMaskModel
 
+ROWS_MULTIPLE = 128
+
 
 class Losses(NamedTuple):
     """The weighted sum and its parts, float32 scalars on the device; NaN for a part that was not computed."""
@@ -70,6 +72,18 @@ def draw_negatives(anchors: Tensor, candidates: Tensor, ids: Tensor, margin: flo
     return index.clamp(min=0), index >= 0
 
 
+def rows_multiple(device: torch.device) -> int:
+    """What the rows of packed texts are filled up to a multiple of: in bfloat16 each new shape costs the CPU new machine code for its products, and
+    CUDA's allocator new blocks."""
+    return ROWS_MULTIPLE if torch.is_autocast_enabled(device.type) else 1
+
+
+def encode_texts(model: SyncMaskModel, token_ids: Tensor, layout: Layout, multiple: int) -> Tensor:
+    """[T, C] text features of packed token ids [T], computed on a multiple of rows."""
+    filled = layout.filled(multiple)
+    return model.text(torch.nn.functional.pad(token_ids, (0, filled.total - layout.total)), filled)[: layout.total]
+
+
 def training_losses(
     model: SyncMaskModel,
     teacher: SyncMaskModel,
@@ -91,13 +105,14 @@ def training_losses(
     """
     device, b = batch.pixels.device, len(batch.lengths)
     layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    multiple = rows_multiple(device)
     generator = torch.Generator(device).manual_seed(seed)
 
     masks = momentum = None
     if fuse or alpha or len(queue.ids):  # otherwise nobody asks the teacher
         with torch.no_grad():
             teacher_images = teacher.image(batch.pixels)
-            teacher_texts = teacher.text(batch.token_ids, layout)
+            teacher_texts = encode_texts(teacher, batch.token_ids, layout, multiple)
             momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
     if fuse and config.masking != "none":
         masks = random_masks(layout, model.image.patches, config.mask, generator)
@@ -115,9 +130,10 @@ def training_losses(
     images, masked_images = images[:b], images[b:]
     token_ids, source, at = batch.token_ids, layout, None
     if words:
-        at = torch.nonzero_static(layout.unpad(masks.words), size=words)[:, 0]
-        token_ids, source = torch.cat([token_ids, token_ids.index_fill(0, at, model.mask_id)]), layout + layout
-    texts = model.text(token_ids, source)
+        hidden = layout.unpad(masks.words)
+        at = torch.nonzero_static(hidden, size=words)[:, 0]
+        token_ids, source = torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), layout + layout
+    texts = encode_texts(model, token_ids, source, multiple)
 
     image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
     momentum = momentum or Momentum(image_feats.detach(), text_feats.detach())
@@ -132,7 +148,7 @@ def training_losses(
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
 
-    itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed)
+    itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed, multiple)
 
     mim = itc.new_zeros(())
     if patches:
@@ -157,7 +173,7 @@ def _presence_loss(
     collages = round(config.loss.cuts * b)
     if not collages:
         return loss
-    inside = random_rectangles(collages, model.image.grid, generator).to(images.device)
+    inside = random_rectangles(collages, model.image.grid, generator).to(images.device, non_blocking=True)
 
     def second(x: Tensor) -> Tensor:
         return x.roll(-shifts[0], 0)[:collages]
@@ -182,6 +198,7 @@ def _fusion_losses(
     text_feats: Tensor,
     masked_at: Tensor | None,
     seed: int,
+    multiple: int,
 ) -> tuple[Tensor, Tensor]:
     """ITM and MLM from one pass of the fusion encoder: each image's keys and values are projected once for all texts that look at it."""
     device, b = images.device, len(batch.lengths)
@@ -196,7 +213,7 @@ def _fusion_losses(
         sequences, looks_at = [*sequences, each + b], [*looks_at, each]
     # On CUDA the length of the drawn texts stays unknown to the host, so the longest possible is reserved.
     capacity = (len(sequences) - 1) * layout.total + b * layout.longest if takes_packed(device) else None
-    pack = pack_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity)
+    pack = pack_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity, multiple)
     fused = model.fusion(texts[pack.rows], pack, images)
 
     logits = model.match_head(fused[pack.first[: 3 * b]])

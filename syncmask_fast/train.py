@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 
+from syncmask_fast.attention import attention_kind
 from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
 from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import Batch, Loader
@@ -25,6 +26,7 @@ from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.text import TokenCache, load_tokenizer, train_tokenizer
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
+from syncmask_fast.flops import peak_flops, step_flops
 from syncmask_fast.log import MetricsLog
 from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
@@ -34,8 +36,9 @@ from syncmask_fast.pretrained import start_weights
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
 LOOKBOOK = Path("data/lookbook")
+BFLOAT16_WIDTH = 512  # on the CPU, narrower models lose more to conversions and to new shapes than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
-MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval"}
+MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval", "compile", "checkpointing"}
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -146,16 +149,17 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         print(f"going on from {newest}: step {state.step} of {steps}")
     else:
         state.order = torch.from_numpy(plan(config, state, product_ids))
+    dtype = prepare_device(config, model, teacher, device)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{len(train_split):,} pictures of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
-        f"{steps} steps of {config.batch_size} on {device}"
+        f"{steps} steps of {config.batch_size} on {device} in {str(dtype).removeprefix('torch.')}, attention {attention_kind(device, dtype)}"
     )
 
     grid = config.image.size // config.image.patch
     eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_tokens)
     followed = SyncData.of(eval_split, eval_tokens, grid, SYNC_SAMPLES) if len(eval_split) and config.masking != "none" else None
-    log = MetricsLog(out, state.step, steps, config.log_every)
+    log = MetricsLog(out, state.step, steps, config.log_every, device, peak_flops(device, dtype))
     loader = Loader(
         train_split.index, tokens, batch_size=config.batch_size, size=config.image.size, augment=config.augment, seed=config.seed, device=device,
         backend=config.loader, threads=config.threads, drop_last=True,
@@ -164,9 +168,10 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         batches = epochs_of_batches(config, state, loader, train_split, product_ids)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
-            parts = one_step(config, state, batches, steps, batches_per_epoch, product_ids)
+            parts, flops = one_step(config, state, batches, steps, batches_per_epoch)
             state.step += 1
-            log.add(state.step, state.epoch, config.batch_size * config.optim.accumulate, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
+            pairs = config.batch_size * config.optim.accumulate
+            log.add(state.step, state.epoch, pairs, flops, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
             if followed is not None and (state.step % (5 * config.log_every) == 0 or state.step == steps):
                 log.note(evaluate_sync(teacher, followed))
             log.show_when_due()
@@ -182,15 +187,30 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
     state.teacher.save_pretrained(out / "model")
 
 
-def one_step(
-    config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int, product_ids: np.ndarray
-) -> Losses:
-    """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank."""
+def prepare_device(config: TrainConfig, model: SyncMaskModel, teacher: SyncMaskModel, device: torch.device) -> torch.dtype:
+    """Compiles blocks and turns checkpointing on as asked for, and chooses the attention; returns the precision that products are in."""
+    dtype = torch.bfloat16 if use_bfloat16(config, device) else torch.float32
+    attention_kind(device, dtype)
+    for encoder in (model.image, model.text, model.fusion):
+        encoder.checkpointing = config.checkpointing
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        for part in (model, teacher):
+            for block in (*part.image.vit.blocks, *part.text.layers, *part.fusion.layers):
+                block.compile(dynamic=True)
+    return dtype
+
+
+def one_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int) -> tuple[Losses, float]:
+    """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank.
+
+    Returns the mean losses and the model FLOPs. Reads nothing back from the device.
+    """
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
     fuse = state.step >= round(config.loss.align * steps)
     alpha = config.loss.alpha * min(1.0, state.step * config.optim.accumulate / batches_per_epoch)
     parts: list[Losses] = []
+    flops = 0.0
     for part in range(config.optim.accumulate):
         batch = next(batches)
         seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
@@ -203,11 +223,12 @@ def one_step(
         state.bank.store(batch.samples, *momentum)
         state.batches += 1
         parts.append(Losses(*(x.detach() for x in found)))
+        flops += step_flops(state.model, batch.lengths, fuse=fuse)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, state.model, config.optim.ema, state.step)
-    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
+    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), flops
 
 
 def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray) -> Iterator[Batch]:
@@ -215,17 +236,22 @@ def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, sp
 
     `samples` and `product_ids` of the batches are places in the training split and product numbers from 0.
     """
+    device = state.model.device
     place = np.zeros(len(split.index), np.int64)
     place[split.samples] = np.arange(len(split))
+    place_of, product_of = torch.from_numpy(place).to(device), torch.from_numpy(product_ids).to(device)
+    position = np.zeros(len(split), np.int64)
     while True:
         order = state.order.numpy()
+        position[order] = np.arange(len(order))
         for batch in loader.epoch(split.samples[order], state.epoch, start=state.position):
-            state.position = int(batch.positions[-1]) // config.batch_size * config.batch_size + config.batch_size
+            # On the host, which then need not wait for the device.
+            last = int(position[place[batch.sample_numbers[-1]]])
+            state.position = last // config.batch_size * config.batch_size + config.batch_size
             if len(batch.lengths) < 2:
                 continue
-            at = place[batch.sample_numbers]
-            ids = torch.from_numpy(product_ids[at]).to(batch.pixels.device)
-            yield dataclasses.replace(batch, samples=torch.from_numpy(at).to(batch.pixels.device), product_ids=ids)
+            at = place_of[batch.samples]
+            yield dataclasses.replace(batch, samples=at, product_ids=product_of[at])
         state.epoch, state.position = state.epoch + 1, 0
         state.order = torch.from_numpy(plan(config, state, product_ids))
 
@@ -241,7 +267,11 @@ def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.
 
 
 def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    """Whether products are in bfloat16: as asked for; auto: on CUDA, and on a CPU that multiplies in it where the model is wide enough to gain."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return fast and (device.type == "cuda" or config.text.width >= BFLOAT16_WIDTH)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ LAYERS = [
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},
     {"step"},
-    {"log", "evaluate"},
+    {"flops", "log", "evaluate"},
     {"examples"},
     {"train", "pack", "finetune", "ablate", "search"},
 ]

@@ -164,6 +164,23 @@ def test_every_parameter_learns(masking: str, target: str):
         assert (parameter.grad is not None and bool(parameter.grad.isfinite().all() and parameter.grad.any())) == learns, name
 
 
+def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """As in bfloat16, here in float32."""
+    config = small_config(masking="sync")
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=3))
+    model, batch, outcomes = small_model(config), small_batch(config), []
+    for multiple in (1, 2, 64):
+        monkeypatch.setattr("syncmask_fast.step.rows_multiple", lambda device, multiple=multiple: multiple)
+        model.zero_grad()
+        found, _ = losses_of(config, model, batch)
+        found.total.backward()
+        outcomes.append((found, [p.grad.clone() for p in model.parameters()]))
+    for found, gradients in outcomes[1:]:
+        assert torch.allclose(torch.stack(found), torch.stack(outcomes[0][0]), rtol=1e-5)
+        for ours, exact in zip(gradients, outcomes[0][1], strict=True):
+            assert (ours - exact).abs().max() <= 1e-4 * exact.abs().max() + 1e-7
+
+
 def test_alignment_alone_leaves_the_fusion_out():
     config = small_config()
     model = small_model(config)

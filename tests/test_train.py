@@ -31,7 +31,8 @@ SMALL = (
     f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
 ).split()
 SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
-KEYS = {"step", "epoch", "pairs_per_s", "data_wait_share", "lr", "loss", "loss_itc", "loss_presence"}
+SPEED = {"pairs_per_s", "mfu", "peak_gib", "data_wait_share"}
+KEYS = {"step", "epoch", *SPEED, "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 
 
@@ -75,8 +76,8 @@ def rows(out: Path) -> list[dict]:
 
 
 def learnt(out: Path) -> list[dict]:
-    """What the log says of the learning, without the times that it took."""
-    return [{name: value for name, value in row.items() if name not in ("pairs_per_s", "data_wait_share")} for row in rows(out)]
+    """What the log says of the learning, without the time and the memory that it took."""
+    return [{name: value for name, value in row.items() if name not in SPEED} for row in rows(out)]
 
 
 def assert_same_model(a: Path, b: Path) -> None:
@@ -108,6 +109,8 @@ def test_metrics_of_every_step(run: Path):
         assert set(row) >= KEYS
         assert all(math.isfinite(value) for value in row.values())
         assert row["pairs_per_s"] > 0
+        assert row["mfu"] >= 0
+        assert row["peak_gib"] > 0.05
         assert 0 <= row["data_wait_share"] <= 1
         fused = row["step"] > 2
         assert all((name in row) == (fused or name == "loss_itc") for name in LOSSES)

@@ -1,0 +1,269 @@
+"""The parents' way (ALBEF, FashionSAP) of the trainer's step: the same objectives on the same weights, written plainly.
+
+Each way is a switch of `Ways`. With all of them off this is the trainer's step; with one on, that step with one idea taken out of it; with all
+on, what someone gets who follows the papers. With the same masks and negatives the losses are the same for any switches
+(`tests/test_baseline.py`). Left as the trainer has them: attention itself (PyTorch's fused one), the loss of the contrastive queue, Muon, and no
+dropout, so that the comparison is rather too kind to the baseline.
+
+Shape letters: B pairs, L tokens of the longest text, T tokens of all texts, P patches, C width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncmask_fast import losses, ops
+from syncmask_fast.attention import Layout, attention
+from syncmask_fast.checkpoint import TrainState
+from syncmask_fast.config import OptimConfig, TrainConfig
+from syncmask_fast.data.loader import Batch
+from syncmask_fast.encoders import FusionPack, pack_by_image, pack_pairs
+from syncmask_fast.kernels.sync_mask import _patch_score_of_head, _token_score_of_head
+from syncmask_fast.masking import Masks, _highest, blend, count, maskable, random_masks
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.optimizer import Optimizer, make_optimizer
+from syncmask_fast.step import Losses, Momentum, _mim_target, _presence_loss, draw_negatives, update_teacher
+from syncmask_fast.train import use_bfloat16
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which of the parents' ways are taken."""
+
+    padding: bool = False
+    """Texts are padded to the longest of the batch, and the padding is computed like words."""
+    project_again: bool = False
+    """Three passes of the fusion encoder (true pairs, both negatives, masked texts), each of which projects its images' keys and values."""
+    full_head: bool = False
+    """The MLM head and its loss see every token."""
+    loops: bool = False
+    """Negatives are drawn and put together sample by sample, with `multinomial` and `.item()`."""
+    full_teacher: bool = False
+    """The teacher runs all its fusion layers, whichever its masks are read from."""
+    maps: bool = False
+    """The teacher's attention map is made, and masks by reductions and `topk` of it."""
+    ema_loop: bool = False
+    """The teacher moves parameter by parameter."""
+    plain_adamw: bool = False
+    """AdamW as it comes, neither fused nor told to be."""
+    float32: bool = False
+    """No autocast on CUDA, nor on a CPU where the trainer takes bfloat16."""
+
+    @classmethod
+    def all(cls) -> Ways:
+        return cls(*(True for _ in dataclasses.fields(cls)))
+
+
+class Padded(Layout):
+    """Sequences in slots of one length, so that padding is computed like tokens; attention leaves padded keys out.
+
+    lengths: int32 [N], tokens of each; longest: rows of a slot.
+    """
+
+    gaps = True
+
+    def __init__(self, lengths: Tensor, longest: int) -> None:
+        slots = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * longest
+        super().__init__(slots, longest, len(lengths) * longest)
+        self.lengths = lengths
+
+    def __add__(self, other: Layout) -> Padded:
+        return Padded(torch.cat([self.lengths, other.lengths]), self.longest)
+
+    def pad(self, packed: Tensor) -> Tensor:
+        return packed.unflatten(0, (len(self), self.longest))
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        return padded.flatten(0, 1)
+
+
+def pack_padded(source: Layout, sequences: Tensor, images: Tensor, n_images: int) -> FusionPack:
+    """`pack_by_image` for padded sequences."""
+    longest, order = source.longest, torch.argsort(images, stable=True)
+    place = torch.arange(longest, device=images.device)
+    slots = torch.arange(len(order), device=images.device)
+    queries = images.bincount(minlength=n_images).tolist()
+    return FusionPack(
+        (sequences[order, None] * longest + place).flatten(),
+        Padded(source.lengths[sequences[order]], longest),
+        Layout.of([n * longest for n in queries], images.device),
+        torch.empty_like(order).index_copy_(0, order, slots * longest),
+    )
+
+
+def baseline_losses(
+    model: SyncMaskModel,
+    teacher: SyncMaskModel,
+    batch: Batch,
+    queue: losses.Queue,
+    config: TrainConfig,
+    ways: Ways,
+    *,
+    sync_share: float,
+    alpha: float,
+    seed: int,
+    negatives: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Losses, Momentum]:
+    """All losses of a batch, as `syncmask_fast.step.training_losses` has them.
+
+    negatives: what `draw_negatives` gives for images, then for texts, instead of a draw of its own.
+    """
+    b = len(batch.lengths)
+    layout, token_ids = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), batch.token_ids
+    if ways.padding:
+        token_ids = layout.pad(token_ids).flatten()  # 0 is [PAD]
+        layout = Padded(layout.lengths, layout.longest)
+        batch = dataclasses.replace(batch, token_ids=token_ids)
+    generator = torch.Generator(batch.pixels.device).manual_seed(seed)
+
+    with torch.no_grad():
+        teacher_images, teacher_texts = teacher.image(batch.pixels), teacher.text(token_ids, layout)
+        momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
+        masks = random_masks(layout, model.image.patches, config.mask, generator)
+        masks = blend(teacher_masks(teacher, teacher_images, teacher_texts, layout, config, ways), masks, sync_share, generator)
+    patches = count(config.mask.patch_ratio, model.image.patches)
+
+    images, masked_images = model.image(batch.pixels, masks.patches).chunk(2)
+    hidden = layout.unpad(masks.words)
+    source = layout + layout
+    texts = model.text(torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), source)
+    image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
+    itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
+    presence = itc.new_tensor(torch.nan)
+    if config.loss.presence:
+        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, seed)
+
+    if negatives is None:
+        negatives = drawn_negatives(image_feats.detach(), text_feats.detach(), batch.product_ids, config, ways, seed)
+    negative_text, has_text, negative_image, has_image = negatives
+    each = torch.arange(b, device=images.device)
+    pack_up = pack_padded if ways.padding else pack_by_image
+    if ways.project_again:
+        other = torch.stack([images[i] for i in negative_image.tolist()]) if ways.loops else images[negative_image]
+        passes = [(each, images), (torch.cat([negative_text, each]), torch.cat([images, other])), (each + b, images)]
+        packs = [(pack_up(source, of, torch.arange(len(of), device=of.device), len(of)), looked_at) for of, looked_at in passes]
+        fused = [(model.fusion(texts[pack.rows], pack, looked_at), pack) for pack, looked_at in packs]
+        cls = torch.cat([x[pack.first] for x, pack in fused[:2]])
+        masked, starts = fused[2][0], fused[2][1].first
+    else:
+        of, looks_at = torch.cat([each, negative_text, each, each + b]), torch.cat([each, each, negative_image, each])
+        pack = pack_up(source, of, looks_at, b)
+        masked = model.fusion(texts[pack.rows], pack, images)
+        cls, starts = masked[pack.first[: 3 * b]], pack.first[3 * b :]
+    itm = losses.matching_loss(
+        model.match_head(cls),
+        torch.arange(3 * b, device=cls.device) < b,
+        torch.cat([torch.ones_like(has_text), has_text, has_image]).float(),
+    )
+    mlm = word_loss(model, masked, starts[layout.sequence] + layout.position, token_ids, hidden, ways)
+
+    chosen = masks.patches.nonzero()[:, 1].view(b, patches)
+    rebuilt = masked_images.gather(1, 1 + chosen[..., None].expand(-1, -1, masked_images.shape[2]))
+    predicted = model.patch_head(rebuilt, texts[: layout.total], layout)
+    mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
+
+    weight = config.loss
+    total = weight.itc * itc + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
+    if weight.presence:
+        total = total + weight.presence * presence
+    return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
+
+
+def word_loss(model: SyncMaskModel, fused: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, ways: Ways) -> Tensor:
+    """MLM of the masked texts' fused features, whose token t stands in row rows[t]; hidden: bool [T]."""
+    words = model.text.words.weight
+    if ways.full_head:
+        return F.cross_entropy(model.word_head(fused[rows], words).float(), token_ids.masked_fill(~hidden, -100), ignore_index=-100)
+    at = hidden.nonzero()[:, 0]
+    return losses.word_loss(model.word_head(fused[rows[at]], words), token_ids[at])
+
+
+def teacher_masks(teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout: Layout, config: TrainConfig, ways: Ways) -> Masks:
+    """`masking.sync_masks`, with or without the layers that nobody reads and the map that nobody needs."""
+    pack, mask = pack_pairs(layout), config.mask
+    for layer in teacher.fusion.layers[: mask.layer - 1]:
+        texts = layer(texts, pack, images)
+    last = teacher.fusion.layers[mask.layer - 1]
+    texts = last.attention(texts, pack.texts)
+    q, k, v = last.cross.project(texts, images)
+    if ways.full_teacher:
+        seen = attention(q, k, v, pack.images).flatten(1)
+        texts = last.feed_forward(last.cross.norm(texts + last.cross.proj(seen)))
+        for layer in teacher.fusion.layers[mask.layer :]:
+            texts = layer(texts, pack, images)
+    q, k, v, words = layout.pad(q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), maskable(layout)
+    if not ways.maps:
+        needed = v if mask.token_score == "output" else None
+        return Masks(*ops.sync_mask(
+            q, k, words, v=needed, token_ratio=mask.token_ratio, patch_ratio=mask.patch_ratio, token_score=mask.token_score,
+            patch_score=mask.patch_score,
+        ))  # fmt: skip
+    heads = q.shape[1]
+    weights = ((q @ k.mT).float() * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)
+    word_score = _token_score_of_head(weights, v.float().flatten(0, 1), mask.token_score).unflatten(0, (-1, heads)).mean(1)
+    patch_score = _patch_score_of_head(weights, words.repeat_interleave(heads, 0), mask.patch_score).unflatten(0, (-1, heads)).mean(1)
+    m = words.sum(1)
+    n = (mask.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m)
+    top = patch_score.topk(count(mask.patch_ratio, patch_score.shape[1]), 1).indices
+    patches = torch.zeros_like(patch_score, dtype=torch.bool).scatter_(1, top, True)
+    return Masks(_highest(word_score.masked_fill(~words, -torch.inf), n), patches, word_score, patch_score)
+
+
+def drawn_negatives(
+    images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each image a text, and for each text an image: `step.draw_negatives` twice, or sample by sample. images, texts: unit vectors [B, E]."""
+    margin = config.group.margin if config.batching == "semi_hard" else -torch.inf
+    draw = sample_by_sample if ways.loops else draw_negatives
+    return (
+        *draw(images, texts, ids, margin, config.loss.temperature, seed),
+        *draw(texts, images, ids, margin, config.loss.temperature, seed + 1),
+    )
+
+
+def sample_by_sample(anchors: Tensor, candidates: Tensor, ids: Tensor, margin: float, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+    """`step.draw_negatives` as the parents draw: a loop with `multinomial` of the softmax and 1e-4, lest nothing be left to draw."""
+    index, some = [], []
+    for i, similarity in enumerate(anchors @ candidates.T):
+        other = ids != ids[i]
+        fit = other & (similarity < similarity[i] - margin)
+        weight = ((similarity / temperature).softmax(0) + 1e-4) * (fit if fit.any() else other)
+        some.append(bool(other.any()))
+        index.append(torch.multinomial(weight, 1).item() if some[-1] else 0)
+    return torch.tensor(index, device=ids.device), torch.tensor(some, device=ids.device)
+
+
+def baseline_optimizer(model: nn.Module, config: OptimConfig, ways: Ways) -> Optimizer:
+    """The trainer's optimiser, with AdamW as it comes where asked."""
+    optimizer = make_optimizer(model, config)
+    if ways.plain_adamw:
+        groups = [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.parts[0].param_groups]
+        optimizer.parts[0] = torch.optim.AdamW(groups, lr=config.lr)
+    return optimizer
+
+
+def baseline_step(config: TrainConfig, state: TrainState, batch: Batch, ways: Ways, *, sync_share: float, alpha: float, seed: int) -> Losses:
+    """One optimiser step on a batch; `state.optimizer` is of `baseline_optimizer`."""
+    device = batch.pixels.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device) and not ways.float32):
+        found, momentum = baseline_losses(
+            state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed
+        )
+    found.total.backward()
+    state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
+    state.bank.store(batch.samples, *momentum)
+    state.batches += 1
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    if ways.ema_loop:
+        for ours, theirs in zip(state.teacher.parameters(), state.model.parameters(), strict=True):
+            ours.data = ours.data * config.optim.ema + theirs.data * (1 - config.optim.ema)
+    else:
+        update_teacher(state.teacher, state.model, config.optim.ema, state.step)
+    return Losses(*(x.detach() for x in found))

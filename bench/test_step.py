@@ -1,0 +1,135 @@
+"""The trainer's step against the parents' way (`baseline.py`): all of its ways at once, and each alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.checkpoint import FeatureBank, TrainState
+from syncmask_fast.config import PRESETS, TrainConfig
+from syncmask_fast.data.loader import Batch
+from syncmask_fast.flops import peak_flops, step_flops
+from syncmask_fast.losses import Queue
+from syncmask_fast.model import SyncMaskModel, without_start_weights
+from syncmask_fast.optimizer import make_optimizer
+from syncmask_fast.step import make_teacher
+from syncmask_fast.train import one_step, prepare_device
+from tests.helpers import small_tokenizer
+
+_spec = importlib.util.spec_from_file_location("bench_baseline", Path(__file__).with_name("baseline.py"))
+baseline = sys.modules["bench_baseline"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(baseline)
+
+SWITCHES = [field.name for field in dataclasses.fields(baseline.Ways)]
+# "parents" is what someone gets who follows the papers; "parents-same" is the same in the trainer's precision.
+WAYS = {"parents": baseline.Ways.all(), "parents-same": dataclasses.replace(baseline.Ways.all(), float32=False)}
+WAYS |= {f"ours but {name}": baseline.Ways(**{name: True}) for name in SWITCHES}
+PROVIDERS = ["ours", *WAYS]
+# Preset, batch size, precision. On the CPU a base step takes many seconds; on a card the largest batch is to fill it.
+CASES = {
+    "cpu": [("tiny", 64, "float32"), ("base", 8, "float32"), ("base", 8, "bfloat16")],
+    "cuda": [("tiny", 64, "bfloat16"), *(("base", batch, "bfloat16") for batch in (32, 128, 256))],
+}
+EACH_SWITCH_AT = 64, 128
+STEPS, ROUNDS = 1000, {("tiny", "cpu"): 10, ("base", "cpu"): 2, ("tiny", "cuda"): 20, ("base", "cuda"): 5}
+TEXT_TOKENS = 12, 50
+
+
+def configuration(preset: str, batch_size: int, precision: str) -> TrainConfig:
+    """A preset as it stands, but for weights and a tokenizer from elsewhere."""
+    config = without_start_weights(PRESETS[preset][1])
+    return dataclasses.replace(
+        config, batch_size=batch_size, precision=precision, text=dataclasses.replace(config.text, name=None), steps=STEPS, epochs=None
+    )
+
+
+def make_batches(config: TrainConfig, device: torch.device, count: int = 4) -> list[Batch]:
+    """Random pixels and words; every batch has other lengths, as in training. A tenth of the pairs are of the product before."""
+    made, rng = [], np.random.default_rng(0)
+    for _ in range(count):
+        n = config.batch_size
+        lengths = rng.integers(TEXT_TOKENS[0], TEXT_TOKENS[1] + 1, n).tolist()
+        products = np.arange(n) - (rng.random(n) < 0.1)
+        ids = torch.from_numpy(rng.integers(5, config.text.vocabulary, sum(lengths)))
+        pixels = torch.from_numpy(rng.standard_normal((n, 3, config.image.size, config.image.size), np.float32))
+        places = torch.arange(n, device=device)
+        made.append(Batch(
+            pixels.to(device), ids.to(device), Layout.of(lengths, device).starts, lengths, torch.from_numpy(abs(products)).to(device), places, places,
+            np.arange(n),
+        ))  # fmt: skip
+    return made
+
+
+def make_state(config: TrainConfig, device: torch.device, ways=None) -> TrainState:
+    torch.manual_seed(0)
+    model = SyncMaskModel(config, small_tokenizer()).to(device)
+    optimizer = make_optimizer(model, config.optim) if ways is None else baseline.baseline_optimizer(model, config.optim, ways)
+    queue = Queue.empty(config.loss.queue, config.embed, device)
+    if config.loss.queue:  # full, as after the first steps of a run
+        queue.push(*torch.nn.functional.normalize(torch.randn(2, config.loss.queue, config.embed, device=device), dim=-1),
+                   torch.arange(config.loss.queue, device=device) + config.batch_size, 0, config.loss.queue)  # fmt: skip
+    bank = FeatureBank.empty(config.batch_size, config.embed, device)
+    return TrainState(model, make_teacher(model), optimizer, queue, bank, torch.arange(config.batch_size), step=STEPS - 1)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", range(4))
+def test_step(case, provider, device, benchmark, measured):
+    if case >= len(CASES[device.type]):
+        pytest.skip("no such case on this device")
+    preset, batch_size, precision = CASES[device.type][case]
+    if precision == "float32" and provider in ("parents-same", "ours but float32"):
+        pytest.skip("the same as another provider")
+    if device.type == "cuda" and provider.startswith("ours but") and batch_size not in EACH_SWITCH_AT:
+        pytest.skip("each switch is measured at one batch size")
+    measured.require_green("baseline")
+    config = configuration(preset, batch_size, precision)
+    ways = WAYS.get(provider)
+    state = make_state(config, device, ways)
+    made = make_batches(config, device)
+    batches = itertools.cycle(made)
+    if ways is None:
+        prepare_device(config, state.model, state.teacher, device)
+
+        def step() -> None:
+            one_step(config, state, batches, STEPS, 1)
+    else:
+
+        def step() -> None:
+            baseline.baseline_step(config, state, next(batches), ways, sync_share=1.0, alpha=config.loss.alpha, seed=0)
+
+    if device.type == "cuda":
+        try:
+            step()
+        except torch.cuda.OutOfMemoryError:
+            pytest.skip(f"{provider} does not fit at batch size {batch_size}")
+    flops = sum(step_flops(state.model, batch.lengths, fuse=True) for batch in made) / len(made)
+    dtype = getattr(torch, precision)
+    measured.measure_whole(
+        benchmark,
+        operator="step",
+        provider=provider,
+        device=device,
+        dtype=dtype,
+        case=dict(preset=preset, batch=batch_size, tokens="-".join(map(str, TEXT_TOKENS))),
+        function=step,
+        items=batch_size,
+        rounds=ROUNDS[preset, device.type],
+        warm_up=3 if device.type == "cuda" else 1,  # compiling, and a few of the different shapes
+        facts=lambda seconds: {"mfu": flops / seconds / peak_flops(device, dtype), "held_mib": held_mib(state)},
+    )
+
+
+def held_mib(state: TrainState) -> float:
+    """What is held from step to step: weights, teacher, optimiser, queue. A step's peak is this and extra_mib."""
+    tensors = [*state.model.parameters(), *state.teacher.parameters(), *state.queue]
+    tensors += [value for _, kept in state.optimizer.states() for value in kept.values() if isinstance(value, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors) / 2**20

@@ -1,0 +1,46 @@
+"""The formula of a step's FLOPs against what PyTorch counts while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.flops import peak_flops, step_flops
+from syncmask_fast.losses import Queue
+from syncmask_fast.step import make_teacher, training_losses
+from tests.helpers import small_batch, small_config
+from tests.test_step import SEED, small_model
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(
+    ("masking", "changes"),
+    [("sync", {}), ("none", {}), ("random", {"queue": 0, "alpha": 0.0}), ("sync", {"presence": 1.0, "presence_images": 2, "cuts": 0.5})],
+    ids=str,
+)
+def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):
+    """Texts of one length: then padding within the CPU's attention is none, and drawn negatives are as long as the average."""
+    config = small_config(masking=masking)
+    config = dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, **changes),
+        image=dataclasses.replace(config.image, width=64, heads=4),
+        mask=dataclasses.replace(config.mask, layer=1 if changes.get("presence") else 2, token_score="mass"),
+    )
+    model, batch = small_model(config), small_batch(config)
+    lengths = [12] * 6
+    ids = torch.randint(5, config.text.vocabulary, (72,))
+    batch = dataclasses.replace(batch, token_ids=ids, lengths=lengths, cu_seqlens=Layout.of(lengths).starts, product_ids=torch.arange(6))
+    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        found, _ = training_losses(model, make_teacher(model), batch, queue, config, fuse=fuse, sync_share=1.0, alpha=config.loss.alpha, seed=SEED)
+        found.total.backward()
+    assert step_flops(model, lengths, fuse=fuse) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_peak_is_measured_on_the_cpu():
+    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15

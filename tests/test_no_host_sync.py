@@ -1,0 +1,101 @@
+"""A training step never makes the host wait for the device: nothing in it needs a value or a length that only the device knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncmask_fast import step
+from syncmask_fast.checkpoint import FeatureBank, TrainState
+from syncmask_fast.config import TrainConfig
+from syncmask_fast.losses import Queue
+from syncmask_fast.optimizer import make_optimizer
+from syncmask_fast.step import make_teacher
+from syncmask_fast.train import one_step, prepare_device
+from tests.helpers import small_batch, small_config
+from tests.test_step import PAIRS, losses_of, small_model
+
+READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique2", "aten::repeat_interleave.Tensor"}
+TAKE_MASKS = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
+CASES = [("sync", 0.0, "patch"), ("sync", 1.0, "conv"), ("random", 0.0, "patch"), ("none", 1.0, "patch")]
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails at operators that wait for the device on CUDA: they give a number, or a tensor whose shape hangs on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        indices = args[1] if name in TAKE_MASKS else ()
+        reads_back = name in READS_BACK or any(x is not None and x.dtype == torch.bool for x in indices)
+        assert not reads_back, f"{name} reads back from the device"
+        return function(*args, **(kwargs or {}))
+
+
+def config_of(masking: str, presence: float, stem: str) -> TrainConfig:
+    config = small_config(masking=masking)
+    return dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, presence=presence, presence_images=3, cuts=presence / 2),
+        mask=dataclasses.replace(config.mask, layer=1),
+        image=dataclasses.replace(config.image, patch=16, stem=stem),
+        optim=dataclasses.replace(config.optim, muon_lr=0.01),
+    )
+
+
+def state_of(config: TrainConfig, device: torch.device) -> TrainState:
+    model = small_model(config).to(device)
+    queue, bank = Queue.empty(config.loss.queue, config.embed, device), FeatureBank.empty(PAIRS, config.embed, device)
+    return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(PAIRS), step=50)
+
+
+@pytest.mark.parametrize(("masking", "presence", "stem"), CASES)
+def test_step_of_cuda_reads_nothing_back(masking: str, presence: float, stem: str, monkeypatch: pytest.MonkeyPatch):
+    """The way that CUDA takes, on the CPU, where reserving rows is not needed; its losses are those of the CPU's way."""
+    config = config_of(masking, presence, stem)
+    state, batch = state_of(config, torch.device("cpu")), small_batch(config, seed=3)
+    ours = losses_of(config, state.model, batch, teacher=state.teacher)[0]
+    monkeypatch.setattr(step, "takes_packed", lambda device: True)
+    theirs = losses_of(config, state.model, batch, teacher=state.teacher)[0]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, equal_nan=True)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a copy to the host"))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda self: pytest.fail("a copy to the host"))
+    with NothingReadBack():
+        found, flops = one_step(config, state, iter([batch]), 100, 1)
+    monkeypatch.undo()
+    assert found.total.isfinite()
+    assert flops > 0
+
+
+def test_the_guard_sees_what_it_forbids():
+    values = torch.arange(4.0)
+    for reads_back in (lambda: values.sum().item(), lambda: values.nonzero(), lambda: values[values > 1], lambda: bool(values.any())):
+        with NothingReadBack(), pytest.raises(AssertionError, match="reads back"):
+            reads_back()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("masking", "presence", "stem"), CASES)
+def test_cuda_never_waits(masking: str, presence: float, stem: str, precision: str):
+    """CUDA itself reports every wait. The first steps may: they compile, and choose the attention."""
+    config = dataclasses.replace(config_of(masking, presence, stem), precision=precision)
+    device = torch.device("cuda")
+    state, batch = state_of(config, device), small_batch(config, seed=3)
+    moved = {name: getattr(batch, name).to(device) for name in ("pixels", "token_ids", "cu_seqlens", "product_ids", "samples", "positions")}
+    batches = itertools.repeat(dataclasses.replace(batch, **moved))
+    prepare_device(config, state.model, state.teacher, device)
+    for _ in range(3):
+        one_step(config, state, batches, 100, 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, _ = one_step(config, state, batches, 100, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.total.isfinite()

@@ -27,7 +27,7 @@ def search_blocks(width: int, k: int, dtype: torch.dtype, draws: bool) -> Blocks
     whole = half and 128 < width <= 256
     constants = {"DRAWS": draws, "WHOLE": whole, "SLOTS": slots, "BLOCK_N": 64 if slots == 64 else 128}
     # Wider blocks of candidates spill registers: on sm_100, and on sm_80 where float32 takes three products.
-    constants["BLOCK_M"] = 64 if half or slots < 64 else 32
+    constants["BLOCK_M"] = 64 if half or slots == 1 or (slots == 16 and not draws) else 32
     constants["BLOCK_D"] = 256 if whole else 64 if half else 32
     return Blocks("_search_kernel", constants, 8, 2 if whole and slots < 64 else 3)
 

@@ -21,11 +21,11 @@ stage() { # NAME SECONDS COMMAND...
     names+=("$name")
 }
 
-stage machine 20 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
+stage machine 15 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
 stage build 60 "$PYTHON" setup.py build_ext --inplace
-stage tests 150 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py
+stage tests 140 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py tests/test_group_semi_hard.py
 if command -v compute-sanitizer >/dev/null; then
-    stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+    stage sanitizer 50 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch
 from syncmask_fast import ops
 for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
@@ -35,9 +35,13 @@ for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
         words = torch.rand(b, t, device="cuda") < 0.7
         ops.sync_mask(q, k, words)
         ops.sync_mask(q, k, words, v=v, token_score="output", patch_score="weighted")
+for n, d in ((1, 4), (300, 9)):
+    feats, ids = torch.randn(2, n, d, device="cuda"), torch.arange(n, device="cuda") // 3
+    for search_space in (None, 130):
+        torch.ops.syncmask.group_semi_hard(feats[0], feats[1], ids, 8, 0.0, 0, search_space, 2)
 torch.cuda.synchronize()'
 fi
-stage bench 170 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
+stage bench 210 env SYNCMASK_BENCH_WHOLE=1 "$PYTHON" -m pytest bench --benchmark-only -q -k cuda
 
 echo "== summary"
 for i in "${!names[@]}"; do

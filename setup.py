@@ -1,10 +1,11 @@
-"""Builds the package and, where a C++ compiler and torch are at hand, its compiled operators (`_C.so`).
+"""Builds the package and, where a C++ compiler and torch are at hand, its compiled operators (`_C.so`); where nvcc and a torch with
+CUDA are at hand too, those for CUDA (`_C_cuda.so`, a library of its own, because it does not load beside a torch without CUDA).
 
 Everything declarative is in pyproject.toml. The library uses LibTorch's stable ABI and no Python API, so that
 one build serves every Python and every torch from 2.10 on. torch is never imported here: in an isolated build
 (plain `pip install .`) it cannot be, but its headers and libraries in the target environment are files like
 any other. Without a compiler or torch the install succeeds all the same, and the operators run their slower
-references. CXX chooses the compiler, CXXFLAGS adds to its flags.
+references. CXX and NVCC choose the compilers, CXXFLAGS adds to the flags of the first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ["csrc/group_semi_hard.cpp", "csrc/mine_semi_hard.cpp", "csrc/sync_mask.cpp"]
+CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
+CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built
 TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with
 FLAGS = [
     "-std=c++17",
@@ -46,7 +49,7 @@ class NotBuilt(Exception):
 
 
 class BuildNative(build_ext):
-    """One call of the compiler; a failure is reported and leaves an install without `_C.so`."""
+    """A library that cannot be built is reported and left out."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"
@@ -55,10 +58,10 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(extension.name))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            compile_library(extension.sources, target)
+            (compile_cuda_library if extension.sources == CUDA_SOURCES else compile_library)(extension.sources, target)
             print(f"syncmask_fast: built {target.name}", file=sys.stderr)
         except NotBuilt as reason:
-            print(f"syncmask_fast: installing without compiled operators, {reason}", file=sys.stderr)
+            print(f"syncmask_fast: installing without {target.name}, {reason}", file=sys.stderr)
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -103,6 +106,34 @@ def compile_library(sources: list[str], target: Path) -> None:
         os.replace(built, target)
 
 
+def compile_cuda_library(sources: list[str], target: Path) -> None:
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc is None:
+        raise NotBuilt("because no nvcc was found (its operators run their references on a GPU)")
+    torch = find_torch()
+    if not (torch / "lib/libtorch_cuda.so").is_file():
+        raise NotBuilt("because this torch has no CUDA")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder, target.name)
+        files = [str(ROOT / source) for source in sources]
+        links = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu", "-lc10", "-o", str(built)]
+        run_compiler([nvcc, *cuda_flags(nvcc, torch), *files, *links])
+        os.replace(built, target)
+
+
+def cuda_flags(nvcc: str, torch: Path) -> list[str]:
+    """How nvcc compiles csrc/*.cu: machine code for the known targets, and PTX of the last for what comes after them."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    targets = [name.removeprefix("sm_") for name in CUDA_TARGETS if name in known]
+    if not targets:
+        raise NotBuilt(f"because {nvcc} compiles for none of {', '.join(CUDA_TARGETS)}")
+    codes = [f"arch=compute_{number},code=sm_{number}" for number in targets]
+    codes.append(f"arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch / "include")]
+    return [*flags, *defines, *(word for code in codes for word in ("-gencode", code))]
+
+
 def run_compiler(command: list[str]) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
@@ -137,6 +168,9 @@ def torch_version(torch: Path) -> str:
 setup(
     packages=[*find_packages(include=["syncmask_fast", "syncmask_fast.*"]), "syncmask_fast.kernels"],
     package_dir={"syncmask_fast.kernels": "kernels"},
-    ext_modules=[Extension("syncmask_fast._C", SOURCES, optional=True)],
+    ext_modules=[
+        Extension("syncmask_fast._C", SOURCES, optional=True),
+        Extension("syncmask_fast._C_cuda", CUDA_SOURCES, optional=True),
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

@@ -147,28 +147,32 @@ class Session:
         function: Callable[..., object],
         flops: float,
         cold: bool = True,
+        rounds: int | None = None,
     ) -> None:
         """Times function(*make(seed)) and adds a row.
 
         One round goes once over copies of the inputs that together are twice the cache, so that each call finds
         its inputs cold; its time is that of a call, on average. With cold=False it is a call on one copy: for work that
-        goes over its inputs many times. flops: of the products that cannot be avoided.
+        goes over its inputs many times; rounds=1 goes without a warm-up too. flops: of the products that cannot be avoided.
         """
         first = make(0)
         device, dtype = first[0].device, first[0].dtype
         size = sum(x.numel() * x.element_size() for x in first)
-        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size) * cold))]
+        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size) if cold else 1))]
 
         def once_over() -> None:
             for inputs in copies:
                 function(*inputs)
             synchronize(device)
 
-        function(*first)
-        synchronize(device)
-        extra = extra_mib(lambda: function(*copies[-1]), device)
-        rounds = min(_ROUNDS[1], max(_ROUNDS[0], math.ceil(_SECONDS / best_seconds(once_over, device, 1))))
-        benchmark.pedantic(once_over, rounds=rounds, iterations=1, warmup_rounds=1)
+        if rounds == 1:
+            extra = extra_mib(lambda: benchmark.pedantic(once_over, rounds=1, iterations=1), device)
+        else:
+            function(*first)
+            synchronize(device)
+            extra = extra_mib(lambda: function(*copies[-1]), device)
+            rounds = rounds or min(_ROUNDS[1], max(_ROUNDS[0], math.ceil(_SECONDS / best_seconds(once_over, device, 1))))
+            benchmark.pedantic(once_over, rounds=rounds, iterations=1, warmup_rounds=1)
         calls = [1e3 * seconds / len(copies) for seconds in benchmark.stats.stats.data]
         key = (device, dtype)
         limits = self._limits[key] = self._limits.get(key) or measure_limits(device, dtype)

@@ -22,9 +22,9 @@ stage() { # NAME SECONDS COMMAND...
     names+=("$name")
 }
 
-stage machine 20 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
+stage machine 15 bash -c "nvidia-smi; '$PYTHON' -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'"
 stage build 60 "$PYTHON" setup.py build_ext --inplace
-stage tests 120 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_sync_mask*.py tests/test_mine_semi_hard*.py tests/test_no_host_sync.py
+stage tests 130 "$PYTHON" -m pytest -q -m "not slow" -p no:cacheprovider tests/test_{sync_mask,mine_semi_hard,group_semi_hard}*.py tests/test_no_host_sync.py
 if command -v compute-sanitizer >/dev/null; then
     stage sanitizer 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import torch
@@ -41,12 +41,16 @@ for shape in ((2, 3, 5, 9, 7), (3, 2, 70, 130, 33)):
             ids, other_ids, positive = torch.arange(n, device="cuda"), torch.arange(m, device="cuda"), torch.rand(n, device="cuda")
             for count, temperature in ((1, None), (16, None), (64, 0.5)):
                 ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=count, temperature=temperature)
+for n, d in ((1, 4), (300, 9)):
+    feats, ids = torch.randn(2, n, d, device="cuda"), torch.arange(n, device="cuda") // 3
+    for search_space in (None, 130):
+        torch.ops.syncmask.group_semi_hard(feats[0], feats[1], ids, 8, 0.0, 0, search_space, 2)
 torch.cuda.synchronize()'
 fi
-stage operators 100 "$PYTHON" -m pytest bench/test_sync_mask.py bench/test_mine_semi_hard.py --benchmark-only -q -k cuda
-stage step 100 "$PYTHON" -m pytest bench/test_step.py --benchmark-only -q -k cuda
-stage profile 30 "$PYTHON" bench/profile_step.py base 128
-stage loader 20 "$PYTHON" -m pytest bench/test_loader.py --benchmark-only -q -k cuda
+stage operators 110 env SYNCMASK_BENCH_WHOLE=1 "$PYTHON" -m pytest bench/test_{sync_mask,mine_semi_hard,group_semi_hard}.py --benchmark-only -q -k cuda
+stage step 80 "$PYTHON" -m pytest bench/test_step.py --benchmark-only -q -k cuda
+stage profile 25 "$PYTHON" bench/profile_step.py base 128
+stage loader 15 "$PYTHON" -m pytest bench/test_loader.py --benchmark-only -q -k cuda
 
 echo "== summary"
 for i in "${!names[@]}"; do

@@ -6,11 +6,6 @@
 // allowed. Where a list has none left, a scan over all unvisited items decides; when scans have cost as much as new
 // lists would, the unvisited are moved together and get new lists among themselves.
 //
-// Order of the choice. With `ordered` a monotone map of floats to 32-bit integers, key = ordered(similarity) -
-// ordered(threshold) as an unsigned integer, which wraps, is above all others for near misses (similarity < threshold)
-// and rises with the similarity on either side: the first two levels of the walk in one comparison. A list holds the
-// highest keys of its item, so its best entry is the best of all. Ties go to the lowest index.
-//
 // Letters: n items of a run, D features. A place is the number of an item among those that had lists made last.
 
 #include <torch/csrc/stable/library.h>
@@ -32,6 +27,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "walk_key.h"
 
 #ifdef SYNCMASK_HAS_X86
 #include <immintrin.h>
@@ -47,10 +43,10 @@ extern "C" __attribute__((visibility("default"))) const char* syncmask_build_sta
 
 namespace {
 
+using namespace syncmask;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
 // A thread is woken for about 0.1 ms of work. Less pays on an idle machine only: on a busy one each step
 // waits until the last thread has had its turn.
 constexpr int64_t kMinMultipliesPerThread = 1 << 20;
@@ -58,23 +54,6 @@ constexpr int64_t kMinMultipliesPerThread = 1 << 20;
 constexpr int64_t kScanCost = 6;
 constexpr int64_t kBlockPanels = 16;  // two sides of a block and their lists fit a cache of 2 MB at D = 256
 constexpr int64_t kMinNeighbours = 24, kMaxNeighbours = 128;
-
-// NaN counts as the lowest, and -0 is 0.
-int32_t ordered(float x) {
-  x = x == x ? x + 0.0f : kLowest;
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-// Of ordered numbers; see the top.
-uint32_t key_of(int32_t similarity, int32_t threshold) {
-  return static_cast<uint32_t>(similarity) - static_cast<uint32_t>(threshold);
-}
-
-// Higher is better: the key, then the lower place. Never 0.
-uint64_t entry_of(uint32_t key, int64_t place) { return static_cast<uint64_t>(key) << 32 | (0xffffffffu - place); }
-int64_t place_of(uint64_t entry) { return 0xffffffffu - static_cast<uint32_t>(entry); }
 
 // Uninitialised memory that starts at a cache line.
 template <typename T>
@@ -161,12 +140,12 @@ struct Kernels {
 
 Kernels widest_kernels() {
 #ifdef SYNCMASK_HAS_X86
-  switch (syncmask::widest_isa()) {
-    case syncmask::Isa::kAvx512:
+  switch (widest_isa()) {
+    case Isa::kAvx512:
       return {avx512::kPanel, avx512::find_thresholds, avx512::sample_bounds, avx512::fill_block, avx512::scan};
-    case syncmask::Isa::kAvx2:
+    case Isa::kAvx2:
       return {avx2::kPanel, avx2::find_thresholds, avx2::sample_bounds, avx2::fill_block, avx2::scan};
-    case syncmask::Isa::kPlain:
+    case Isa::kPlain:
       break;
   }
 #endif
@@ -320,7 +299,7 @@ class Walk {
     best = best_of_all(query);
     if (best == 0) {  // nothing is allowed: the highest
       query.any_product = true;
-      query.threshold = std::numeric_limits<int32_t>::min();
+      query.threshold = kNoThreshold;
       best = best_of_all(query);
     }
     const int64_t next = item_[place_of(best)];

@@ -71,8 +71,7 @@ void find_thresholds(const Remaining& items, int64_t panel, float margin, int32_
     similarities<kRows, kPanel>(items.images + at + row, items.texts + at, items.width, sum);
     for (int i = 0; i < kRows; ++i) {
       const int item = row + i;
-      const float own = sum[i][item / kLanes][item % kLanes];
-      threshold[panel * kPanel + item] = ordered((own == own ? own : kLowest) - margin);
+      threshold[panel * kPanel + item] = ordered_threshold(sum[i][item / kLanes][item % kLanes], margin);
     }
   }
 }

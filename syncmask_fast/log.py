@@ -30,6 +30,7 @@ class MetricsLog:
         self.losses: list[torch.Tensor] = []
         self.clock, self.waited = time.perf_counter(), 0.0
         self.lift: str = ""
+        self.planning: float | None = None
         self.board = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -44,7 +45,15 @@ class MetricsLog:
         self.clock, self.waited = now, wait_seconds
         speed = {"pairs_per_s": round(pairs / seconds, 2), "mfu": round(flops / seconds / self.peak_flops, 5), "data_wait_share": round(wait, 4)}
         self.rows.append({"step": step, "epoch": epoch, **speed, "peak_gib": round(peak_bytes(self.device) / 2**30, 3), "lr": lr})
+        if self.planning is not None:
+            self.rows[-1]["plan_s"], self.planning = round(self.planning, 3), None
         self.losses.append(torch.stack(list(losses)))
+
+    def planned(self, epoch: int, seconds: float) -> None:
+        """Prints what the plan of an epoch took, and keeps it for the row of the next step, whose own time it is not."""
+        print(f"epoch {epoch} planned in {seconds:.1f} s", flush=True)
+        self.planning = seconds
+        self.clock += seconds
 
     def note(self, values: dict[str, float]) -> None:
         """Adds further values, such as the sync scores, to the last step's row; the time that they took is not the next step's."""

@@ -165,7 +165,7 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         backend=config.loader, threads=config.threads, drop_last=True,
     )  # fmt: skip
     with loader, stop_on_signal() as stop:
-        batches = epochs_of_batches(config, state, loader, train_split, product_ids)
+        batches = epochs_of_batches(config, state, loader, train_split, product_ids, log)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
             parts, flops = one_step(config, state, batches, steps, batches_per_epoch)
@@ -231,7 +231,9 @@ def one_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], s
     return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), flops
 
 
-def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray) -> Iterator[Batch]:
+def epochs_of_batches(
+    config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray, log: MetricsLog
+) -> Iterator[Batch]:
     """Batches without end: each epoch by its plan, from where the state stands; the plan of the next epoch is made when one ends.
 
     `samples` and `product_ids` of the batches are places in the training split and product numbers from 0.
@@ -253,7 +255,9 @@ def epochs_of_batches(config: TrainConfig, state: TrainState, loader: Loader, sp
             at = place_of[batch.samples]
             yield dataclasses.replace(batch, samples=at, product_ids=product_of[at])
         state.epoch, state.position = state.epoch + 1, 0
+        begin = time.perf_counter()
         state.order = torch.from_numpy(plan(config, state, product_ids))
+        log.planned(state.epoch, time.perf_counter() - begin)
 
 
 def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.ndarray:

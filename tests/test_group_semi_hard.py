@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +91,79 @@ def test_dry_lists(n, neighbours, generator):
         for images, texts, ids in (draw(n, 16, generator, products), draw_integers(n, 4, generator, products)):
             expected = ops.group_semi_hard_reference(images.double(), texts.double(), ids, **options)
             assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbours).equal(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not _native.loaded_cuda() or not torch.cuda.is_available(), reason="needs a CUDA device and csrc/group_semi_hard.cu built")
+@pytest.mark.parametrize(("n", "d"), [(1, 4), (2, 3), (33, 5), (300, 16), (3000, 30)])  # D in fours and not; one block and several
+@pytest.mark.parametrize("neighbours", [0, 2, 40])  # 2: most lists run dry; 40: more than a warp reads at a time
+def test_cuda(n, d, neighbours, generator):
+    for products, margin, search_space in ((n, 0.0, None), (n // 4 + 1, 0.3, None), (3, -math.inf, 130), (1, math.inf, None)):
+        options = dict(batch_size=8, margin=margin, search_space=search_space)
+        for args in (draw(n, d, generator, products), draw_integers(n, d, generator, products)):
+            expected = ops.group_semi_hard(*args, **options)
+            on_gpu = [x.cuda() for x in args]
+            order = torch.ops.syncmask.group_semi_hard(*on_gpu, 8, margin, 0, search_space, neighbours)
+            assert order.is_cuda
+            assert order.tolist() == expected.tolist()
+    assert ops.group_semi_hard(*on_gpu, **options, backend="cpp").equal(order)
+
+
+def steps_of_the_cuda_kernel(
+    images, texts, lists, product, item, unvisited, batch_of, order, state, batch_size, margin
+):  # fmt: skip
+    """What csrc/group_semi_hard.cu does, for new lists after each scan."""
+    position, place = state.tolist()
+    while True:
+        order[position] = item[place]
+        unvisited[place] = False
+        batch_of[product[place]] = position // batch_size
+        position += 1
+        if position == len(order):
+            break
+        batch = position // batch_size
+        allowed = unvisited & (product != product[place]) & (batch_of[product] != batch)
+        first = [j for j in lists[(position + 1) % 2, place].tolist() if j >= 0 and allowed[j]][:1]
+        if first:
+            place = first[0]
+            continue
+        s = (texts @ images[place] if position % 2 else images @ texts[place]).double()
+        near = allowed & (s < s[place] - margin)
+        place = int(torch.where(near if near.any() else allowed if allowed.any() else unvisited, s, -math.inf).argmax())
+        break
+    state.copy_(torch.tensor([position, place]))
+
+
+@pytest.mark.parametrize("neighbours", [1, 4, 64])
+def test_lists_and_steps_on_cuda(neighbours, generator):
+    """The loop that makes the lists, around a stand-in for the kernel."""
+    library = torch.library.Library("syncmask", "IMPL")
+    library.impl("_walk", steps_of_the_cuda_kernel, "CPU")
+    for products, margin, start in ((70, 0.0, 0), (20, 0.3, 69), (3, -math.inf, 5), (1, math.inf, 0)):
+        for images, texts, ids in (draw(70, 8, generator, products), draw_integers(70, 8, generator, products)):
+            codes = torch.unique(ids, return_inverse=True)[1]
+            expected = oracle(images, texts, ids, 8, margin, start)
+            assert module._walk_cuda(images, texts, codes, 8, margin, start, neighbours).tolist() == expected
+    library._destroy()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_compiles_for_cuda(tmp_path):
+    """For sm_90, without a GPU: within the registers of a block of 1,024 threads, and nothing spilled."""
+    include = Path(torch.__file__).parent / "include"
+    source = Path(__file__).resolve().parents[1] / "csrc/group_semi_hard.cu"
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    run = subprocess.run(
+        [*command, "-isystem", str(include), "-c", str(source), "-o", str(tmp_path / "walk.o")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill", run.stderr)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", run.stderr)]
+    assert spills
+    assert set(spills) == {"0"}
+    assert max(registers) <= 64
+    print(run.stderr)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -135,11 +135,13 @@ def test_a_built_extension_loads():
     assert _native.stamp().startswith("csrc ")
 
 
-@pytest.mark.skipif(_native.find() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("library", [_native.LIBRARY, _native.CUDA_LIBRARY])
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
-def test_the_extension_needs_stable_symbols_only():
+def test_the_extension_needs_stable_symbols_only(library):
     """C functions of the stable ABI (aoti_torch_*, torch_*) may be missing; C++ ones of torch may not."""
-    command = ["nm", "-D", "--undefined-only", str(_native.find())]
+    if _native.find(library) is None:
+        pytest.skip(f"{library} is not built")
+    command = ["nm", "-D", "--undefined-only", str(_native.find(library))]
     lines = subprocess.check_output(command, text=True).splitlines()
     symbols = [line.split()[-1].split("@")[0] for line in lines]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)

@@ -116,6 +116,7 @@ def test_metrics_of_every_step(run: Path):
         assert all((name in row) == (fused or name == "loss_itc") for name in LOSSES)
         if fused:
             assert row["loss"] == pytest.approx(sum(row[name] for name in (*LOSSES, "loss_presence")), rel=1e-4)  # all weights are 1
+    assert [row["epoch"] for row in found if "plan_s" in row] == [1]
     assert "sync/words/auc" in found[-1]
     assert found[0]["lr"] > 0
 

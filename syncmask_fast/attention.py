@@ -42,11 +42,13 @@ class Layout:
         return Layout(starts, max(self.longest, other.longest), self.total + other.total)
 
     def filled(self, multiple: int) -> Layout:
-        """This layout with rows behind it that nobody reads, one more sequence, so that the total is a multiple of `multiple`."""
+        """This layout with sequences behind it that nobody reads, none longer than the longest, so that the total is a multiple of `multiple`."""
         rest = -self.total % multiple
         if rest == 0:
             return self
-        return Layout(torch.cat([self.starts, self.starts[-1:] + rest]), max(self.longest, rest), self.total + rest)
+        count = -(-rest // self.longest)
+        ends = (torch.arange(1, count + 1, dtype=torch.int32, device=self.starts.device) * self.longest).clamp(max=rest)
+        return Layout(torch.cat([self.starts, self.starts[-1:] + ends]), self.longest, self.total + rest)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -77,7 +79,7 @@ class Layout:
     def pad(self, packed: Tensor) -> Tensor:
         """[total, ...] to [N, longest, ...], zeros where there is no token."""
         flat = packed.new_zeros(len(self) * self.longest, *packed.shape[1:])
-        return flat.index_copy(0, self._padded_row, packed).unflatten(0, (len(self), self.longest))
+        return flat.index_copy_(0, self._padded_row, packed).unflatten(0, (len(self), self.longest))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """[N, longest, ...] to [total, ...]."""
@@ -183,7 +185,7 @@ def _seconds(run: Callable[..., Tensor], device: torch.device, dtype: torch.dtyp
     """Time of texts that look at images of 257 rows, forward and backward; infinite where it does not run here."""
     layout = Layout.of(list(range(40, 168)), device)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             q = torch.randn(layout.total, 12, 64, device=device, dtype=dtype, requires_grad=True)
             k, v = (torch.randn(len(layout), 257, 12, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -165,11 +165,11 @@ def test_every_parameter_learns(masking: str, target: str):
 
 
 def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    """As in bfloat16, here in float32."""
+    """As in bfloat16, here in float32. Fewer positions than the largest filling: it must come in several sequences."""
     config = small_config(masking="sync")
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=3))
     model, batch, outcomes = small_model(config), small_batch(config), []
-    for multiple in (1, 2, 64):
+    for multiple in (1, 2, 64, 1000):
         monkeypatch.setattr("syncmask_fast.step.rows_multiple", lambda device, multiple=multiple: multiple)
         model.zero_grad()
         found, _ = losses_of(config, model, batch)

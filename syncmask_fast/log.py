@@ -47,8 +47,9 @@ class MetricsLog:
     def note(self, values: dict[str, float]) -> None:
         """Adds further values, such as the sync scores, to the last step's row; the time that they took is not the next step's."""
         self.rows[-1].update({name: round(value, 3) for name, value in values.items() if not math.isnan(value)})
-        lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
-        self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
+        if "sync/patches/precision" in values:
+            lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
+            self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
         self.clock = time.perf_counter()
 
     def show_when_due(self) -> None:
@@ -57,10 +58,11 @@ class MetricsLog:
             shown = self.flush()
             last = shown[-1]
             mean = {name: sum(row[name] for row in shown) / len(shown) for name in last if all(name in row for row in shown)}
-            losses = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
+            parts = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
+            losses = f" ({parts})" if parts else ""  # a fine-tuning may have one loss alone
             print(
                 f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s"
-                f"  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f} ({losses}){self.lift}",
+                f"  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f}{losses}{self.lift}",
                 flush=True,
             )
 

@@ -22,14 +22,16 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"data"},
-    {"config", "attention", "retrieval", "sync"},
+    {"config", "attention", "retrieval", "composed", "recognition", "sync"},
     {"encoders", "report"},
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"log", "evaluate"},
     {"examples"},
-    {"train", "pack", "finetune", "ablate", "search"},
+    {"train", "pack", "search"},
+    {"finetune"},
+    {"ablate"},
 ]
 
 

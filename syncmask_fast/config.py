@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from syncmask_fast.data.augment import AugmentConfig
 from syncmask_fast.errors import UserError
 
 Masking = Literal["sync", "random", "none"]
 Batching = Literal["semi_hard", "hard", "random"]
+Task = Literal["pretraining", "retrieval", "composed", "category", "subcategory"]
+Inputs = Literal["image+text", "image"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What a run is for. `syncmask_fast.finetune` fills it in; pretraining leaves it as it is."""
+
+    name: Task = "pretraining"
+    model: Path | None = None
+    """Folder of the model that the fine-tuning starts from."""
+    scratch: bool = False
+    """Take that model's shape and tokenizer only: what pretraining is worth is the difference."""
+    labels: tuple[str, ...] = ()
+    """Recognition: the labels of the training part, in the order of the classifier's outputs."""
+    inputs: Inputs = "image+text"
+    """Recognition: what the classifier sees. The parents feed image and text."""
+    validation: float = 0.1
+    """Share of the training products on which the best model is chosen."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Pretrains a fashion vision-language model with SyncMask."""
 
@@ -196,6 +217,7 @@ class TrainConfig:
     group: GroupConfig = field(default_factory=GroupConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    task: tyro.conf.Fixed[TaskConfig] = field(default_factory=TaskConfig)
 
     def check(self) -> None:
         """Raises `UserError` for the first setting that cannot work."""
@@ -218,6 +240,7 @@ class TrainConfig:
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
             "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts,
             "--optim.warmup": self.optim.warmup, "--min-loaded": self.min_loaded, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--validation": self.task.validation,
         }  # fmt: skip
         for flag, value in shares.items():
             if not 0 <= value <= 1:
@@ -302,7 +325,7 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
             value = from_json(type(default), value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif name == "out" and value is not None:
+        elif name in ("out", "model") and value is not None:
             value = Path(value)
         made[name] = value
     return cls(**made)

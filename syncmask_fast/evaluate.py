@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: `python -m syncmask_fast.evaluate retrieval|sync --model DIR --data PATH`."""
+"""Evaluation of a trained model: `python -m syncmask_fast.evaluate retrieval|composed|category|subcategory|sync --model DIR --data PATH`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
-from syncmask_fast import retrieval, sync
+from syncmask_fast import composed, recognition, retrieval, sync
 from syncmask_fast.attention import Layout
-from syncmask_fast.config import MaskConfig, TrainConfig
+from syncmask_fast.config import MaskConfig, Task, TrainConfig
 from syncmask_fast.data.images import check_image
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_evaluation
 from syncmask_fast.data.text import TokenCache
+from syncmask_fast.data.triplets import Triplets, open_triplets
+from syncmask_fast.encoders import pack_by_image
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.masking import Masks, sync_masks
 from syncmask_fast.model import SyncMaskModel
 
 BATCH = 128
+PAIRS = 512  # that the fusion encoder sees in one pass
+RERANK = 16  # candidates that the ITM head judges where nothing else is said
 
 
 def evaluation_batches(split: Split, tokens: TokenCache, config: TrainConfig, device: torch.device, order: np.ndarray) -> Iterator[Batch]:
@@ -52,26 +57,155 @@ def embed(model: SyncMaskModel, split: Split, tokens: TokenCache) -> tuple[retri
         raise UserError(f"{split.index.folder} has no readable image to evaluate on.")
     at = np.concatenate(samples)
     _, first, product = np.unique(split.index.product_ids[at], return_index=True, return_inverse=True)
-    texts = []
-    for begin in range(0, len(first), BATCH):
-        ids, starts = tokens.gather(at[first[begin : begin + BATCH]])
-        layout = Layout.of(np.diff(starts).tolist(), model.device)
-        texts.append(model.project_texts(model.text(torch.from_numpy(ids).to(model.device), layout), layout))
+    texts = [model.project_texts(features, layout) for features, layout in text_features(model, tokens, at[first])]
     group = split.index.subcategory.codes[at[first]]
     device = model.device
     product, group = torch.from_numpy(product).to(device), torch.from_numpy(group).to(device)
     return retrieval.Gallery(torch.cat(images), torch.cat(texts), product, group), at
 
 
-def evaluate_retrieval(model: SyncMaskModel, split: Split, tokens: TokenCache) -> dict[str, float]:
-    """Every retrieval metric in percent, by name; the 101-candidate ones only where there are 101 products."""
-    gallery, _ = embed(model, split, tokens)
-    results = {f"retrieval/{name}": value for name, value in retrieval.full_recall(gallery).items()}
+def text_features(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray) -> Iterator[tuple[Tensor, Layout]]:
+    """The packed features [T, C] of the texts of these samples, in groups."""
+    for begin in range(0, len(samples), BATCH):
+        ids, starts = tokens.gather(samples[begin : begin + BATCH])
+        layout = Layout.of(np.diff(starts).tolist(), model.device)
+        yield model.text(torch.from_numpy(ids).to(model.device), layout), layout
+
+
+def evaluate_retrieval(model: SyncMaskModel, split: Split, tokens: TokenCache, rerank: int = 0) -> dict[str, float]:
+    """Every retrieval metric in percent, by name; the 101-candidate ones only where there are 101 products.
+
+    rerank: how many of the best candidates by ITC the ITM head puts in order anew, for the metrics named itm-rerank; 0 leaves these out.
+    """
+    gallery, at = embed(model, split, tokens)
+    config = model.config.eval
+    draw = {"queries": config.queries, "draws": config.draws, "seed": model.config.seed}
+    found = retrieval.full_recall(gallery)
     if len(gallery.texts) >= retrieval.CANDIDATES:
-        config = model.config.eval
-        found = retrieval.candidate_recall(gallery, queries=config.queries, draws=config.draws, seed=model.config.seed)
-        results |= {f"retrieval/{name}": value for name, value in found.items()}
-    return results | {"retrieval/images": float(len(gallery.images)), "retrieval/products": float(len(gallery.texts))}
+        found |= retrieval.candidate_recall(gallery, **draw)
+    if rerank:
+        lists = retrieval.shortlists(gallery, rerank, **draw)
+        found |= retrieval.reranked_recall(lists, match_scores(model, split, tokens, gallery, at, lists)) | {"itm-rerank/K": float(rerank)}
+    found |= {"images": float(len(gallery.images)), "products": float(len(gallery.texts))}
+    return {f"retrieval/{name}": value for name, value in found.items()}
+
+
+@torch.inference_mode()
+def match_scores(
+    model: SyncMaskModel, split: Split, tokens: TokenCache, gallery: retrieval.Gallery, at: np.ndarray, lists: list[retrieval.Shortlist]
+) -> list[Tensor]:
+    """The ITM scores (log-odds of a match), float32 [Q, K], of the pairs on each shortlist; a pair that several lists have is judged once.
+
+    Texts are encoded once and kept. Images are encoded once, batch by batch, so that a large gallery's features need not be kept, and an image's keys
+    and values are projected once for all texts that look at it.
+    """
+    count = len(gallery.texts)
+    codes = [(entry.images * count + entry.texts).cpu().numpy() for entry in lists]
+    pairs, places = np.unique(np.concatenate([code.ravel() for code in codes]), return_inverse=True)  # in the order of the images
+    image, text = pairs // count, pairs % count
+    first = np.unique(gallery.product.cpu().numpy(), return_index=True)[1]
+    features, layouts = zip(*text_features(model, tokens, at[first]), strict=True)
+    features, layout = torch.cat(features), sum(layouts[1:], layouts[0])
+
+    score = torch.empty(len(pairs))
+    shown = np.unique(image)
+    for batch in evaluation_batches(split, tokens, model.config, model.device, at[shown]):
+        images = model.image(batch.pixels)
+        numbers = shown[batch.positions.cpu().numpy()]
+        begin, end = np.searchsorted(image, numbers[0]), np.searchsorted(image, numbers[-1], side="right")
+        for low in range(begin, end, PAIRS):
+            part = slice(low, min(low + PAIRS, end))
+            seen, looks_at = np.unique(image[part], return_inverse=True)
+            looks_at, texts = torch.from_numpy(looks_at).to(model.device), torch.from_numpy(text[part]).to(model.device)
+            pack = pack_by_image(layout, texts, looks_at, len(seen))
+            fused = model.fusion(features[pack.rows], pack, images[torch.from_numpy(np.searchsorted(numbers, seen)).to(model.device)])
+            logits = model.match_head(fused[pack.first]).float()
+            score[part] = (logits[:, 1] - logits[:, 0]).cpu()
+    parts = np.split(places.ravel(), np.cumsum([code.size for code in codes])[:-1])
+    return [score[torch.from_numpy(place)].view(code.shape).to(model.device) for place, code in zip(parts, codes, strict=True)]
+
+
+@torch.inference_mode()
+def evaluate_composed(model: SyncMaskModel, split: Split, tokens: TokenCache, triplets: Triplets) -> dict[str, float]:
+    """Composed retrieval in percent, with both galleries by name: every picture of the class, and the union of candidates and targets.
+
+    A model that was not fine-tuned for it asks with the sum of its image and text features.
+    """
+    galleries = {"val-union": {name: _union(triplets, name) for name in sorted(set(triplets.classes))}}
+    if triplets.galleries:
+        galleries = {"original": triplets.galleries} | galleries
+    wanted = np.unique(np.concatenate([triplets.candidate, triplets.target, *triplets.galleries.values()]))
+    captions = TokenCache.open(split.index.folder, model.tokenizer, triplets.captions, model.config.text.max_tokens)
+    order = np.argsort(triplets.candidate, kind="stable")
+    pictures = torch.empty(len(wanted), model.config.embed, device=model.device)
+    queries = torch.empty(len(triplets), model.config.embed, device=model.device)
+    found = []
+    for batch in evaluation_batches(split, tokens, model.config, model.device, wanted):
+        images = model.image(batch.pixels)
+        places = np.searchsorted(wanted, batch.sample_numbers)
+        found.append(places)
+        pictures[torch.from_numpy(places).to(model.device)] = model.project_images(images)
+        rows = order[np.isin(triplets.candidate[order], batch.sample_numbers)]
+        for begin in range(0, len(rows), BATCH):
+            part = rows[begin : begin + BATCH]
+            [(texts, layout)] = text_features(model, captions, part)
+            references = images[torch.from_numpy(np.searchsorted(batch.sample_numbers, triplets.candidate[part])).to(model.device)]
+            queries[torch.from_numpy(part).to(model.device)] = model.project_queries(references, texts, layout)
+    if sum(map(len, found)) < len(wanted):
+        raise UserError(f"{split.index.folder} has pictures of triplets or galleries that cannot be read: mend or remove them first.")
+    product = torch.from_numpy(split.index.product_ids[wanted]).to(model.device)
+    results = {}
+    for protocol, pools in galleries.items():
+        asked = {}
+        for name in sorted(set(triplets.classes)):
+            rows = np.array([row for row, each in enumerate(triplets.classes) if each == name])
+            goal, pool = (torch.from_numpy(np.searchsorted(wanted, x)).to(model.device) for x in (triplets.target[rows], pools[name]))
+            asked[name] = composed.ClassQueries(queries[torch.from_numpy(rows).to(model.device)], goal, pool)
+        results |= {f"composed/{protocol}/{name}": value for name, value in composed.composed_recall(asked, pictures, product).items()}
+    return results
+
+
+def _union(triplets: Triplets, name: str) -> np.ndarray:
+    """The pictures of a class that are a candidate or a target, int64 [G]."""
+    rows = np.array([each == name for each in triplets.classes])
+    return np.unique(np.concatenate([triplets.candidate[rows], triplets.target[rows]]))
+
+
+@torch.inference_mode()
+def evaluate_recognition(model: SyncMaskModel, split: Split, tokens: TokenCache) -> dict[str, float]:
+    """Recognition in percent by the classifier that a model was fine-tuned with; pictures without a label are left out."""
+    task = model.config.task
+    labels = getattr(split.index, task.name)
+    labelled = split.samples[labels.codes[split.samples] >= 0]
+    if not len(labelled):
+        raise UserError(f"{split.index.folder} has no {task.name} in its records: recognition needs labels.")
+    truth, predicted = [], []
+    for batch in evaluation_batches(split, tokens, model.config, model.device, labelled):
+        layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        best = model.label_logits(model.image(batch.pixels), model.text(batch.token_ids, layout), layout).argmax(1)
+        predicted += [task.labels[i] for i in best.tolist()]
+        truth += [labels.names[code] for code in labels.codes[batch.sample_numbers]]
+    unseen = sorted(set(truth) - set(task.labels))
+    if unseen:
+        print(f"labels that the classifier never saw, whose pictures count as errors: {', '.join(unseen)}")
+    found = recognition.recognition_metrics(truth, predicted, task.labels) | {"unlabelled-images": float(len(split) - len(labelled))}
+    return {f"{task.name}/{task.inputs}/{name}": value for name, value in found.items()}
+
+
+def evaluate_task(
+    task: Task, model: SyncMaskModel, split: Split, tokens: TokenCache, *, triplets: Triplets | None = None, rerank: int = 0
+) -> dict[str, float]:
+    """The metrics of a task on a split; triplets: other ones than the split's own.
+
+    errors: UserError for recognition with a model that was not fine-tuned for it, and where the data lacks what the task needs.
+    """
+    if task == "retrieval":
+        return evaluate_retrieval(model, split, tokens, rerank)
+    if task == "composed":
+        return evaluate_composed(model, split, tokens, triplets or open_triplets(split))
+    if model.config.task.name != task:
+        raise UserError(f"the model is one for {model.config.task.name}, without a classifier for {task}: fine-tune it with `finetune {task}` first.")
+    return evaluate_recognition(model, split, tokens)
 
 
 @dataclass(frozen=True)
@@ -161,7 +295,25 @@ class Common:
 
 @dataclass(frozen=True)
 class Retrieval(Common):
-    """Retrieval in both directions: 101 candidates and the full gallery."""
+    """Retrieval in both directions: 101 candidates and the full gallery, by ITC scores and re-ranked by the ITM head."""
+
+    rerank: int = RERANK
+    """How many of the best candidates by ITC the ITM head puts in order anew; 0 leaves that out."""
+
+
+@dataclass(frozen=True)
+class Composed(Common):
+    """Text-guided retrieval: a reference picture and what is to change. Needs triplets.json beside the shards: FashionIQ's, or the lookbook's."""
+
+
+@dataclass(frozen=True)
+class Category(Common):
+    """Accuracy and macro-F1 of the category, by a model that was fine-tuned for it."""
+
+
+@dataclass(frozen=True)
+class Subcategory(Common):
+    """Accuracy and macro-F1 of the subcategory, by a model that was fine-tuned for it."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +324,13 @@ class Sync(Common):
     """Compare every score rule in every fusion layer."""
 
 
-Command = Annotated[Retrieval, tyro.conf.subcommand("retrieval")] | Annotated[Sync, tyro.conf.subcommand("sync")]
+Command = (
+    Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
+    | Annotated[Composed, tyro.conf.subcommand("composed")]
+    | Annotated[Category, tyro.conf.subcommand("category")]
+    | Annotated[Subcategory, tyro.conf.subcommand("subcategory")]
+    | Annotated[Sync, tyro.conf.subcommand("sync")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,8 +342,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{command.data} has no held-out products to evaluate on.")
     tokens = TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_tokens)
     results: object
-    if isinstance(command, Retrieval):
-        results = evaluate_retrieval(model, split, tokens)
+    if not isinstance(command, Sync):
+        if isinstance(command, Retrieval) and command.rerank < 0:
+            raise UserError(f"--rerank is {command.rerank}, but must be 0 or more.")
+        results = evaluate_task(type(command).__name__.lower(), model, split, tokens, rerank=getattr(command, "rerank", 0))
     else:
         data = SyncData.of(split, tokens, model.config.image.size // model.config.image.patch)
         if data is None:
@@ -216,7 +376,7 @@ def choose_device(name: str) -> torch.device:
 def print_results(results: dict[str, float]) -> None:
     """One metric a line."""
     for name, value in results.items():
-        print(f"{name:44s} {value:8.2f}")
+        print(f"{name:52s} {value:8.2f}")
 
 
 def print_table(rows: list[dict]) -> None:

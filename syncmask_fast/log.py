@@ -37,13 +37,15 @@ class MetricsLog:
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
 
-    def add(self, step: int, epoch: int, pairs: int, flops: float, wait_seconds: float, lr: float, losses: Losses) -> None:
-        """Adds one step. flops: of the model (`flops.step_flops`); wait_seconds: the loader's running total."""
+    def add(self, step: int, epoch: int, pairs: int, flops: float | None, wait_seconds: float, lr: float, losses: Losses) -> None:
+        """Adds one step. flops: of the model (`flops.step_flops`), None where they are not counted; wait_seconds: the loader's running total."""
         now = time.perf_counter()
         seconds = max(now - self.clock, 1e-9)
         wait = min(1.0, max(0.0, (wait_seconds - self.waited) / seconds))
         self.clock, self.waited = now, wait_seconds
-        speed = {"pairs_per_s": round(pairs / seconds, 2), "mfu": round(flops / seconds / self.peak_flops, 5), "data_wait_share": round(wait, 4)}
+        speed = {"pairs_per_s": round(pairs / seconds, 2), "data_wait_share": round(wait, 4)}
+        if flops is not None:
+            speed["mfu"] = round(flops / seconds / self.peak_flops, 5)
         self.rows.append({"step": step, "epoch": epoch, **speed, "peak_gib": round(peak_bytes(self.device) / 2**30, 3), "lr": lr})
         if self.planning is not None:
             self.rows[-1]["plan_s"], self.planning = round(self.planning, 3), None
@@ -58,8 +60,9 @@ class MetricsLog:
     def note(self, values: dict[str, float]) -> None:
         """Adds further values, such as the sync scores, to the last step's row; the time that they took is not the next step's."""
         self.rows[-1].update({name: round(value, 3) for name, value in values.items() if not math.isnan(value)})
-        lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
-        self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
+        if "sync/patches/precision" in values:
+            lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
+            self.lift = f"  sync: patches {lift:.2f}x random, words AUC {values['sync/words/auc']:.0f}"
         self.clock = time.perf_counter()
 
     def show_when_due(self) -> None:
@@ -68,11 +71,12 @@ class MetricsLog:
             shown = self.flush()
             last = shown[-1]
             mean = {name: sum(row[name] for row in shown) / len(shown) for name in last if all(name in row for row in shown)}
-            losses = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
+            parts = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
+            losses = f" ({parts})" if parts else ""  # a fine-tuning may have one loss alone
+            mfu = f"  MFU {100 * mean['mfu']:2.0f} %" if "mfu" in mean else ""
             print(
                 f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s"
-                f"  MFU {100 * mean['mfu']:2.0f} %  {last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %"
-                f"  loss {mean['loss']:.3f} ({losses}){self.lift}",
+                f"{mfu}  {last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f}{losses}{self.lift}",
                 flush=True,
             )
 

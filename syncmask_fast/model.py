@@ -82,6 +82,13 @@ class SyncMaskModel(nn.Module):
         self.word_head = WordHead(width, text.vocabulary)
         target = 3 * config.image.patch**2 if config.loss.mim_target == "pixels" else self.image.width
         self.patch_head = PatchHead(width, text.heads, self.image.width, target)
+        task = config.task
+        if task.name in ("category", "subcategory"):
+            self.label_head = nn.Linear(width if task.inputs == "image+text" else self.image.width, len(task.labels))
+        if task.name == "composed":
+            self.query_proj = nn.Linear(width, config.embed)  # starts at zero: as the sum of image and text
+            nn.init.zeros_(self.query_proj.weight)
+            nn.init.zeros_(self.query_proj.bias)
         for part in (self.image, self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
             part.apply(_init_scratch)
 
@@ -106,6 +113,24 @@ class SyncMaskModel(nn.Module):
     def project_texts(self, features: Tensor, layout: Layout) -> Tensor:
         """Unit vectors [N, E] of packed text features [T, C]."""
         return F.normalize(self.text_proj(features[layout.starts[:-1]]).float(), dim=-1)
+
+    def project_queries(self, images: Tensor, texts: Tensor, layout: Layout) -> Tensor:
+        """Unit vectors [B, E] of composed queries: reference images' features [B, S, C] with packed features [T, C] of what is to change.
+
+        The sum of both unit vectors and, once fine-tuned, a projection of the fused [CLS] (our choice; FashionSAP takes the fused [CLS] alone).
+        """
+        query = self.project_images(images) + self.project_texts(texts, layout)
+        if self.config.task.name == "composed":
+            pack = pack_pairs(layout)
+            query = query + self.query_proj(self.fusion(texts, pack, images)[pack.first]).float()
+        return F.normalize(query, dim=-1)
+
+    def label_logits(self, images: Tensor, texts: Tensor, layout: Layout) -> Tensor:
+        """Logits float32 [B, labels] of pairs, from the fused [CLS], or from the image's [CLS] where `config.task.inputs` is "image"."""
+        if self.config.task.inputs == "image":
+            return self.label_head(images[:, 0]).float()
+        pack = pack_pairs(layout)
+        return self.label_head(self.fusion(texts, pack, images)[pack.first]).float()
 
     # What users call ------------------------------------------------------------------------------------------------------------------
 

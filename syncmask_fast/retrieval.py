@@ -6,6 +6,7 @@ features that are NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -57,35 +58,124 @@ def candidate_recall(gallery: Gallery, *, queries: int = 1000, draws: int = 5, s
     i2t: an image among texts. t2i: a product's text among images, with one random photo of the product.
     Raises ValueError with fewer than 101 products.
     """
+    recalls: dict[str, list[float]] = {}
+    topped_up = []
+    for draw in _draws(gallery, queries, draws, seed):
+        asked, items = (gallery.images, gallery.texts) if draw.way == "i2t" else (gallery.texts, gallery.images)
+        _add(recalls, f"{draw.way}/101-candidate", _rank(asked[draw.query], items, draw.truth, draw.chosen))
+        topped_up.append(draw.extra)
+    return _over_draws(recalls, "101-candidate") | {"101-candidate/topped-up": 100 * float(np.mean(topped_up))}
+
+
+class Shortlist(NamedTuple):
+    """The K best candidates of Q queries by ITC, to be put in order anew by the ITM head."""
+
+    name: str
+    """Direction and protocol, such as "i2t/full"; the draws of a protocol share one."""
+    images: Tensor
+    """int64 [Q, K]: with `texts` the pairs that the ITM head is to judge, best first."""
+    texts: Tensor
+    """int64 [Q, K]."""
+    right: Tensor
+    """bool [Q, K]: which of them show the query's product."""
+    rank: Tensor
+    """int64 [Q]: rank of the best right answer by ITC."""
+
+
+def shortlists(gallery: Gallery, k: int, *, queries: int = 1000, draws: int = 5, seed: int = 0, tile: int = 1024) -> list[Shortlist]:
+    """What re-ranking needs: for the full gallery in both directions and, with 101 products or more, for the draws of `candidate_recall`."""
+    images, texts, product, _ = gallery
+    lists = []
+    for way, asked, items in (("i2t", images, texts), ("t2i", texts, images)):
+        parts = []
+        for begin in range(0, len(asked), tile):
+            query = torch.arange(begin, min(begin + tile, len(asked)), device=asked.device)
+            score = asked[query] @ items.T
+            right = product[query][:, None] == torch.arange(len(texts), device=product.device) if way == "i2t" else product == query[:, None]
+            parts.append(_best(query, score, right, k))
+        lists.append(_shortlist(f"{way}/full", *(torch.cat(x) for x in zip(*parts, strict=True))))
+    if len(texts) < CANDIDATES:
+        return lists
+    for draw in _draws(gallery, queries, draws, seed):
+        asked, items = (images, texts) if draw.way == "i2t" else (texts, images)
+        at = torch.from_numpy(np.column_stack([draw.truth, draw.chosen])).to(items.device)
+        query = torch.from_numpy(draw.query).to(items.device)
+        right = torch.zeros_like(at, dtype=torch.bool)
+        right[:, 0] = True
+        query, best, found, rank = _best(query, _scores(asked[query], items, at), right, k)
+        lists.append(_shortlist(f"{draw.way}/101-candidate", query, at.gather(1, best), found, rank))
+    return lists
+
+
+def reranked_recall(lists: list[Shortlist], scores: list[Tensor]) -> dict[str, float]:
+    """R@1, 5, 10 in percent where the ITM scores float32 [Q, K] decide the order of each shortlist; names end in /itm-rerank/R@k.
+
+    A right answer that is not on the shortlist keeps its ITC rank, behind the whole list. Among several photos of the product the best counts.
+    """
+    recalls: dict[str, list[float]] = {}
+    for entry, score in zip(lists, scores, strict=True):
+        own = score.masked_fill(~entry.right, -torch.inf).amax(1, keepdim=True)
+        rank = 1 + (~(score < own) & ~entry.right).sum(1)
+        _add(recalls, f"{entry.name}/itm-rerank", torch.where(entry.right.any(1), rank, entry.rank.clamp(min=score.shape[1] + 1)))
+    full = {name: values[0] for name, values in recalls.items() if "/full/" in name}
+    drawn = {name: values for name, values in recalls.items() if "/101-candidate/" in name}
+    return full | (_over_draws(drawn, "101-candidate/itm-rerank") if drawn else {})
+
+
+def _best(query: Tensor, score: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The queries, the places int64 [Q, K] of the k best of each, which of these are right, and the ITC rank of the best right answer."""
+    own = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    rank = 1 + (~(score < own) & ~right).sum(1)
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return query, best, right.gather(1, best), rank
+
+
+def _shortlist(name: str, query: Tensor, items: Tensor, right: Tensor, rank: Tensor) -> Shortlist:
+    asked = query[:, None].expand_as(items)
+    return Shortlist(name, *((asked, items) if name.startswith("i2t") else (items, asked)), right, rank)
+
+
+class _Draw(NamedTuple):
+    """One draw of the 101-candidate protocol in one direction: items are texts for i2t, images for t2i."""
+
+    way: str
+    query: np.ndarray
+    """int64 [Q]: images for i2t, texts for t2i."""
+    truth: np.ndarray
+    """int64 [Q]: the right item."""
+    chosen: np.ndarray
+    """int64 [Q, 100]: the other candidates."""
+    extra: float
+    """Share of candidates from other subcategories."""
+
+
+def _draws(gallery: Gallery, queries: int, draws: int, seed: int) -> Iterator[_Draw]:
     products = len(gallery.texts)
     if products < CANDIDATES:
         raise ValueError(f"the 101-candidate protocol needs 101 products or more: got {products}")
     image_product, group = gallery.product.cpu().numpy(), gallery.group.cpu().numpy()
     image_group = group[image_product]
-    recalls: dict[str, list[float]] = {}
-    topped_up = []
     for draw in range(draws):
         rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, draw], np.uint64)))
         query = rng.permutation(len(image_product))[:queries]
         chosen, extra = _candidates(rng, image_product[query], group[image_product[query]], np.arange(products), group)
-        rank = _rank(gallery.images[query], gallery.texts, image_product[query], chosen)
-        _add(recalls, "i2t", rank)
-        topped_up.append(extra)
+        yield _Draw("i2t", query, image_product[query], chosen, extra)
 
         photos = rng.permutation(len(image_product))
         shown, first = np.unique(image_product[photos], return_index=True)  # a random photo of each product that has one
         query = rng.permutation(len(shown))[:queries]
         chosen, extra = _candidates(rng, shown[query], group[shown[query]], image_product, image_group)
-        rank = _rank(gallery.texts[shown[query]], gallery.images, photos[first[query]], chosen)
-        _add(recalls, "t2i", rank)
-        topped_up.append(extra)
+        yield _Draw("t2i", shown[query], photos[first[query]], chosen, extra)
+
+
+def _over_draws(recalls: dict[str, list[float]], protocol: str) -> dict[str, float]:
+    """Mean and standard deviation over the draws of each recall, and of the mean of both directions."""
     results = {}
     for name, values in recalls.items():
         results[name], results[f"{name}/std"] = float(np.mean(values)), float(np.std(values))
     for k in RECALLS:
-        both = np.mean([recalls[f"{way}/101-candidate/R@{k}"] for way in ("i2t", "t2i")], axis=0)
-        results[f"mean/101-candidate/R@{k}"], results[f"mean/101-candidate/R@{k}/std"] = float(both.mean()), float(both.std())
-    results["101-candidate/topped-up"] = 100 * float(np.mean(topped_up))
+        both = np.mean([recalls[f"{way}/{protocol}/R@{k}"] for way in ("i2t", "t2i")], axis=0)
+        results[f"mean/{protocol}/R@{k}"], results[f"mean/{protocol}/R@{k}/std"] = float(both.mean()), float(both.std())
     return results
 
 
@@ -112,11 +202,15 @@ def _candidates(
 
 def _rank(queries: Tensor, items: Tensor, truth: np.ndarray, chosen: np.ndarray) -> Tensor:
     """Ranks int64 [Q], from 1, of the items `truth` among themselves and the chosen ones."""
-    at = torch.from_numpy(np.column_stack([truth, chosen])).to(items.device)
-    score = torch.stack([items[row] @ query for row, query in zip(at, queries, strict=True)])
+    score = _scores(queries, items, torch.from_numpy(np.column_stack([truth, chosen])).to(items.device))
     return (~(score < score[:, :1])).sum(1)
 
 
-def _add(recalls: dict[str, list[float]], way: str, rank: Tensor) -> None:
+def _scores(queries: Tensor, items: Tensor, at: Tensor) -> Tensor:
+    """Products [Q, n] of each query with its own items at int64 [Q, n]."""
+    return torch.stack([items[row] @ query for row, query in zip(at, queries, strict=True)])
+
+
+def _add(recalls: dict[str, list[float]], name: str, rank: Tensor) -> None:
     for k in RECALLS:
-        recalls.setdefault(f"{way}/101-candidate/R@{k}", []).append(recall(rank, k))
+        recalls.setdefault(f"{name}/R@{k}", []).append(recall(rank, k))

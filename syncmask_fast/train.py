@@ -7,10 +7,12 @@ import ctypes
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,23 @@ LOOKBOOK = Path("data/lookbook")
 BFLOAT16_WIDTH = 512  # on the CPU, narrower models lose more to conversions and to new shapes than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
 MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval", "compile", "checkpointing"}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What a fine-tuning (`finetune.py`) changes of the loop. Its items need not be pictures: a triplet is one of two pictures."""
+
+    products: np.ndarray
+    """int64 [N]: the product of each item."""
+    pictures: int
+    """Pictures of an item."""
+    batches: Callable[[TrainConfig, TrainState, Loader], Iterator[Batch]]
+    losses: Callable
+    """In place of `training_losses`, with its arguments."""
+    validate: Callable[[SyncMaskModel], dict[str, float]]
+    """Metrics of a model on the validation part."""
+    metric: str
+    """The metric by which the best model is kept."""
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -81,7 +100,8 @@ def run_folder(config: TrainConfig) -> Path:
     """The folder of this run, which need not exist yet."""
     if config.out is not None:
         return config.out
-    return Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.preset if config.task.name == "pretraining" else config.task.name
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def draw_default_lookbook(config: TrainConfig) -> Path:
@@ -120,30 +140,39 @@ def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
     return config
 
 
-def train(config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split) -> None:
+def train(
+    config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split, tuning: FineTuning | None = None
+) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
-    tokenizer = load_tokenizer(config.text.name) if config.text.name else train_tokenizer(train_split.index.texts, config.text.vocabulary)
+    start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
+    if start is not None:
+        tokenizer = start.tokenizer
+    else:
+        tokenizer = load_tokenizer(config.text.name) if config.text.name else train_tokenizer(train_split.index.texts, config.text.vocabulary)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
     tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
 
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
     newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
-    if newest is None:
+    if start is not None and not config.task.scratch:
+        take_over(model, start)
+    elif newest is None:
         for report in start_weights(model):
             print(report)
     model.to(device)
     teacher = make_teacher(model)
     optimizer = make_optimizer(model, config.optim)
     queue = Queue.empty(config.loss.queue, config.embed, device)
-    bank = FeatureBank.empty(len(train_split), config.embed, device)
+    products = tuning.products if tuning else train_split.index.product_ids[train_split.samples]
+    product_ids = np.unique(products, return_inverse=True)[1]
+    bank = FeatureBank.empty(len(product_ids), config.embed, device)
     state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64))
 
-    batches_per_epoch = len(train_split) // config.batch_size
+    batches_per_epoch = len(product_ids) // config.batch_size
     if batches_per_epoch == 0:
-        raise UserError(f"{config.data} has {len(train_split)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
+        raise UserError(f"{config.data} has {len(product_ids)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
     steps = config.steps or max(1, (config.epochs or 1) * batches_per_epoch // config.optim.accumulate)
-    product_ids = np.unique(train_split.index.product_ids[train_split.samples], return_inverse=True)[1]
     if newest is not None:
         load_checkpoint(newest, state)
         print(f"going on from {newest}: step {state.step} of {steps}")
@@ -151,40 +180,72 @@ def train(config: TrainConfig, out: Path, device: torch.device, train_split: Spl
         state.order = torch.from_numpy(plan(config, state, product_ids))
     dtype = prepare_device(config, model, teacher, device)
     parameters = sum(p.numel() for p in model.parameters())
+    items = "triplets" if tuning and tuning.pictures > 1 else "pictures"
     print(
-        f"{len(train_split):,} pictures of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
+        f"{len(product_ids):,} {items} of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
         f"{steps} steps of {config.batch_size} on {device} in {str(dtype).removeprefix('torch.')}, attention {attention_kind(device, dtype)}"
     )
 
     grid = config.image.size // config.image.patch
     eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_tokens)
-    followed = SyncData.of(eval_split, eval_tokens, grid, SYNC_SAMPLES) if len(eval_split) and config.masking != "none" else None
+    follow = len(eval_split) and config.masking != "none" and tuning is None
+    followed = SyncData.of(eval_split, eval_tokens, grid, SYNC_SAMPLES) if follow else None
     log = MetricsLog(out, state.step, steps, config.log_every, device, peak_flops(device, dtype))
     loader = Loader(
-        train_split.index, tokens, batch_size=config.batch_size, size=config.image.size, augment=config.augment, seed=config.seed, device=device,
-        backend=config.loader, threads=config.threads, drop_last=True,
+        train_split.index, tokens, batch_size=config.batch_size * (tuning.pictures if tuning else 1), size=config.image.size, augment=config.augment,
+        seed=config.seed, device=device, backend=config.loader, threads=config.threads, drop_last=True,
     )  # fmt: skip
     with loader, stop_on_signal() as stop:
-        batches = epochs_of_batches(config, state, loader, train_split, product_ids, log)
+        batches = tuning.batches(config, state, loader) if tuning else epochs_of_batches(config, state, loader, train_split, product_ids, log)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
-            parts, flops = one_step(config, state, batches, steps, batches_per_epoch)
+            parts, flops = one_step(config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None)
             state.step += 1
             pairs = config.batch_size * config.optim.accumulate
             log.add(state.step, state.epoch, pairs, flops, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
             if followed is not None and (state.step % (5 * config.log_every) == 0 or state.step == steps):
                 log.note(evaluate_sync(teacher, followed))
+            if tuning is not None and (state.step % config.save_every == 0 or state.step == steps):
+                log.note(keep_best(out, teacher, state.step, tuning))
             log.show_when_due()
             if state.step % config.save_every == 0 or state.step == steps or stop:
                 log.flush()
                 save_checkpoint(out / "checkpoints", state)
             if stop:
-                again = f"python -m syncmask_fast.train {config.preset} --out {out}"
+                again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if tuning else f'train {config.preset}'} --out {out}"
                 print(f"\nstopped at step {state.step} of {steps}; to go on: {again} with the same flags")
                 raise SystemExit(130)
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
-    state.teacher.save_pretrained(out / "model")
+    if tuning is None:
+        state.teacher.save_pretrained(out / "model")
+
+
+def take_over(model: SyncMaskModel, start: SyncMaskModel) -> None:
+    """Copies the weights of a trained model; what only one of both has is a task's own head, which starts anew."""
+    ours = model.state_dict()
+    fitting = {name: value for name, value in start.state_dict().items() if name in ours and value.shape == ours[name].shape}
+    model.load_state_dict(fitting, strict=False)
+
+
+def keep_best(out: Path, model: SyncMaskModel, step: int, tuning: FineTuning) -> dict[str, float]:
+    """Validates the model and saves it as the run's if it is the best so far; returns the metrics.
+
+    A run that goes on from a checkpoint repeats its steps exactly, so that the best one that it knows of stays the best.
+    """
+    found = tuning.validate(model)
+    known = out / "best.json"
+    best = _read_json(known)["value"] if known.is_file() else -math.inf
+    value = found[tuning.metric]
+    print(f"step {step:>5}: validation {tuning.metric} {value:.2f}" + (" (the best so far)" if value > best else ""), flush=True)
+    if value > best:
+        aside = out / ".model.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        shutil.rmtree(out / "model", ignore_errors=True)
+        aside.rename(out / "model")
+        write_json(known, {"step": step, "metric": tuning.metric, "value": value})
+    return {f"validation/{name}": number for name, number in found.items()}
 
 
 def prepare_device(config: TrainConfig, model: SyncMaskModel, teacher: SyncMaskModel, device: torch.device) -> torch.dtype:
@@ -200,10 +261,13 @@ def prepare_device(config: TrainConfig, model: SyncMaskModel, teacher: SyncMaskM
     return dtype
 
 
-def one_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int) -> tuple[Losses, float]:
+def one_step(
+    config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int, losses: Callable | None = None
+) -> tuple[Losses, float | None]:
     """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank.
 
-    Returns the mean losses and the model FLOPs. Reads nothing back from the device.
+    losses:  in place of `training_losses`.
+    returns: the mean losses, and the model FLOPs of `training_losses`. Reads nothing back from the device.
     """
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
@@ -215,7 +279,7 @@ def one_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], s
         batch = next(batches)
         seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device)):
-            found, momentum = training_losses(
+            found, momentum = (losses or training_losses)(
                 state.model, state.teacher, batch, state.queue, config, fuse=fuse, sync_share=share, alpha=alpha, seed=seed
             )
         (found.total / config.optim.accumulate).backward()
@@ -223,16 +287,16 @@ def one_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], s
         state.bank.store(batch.samples, *momentum)
         state.batches += 1
         parts.append(Losses(*(x.detach() for x in found)))
-        flops += step_flops(state.model, batch.lengths, fuse=fuse)
+        flops += 0.0 if losses else step_flops(state.model, batch.lengths, fuse=fuse)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, state.model, config.optim.ema, state.step)
-    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), flops
+    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), None if losses else flops
 
 
 def epochs_of_batches(
-    config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray, log: MetricsLog
+    config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray, log: MetricsLog | None = None
 ) -> Iterator[Batch]:
     """Batches without end: each epoch by its plan, from where the state stands; the plan of the next epoch is made when one ends.
 
@@ -257,7 +321,8 @@ def epochs_of_batches(
         state.epoch, state.position = state.epoch + 1, 0
         begin = time.perf_counter()
         state.order = torch.from_numpy(plan(config, state, product_ids))
-        log.planned(state.epoch, time.perf_counter() - begin)
+        if log is not None:
+            log.planned(state.epoch, time.perf_counter() - begin)
 
 
 def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.ndarray:
@@ -321,11 +386,16 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
             results |= evaluate_sync(model, truth)
         print_results(results)
     results = {name: value for name, value in results.items() if not math.isnan(value)}  # what could not be measured is left out
-    aside = out / ".results.json.partial"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(out / "results.json")
+    write_json(out / "results.json", results)
     report = write_run_report(out, model, eval_split, results)
     print(f"\nreport: {report}\nmodel:  {out / 'model'}")
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file aside, then renames it."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    aside.replace(path)
 
 
 def _read_json(path: Path) -> dict:

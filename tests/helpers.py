@@ -19,6 +19,8 @@ from syncmask_fast.data.text import train_tokenizer
 
 WORDS = ["a", "red", "navy", "green", "dress", "coat", "skirt", "bag", "with", "star", "moon", "zip", "pocket", "and", "the", "of", "cotton", "wool"]
 
+SPEED = {"pairs_per_s", "mfu", "peak_gib", "data_wait_share", "plan_s"}  # of a row of metrics.jsonl: what two runs of the same settings do not share
+
 
 def small_config(**changes) -> TrainConfig:
     """A model of a few ten thousand parameters: 48 px, 4 x 4 patches."""

@@ -15,7 +15,7 @@ from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.splits import open_evaluation
 from syncmask_fast.data.text import TokenCache, train_tokenizer
 from syncmask_fast.errors import UserError
-from syncmask_fast.evaluate import SyncData, embed, evaluate_sync, main, teacher_masks
+from syncmask_fast.evaluate import SyncData, embed, evaluate_sync, main, match_scores, teacher_masks
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
 from tests.helpers import small_config, small_lookbook
@@ -64,6 +64,22 @@ def test_features_are_those_of_the_model(opened):
         size = model.config.image.size
         pixels = torch.from_numpy(decode_image(index.jpeg(i), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         assert (gallery.images[i] @ model.encode_image(pixels)[0]).item() > 0.999
+
+
+def test_match_scores_are_those_of_the_model(opened, monkeypatch: pytest.MonkeyPatch):
+    """The pairs of both directions, as the user's call judges them one by one; small passes, so that an image's pairs fall into several."""
+    model, split, tokens = opened
+    monkeypatch.setattr("syncmask_fast.evaluate.PAIRS", 50)
+    gallery, at = embed(model, split, tokens)
+    lists = retrieval.shortlists(gallery, 3)[:2]
+    first = np.unique(gallery.product.numpy(), return_index=True)[1]
+    size = model.config.image.size
+    for entry, score in zip(lists, match_scores(model, split, tokens, gallery, at, lists), strict=True):
+        assert score.shape == entry.images.shape
+        for row in (0, len(score) // 2, len(score) - 1):
+            pixels = [torch.from_numpy(decode_image(split.index.jpeg(at[i]), size).copy()).permute(2, 0, 1) / 127.5 - 1 for i in entry.images[row]]
+            chance = model.match(torch.stack(pixels), [split.index.texts[at[first[j]]] for j in entry.texts[row]])
+            assert torch.allclose(score[row].sigmoid(), chance, atol=0.02)  # pixels are rounded
 
 
 def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):

@@ -22,14 +22,16 @@ LAYERS = [
     {"kernels"},
     {"ops"},
     {"data"},
-    {"config", "attention", "retrieval", "sync", "sources"},
+    {"config", "attention", "retrieval", "composed", "recognition", "sync", "sources"},
     {"encoders", "report"},
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"flops", "log", "evaluate"},
     {"examples"},
-    {"train", "pack", "finetune", "ablate", "search"},
+    {"train", "pack", "search"},
+    {"finetune"},
+    {"ablate"},
 ]
 
 

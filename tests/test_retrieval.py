@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from syncmask_fast import retrieval
-from syncmask_fast.retrieval import RECALLS, Gallery, candidate_recall, full_recall
+from syncmask_fast.retrieval import RECALLS, Gallery, candidate_recall, full_recall, reranked_recall, shortlists
 
 PRODUCTS = 120
 
@@ -157,3 +157,52 @@ def test_too_few_products():
     with pytest.raises(ValueError, match="101 products"):
         candidate_recall(gallery(8, products=100))
     candidate_recall(gallery(8, products=101), queries=3, draws=1)
+
+
+# Re-ranking -----------------------------------------------------------------------------------------------------------------------------
+
+
+def plain_reranked_rank(g: Gallery, itm: np.ndarray, way: str, query: int, items: list[int], right: set[int], k: int) -> int:
+    """One query: ITC sorts the items, ITM sorts the first k of them anew; the rank of the best right one, a tie being a miss."""
+    itc = {j: float((g.images[query] @ g.texts[j]) if way == "i2t" else (g.texts[query] @ g.images[j])) for j in items}
+    place = {j: n for n, j in enumerate(items)}
+    best = sorted(items, key=lambda j: (-itc[j], place[j]))[:k]
+    judged = {j: itm[query, j] if way == "i2t" else itm[j, query] for j in best}
+    if right & set(best):
+        own = max(judged[j] for j in best if j in right)
+        return 1 + sum(judged[j] >= own for j in best if j not in right)
+    own = max(itc[j] for j in right)
+    return max(k + 1, 1 + sum(itc[j] >= own for j in items if j not in right))
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True])
+def test_reranked_recall_is_that_of_a_plain_count(whole_numbers: bool):
+    """Both protocols and directions, ties in ITC and in ITM included."""
+    g = gallery(9, products=101, whole_numbers=whole_numbers)
+    rng = np.random.default_rng(0)
+    itm = rng.integers(0, 9, (len(g.images), 101)).astype(np.float32)
+    lists = shortlists(g, 7, queries=20, draws=2, seed=3, tile=33)
+    found = reranked_recall(lists, [torch.from_numpy(itm)[entry.images, entry.texts] for entry in lists])
+    product = g.product.numpy()
+    ranks: dict[str, list[list[int]]] = {}
+    for way, asked, items in (("i2t", len(g.images), 101), ("t2i", 101, len(g.images))):
+        right = [{int(product[q])} if way == "i2t" else set(np.flatnonzero(product == q).tolist()) for q in range(asked)]
+        ranks[f"{way}/full"] = [[plain_reranked_rank(g, itm, way, q, list(range(items)), right[q], 7) for q in range(asked)]]
+    for draw in retrieval._draws(g, 20, 2, 3):
+        pools = np.column_stack([draw.truth, draw.chosen])
+        rank = [plain_reranked_rank(g, itm, draw.way, int(q), pool.tolist(), {int(pool[0])}, 7) for q, pool in zip(draw.query, pools, strict=True)]
+        ranks.setdefault(f"{draw.way}/101-candidate", []).append(rank)
+    for name, drawn in ranks.items():
+        for k in RECALLS:
+            expected = np.mean([100 * np.mean(np.array(rank) <= k) for rank in drawn])
+            assert found[f"{name}/itm-rerank/R@{k}"] == pytest.approx(expected)
+    assert "mean/101-candidate/itm-rerank/R@1/std" in found
+
+
+def test_a_judge_that_agrees_with_itc_changes_nothing():
+    g = gallery(10, products=40)
+    lists = shortlists(g, 12)
+    assert len(lists) == 2  # too few products for 101 candidates
+    itc = g.images @ g.texts.T
+    found = reranked_recall(lists, [itc[entry.images, entry.texts] for entry in lists])
+    assert found == pytest.approx({name.replace("/full/", "/full/itm-rerank/"): value for name, value in full_recall(g).items()})

@@ -22,7 +22,7 @@ from syncmask_fast.checkpoint import checkpoints
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.train import main
-from tests.helpers import small_lookbook
+from tests.helpers import SPEED, small_lookbook
 
 ROOT = Path(__file__).parent.parent
 BATCH = 16
@@ -31,7 +31,6 @@ SMALL = (
     f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
 ).split()
 SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
-SPEED = {"pairs_per_s", "mfu", "peak_gib", "data_wait_share"}
 KEYS = {"step", "epoch", *SPEED, "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 

@@ -49,5 +49,13 @@ def open_evaluation(data: str | Path, holdout: float = 0.05) -> Split:
     return open_splits(folder, holdout)[1]
 
 
+def cut_validation(split: Split, share: float) -> tuple[Split, Split]:
+    """A training split in two: what is left to train on, and the share `share` of its products, the same in every run, to choose a model by."""
+    products = np.unique(split.index.product_ids[split.samples])
+    held = np.random.Generator(np.random.Philox(key=1)).permutation(products)[: round(share * len(products))]
+    out = np.isin(split.index.product_ids[split.samples], held)
+    return Split(split.index, split.samples[~out]), Split(split.index, split.samples[out])
+
+
 def _whole(index: ShardIndex) -> Split:
     return Split(index, np.arange(len(index)))

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from syncmask_fast.data.shards import ShardWriter
+from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.triplets import TRIPLETS
 from syncmask_fast.errors import UserError
 
 from .samples import Job, draw_products
+from .triplets import write_triplets
 
 VERSION = 5  # of the drawings: raise it when the same parameters give other pictures, texts or boxes
 PARAMETERS = "lookbook.json"
@@ -44,7 +46,7 @@ def draw_lookbook(
     workers: int | None = None,
     quality: int = 90,
 ) -> None:
-    """Writes OUT/train/*.tar, OUT/eval/*.tar and OUT/lookbook.json; does nothing where they are already.
+    """Writes OUT/train/*.tar, OUT/eval/*.tar, their triplets and OUT/lookbook.json; what is there already stays as it is.
 
     products: number of train products, of 3 to 5 pictures each; eval_products: the same for eval, whose
               product ids follow those of train.
@@ -62,6 +64,7 @@ def draw_lookbook(
     out = Path(out)
     plan = Lookbook(products, eval_products, size, seed, quality)
     if _is_there(out, plan):
+        _add_triplets(out)
         print(f"{out} already holds this lookbook", flush=True)
         return
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -120,6 +123,14 @@ def _is_there(out: Path, plan: Lookbook) -> bool:
     return True
 
 
+def _add_triplets(out: Path) -> None:
+    """Gives a lookbook that was drawn before there were triplets its own."""
+    for folder in (out / "train", out / "eval"):
+        if not (folder / TRIPLETS).is_file():
+            index = ShardIndex.open(folder)
+            write_triplets(folder, ((index.key(i), index.record(i)) for i in range(len(index))))
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -138,12 +149,15 @@ def _draw(jobs: tuple[Job, ...], folder: Path, workers: int) -> None:
     with Progress(*columns, disable=not terminal) as progress:
         task = progress.add_task("", total=total)
         for job in jobs:
+            records = []
             with ShardWriter(folder / job.split, samples_per_shard=SAMPLES_PER_SHARD) as writer:
                 for product in draw_products(job, workers):
                     for key, jpeg, record in product:
                         writer.write(key, jpeg, record)
+                        records.append((key, record))
                     samples += len(product)
                     progress.advance(task)
+            write_triplets(folder / job.split, records)
     print(
         f"drew the lookbook: {total} products, {samples} pictures, {time.monotonic() - start:.0f} s",
         flush=True,

@@ -1,0 +1,350 @@
+"""Fine-tuning: `python -m syncmask_fast.finetune retrieval|composed|category|subcategory --model DIR --data PATH --out DIR`.
+
+The loop, the checkpoints, the log and Ctrl-C are the trainer's (`train.train`); here are the items, the objective and the validation of each task.
+The best model by the task's metric on a validation part, which is cut from the training products, is kept; the evaluation split is touched once, at
+the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.checkpoint import TrainState
+from syncmask_fast.config import Inputs, Task, TaskConfig, TrainConfig
+from syncmask_fast.data.loader import Batch, Loader
+from syncmask_fast.data.splits import Split, cut_validation, open_splits
+from syncmask_fast.data.text import TokenCache
+from syncmask_fast.data.triplets import Triplets, open_triplets
+from syncmask_fast.errors import UserError, run_command
+from syncmask_fast.evaluate import RERANK, choose_device, evaluate_task, print_results
+from syncmask_fast.losses import Queue, contrastive_loss
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.step import Losses, Momentum, training_losses
+from syncmask_fast.train import (
+    FineTuning,
+    draw_default_lookbook,
+    epochs_of_batches,
+    keep_freed_memory,
+    plan,
+    run_folder,
+    start_run,
+    train,
+    write_json,
+)
+
+# Of each task: flag -> value and where it is from. For a model of the `tiny` preset, TINY's values go before these.
+Recipe = dict[str, tuple[float | int | None, str]]
+_SHARED: Recipe = {"min_lr": (1e-6, "ours"), "muon_lr": (None, "the parents know no Muon")}
+RECIPES: dict[Task, Recipe] = {
+    "retrieval": _SHARED
+    | {
+        "epochs": (20, "FashionSAP"),
+        "batch_size": (64, "FashionSAP: 16 on each of 4 GPUs"),
+        "lr": (1e-5, "FashionSAP"),
+        "weight_decay": (0.02, "pretraining of ALBEF and FashionSAP; theirs of the fine-tuning is not known"),
+    },
+    "composed": _SHARED
+    | {
+        "epochs": (20, "FashionSAP"),
+        "batch_size": (32, "FashionSAP: 16 on each of 2 GPUs"),
+        "lr": (2e-5, "FashionSAP"),
+        "weight_decay": (0.2, "FashionSAP"),
+    },
+    "category": _SHARED
+    | {
+        "epochs": (30, "FashionSAP"),
+        "batch_size": (128, "FashionSAP: 64 on each of 2 GPUs"),
+        "lr": (2e-5, "FashionSAP"),
+        "weight_decay": (0.02, "pretraining of ALBEF and FashionSAP; theirs of the fine-tuning is not known"),
+    },
+}
+RECIPES["subcategory"] = RECIPES["category"]
+_OURS = "ours, for `tiny`"
+TINY: Recipe = {"epochs": (3, _OURS), "batch_size": (64, _OURS), "lr": (5e-4, _OURS), "muon_lr": (0.005, _OURS), "min_lr": (1e-5, _OURS)}
+METRICS = {
+    "retrieval": "retrieval/mean-of-six/full",
+    "composed": "composed/val-union/mean/R@10",  # FashionSAP: the sum of R@10 over the classes
+    "category": "accuracy",
+    "subcategory": "accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every fine-tuning needs. What is unset follows the parents, for a model of the `tiny` preset us; the run prints each value's origin."""
+
+    model: Path
+    """Folder of the model to start from: a run's `model`."""
+    data: str | None = None
+    """Folder of shards, or one with `train` and `eval` inside; unset draws the lookbook."""
+    out: Path | None = None
+    """Folder of the run; unset is runs/TASK-TIMESTAMP."""
+    scratch: bool = False
+    """Start from random weights in the model's shape: what pretraining is worth is the difference."""
+    epochs: int | None = None
+    steps: int | None = None
+    """Optimiser steps, in place of --epochs."""
+    batch_size: int | None = None
+    lr: float | None = None
+    muon_lr: float | None = None
+    """Learning rate of Muon for matrices and convolutions."""
+    weight_decay: float | None = None
+    validation: float = 0.1
+    """Share of the training products that the best model is chosen on; the same in every run."""
+    seed: int = 0
+    resume: str = "auto"
+    """auto: go on where --out stopped; never: refuse to; or the path of a checkpoint to go on from."""
+    save_every: int | None = None
+    """Steps between checkpoints, with a validation before each; unset is an epoch."""
+    log_every: int = 20
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Retrieval(Settings):
+    """Image-to-text and text-to-image retrieval, by ITC and ITM. Keeps the best mean of R@1, 5, 10 of both directions in the full gallery."""
+
+
+@dataclass(frozen=True)
+class Composed(Settings):
+    """Text-guided retrieval: a reference picture and what is to change. Needs triplets.json beside the shards. Keeps the best mean R@10."""
+
+
+@dataclass(frozen=True)
+class Recognition(Settings):
+    """What category and subcategory share."""
+
+    inputs: Inputs = "image+text"
+    """What the classifier sees. The parents feed image and text; in texts that name the label, "image" is the harder and more telling task."""
+
+
+@dataclass(frozen=True)
+class Category(Recognition):
+    """Recognition of the category. Keeps the best accuracy."""
+
+
+@dataclass(frozen=True)
+class Subcategory(Recognition):
+    """Recognition of the subcategory. Keeps the best accuracy."""
+
+
+Command = (
+    Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
+    | Annotated[Composed, tyro.conf.subcommand("composed")]
+    | Annotated[Category, tyro.conf.subcommand("category")]
+    | Annotated[Subcategory, tyro.conf.subcommand("subcategory")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: fine-tunes, keeps the best, evaluates it."""
+    settings = tyro.cli(Command, args=argv, prog="python -m syncmask_fast.finetune")
+    task: Task = type(settings).__name__.lower()
+    device = choose_device(settings.device)
+    keep_freed_memory()
+    config = configure(task, settings, SyncMaskModel.from_pretrained(settings.model).config)
+    config.check()
+    data = config.data or draw_default_lookbook(config)
+    train_split, eval_split = open_splits(data, config.eval.holdout)
+    train_split, validation = cut_validation(train_split, config.task.validation)
+    if not len(validation):
+        raise UserError(f"--validation {settings.validation} leaves no product of {data} to choose the best model by: give more.")
+    make = {"retrieval": tune_retrieval, "composed": tune_composed}.get(task, tune_recognition)
+    tuning, config = make(config, train_split, validation)
+    if settings.save_every is None:
+        config = dataclasses.replace(config, save_every=max(1, len(tuning.products) // config.batch_size))
+    out = run_folder(config)
+    config = start_run(out, config, data)
+    train(config, out, device, train_split, eval_split, tuning)
+
+    model = SyncMaskModel.from_pretrained(out / "model", device)
+    results = evaluate_task(task, model, eval_split, tokens_of(model.config, model, eval_split), rerank=RERANK) if len(eval_split) else {}
+    print_results(results)
+    write_json(out / "results.json", {name: value for name, value in results.items() if not math.isnan(value)})
+    print(f"\nmodel: {out / 'model'}")
+
+
+def configure(task: Task, settings: Settings, base: TrainConfig) -> TrainConfig:
+    """The run's configuration: the model's shape and data settings, the task's recipe, then the flags. Prints where each value is from."""
+    recipe = RECIPES[task] | (TINY if base.preset == "tiny" else {})
+    given = {name: getattr(settings, name) for name in recipe if getattr(settings, name, None) is not None}
+    if settings.steps is not None:
+        recipe["epochs"] = (None, "--steps was given")
+    chosen = {name: value for name, (value, _) in recipe.items()} | given
+    for name, (value, origin) in recipe.items():
+        print(f"{name} {given[name]} (given)" if name in given else f"{name} {value} ({origin})")
+    optim = {name: chosen[name] for name in ("lr", "min_lr", "muon_lr", "weight_decay")}
+    inputs = settings.inputs if isinstance(settings, Recognition) else "image+text"
+    return dataclasses.replace(
+        base,
+        data=settings.data,
+        out=settings.out,
+        steps=settings.steps,
+        epochs=chosen["epochs"],
+        seed=settings.seed,
+        masking="none",
+        batching="semi_hard" if task == "retrieval" else "random",
+        resume=settings.resume,
+        save_every=settings.save_every or 1,
+        log_every=settings.log_every,
+        batch_size=chosen["batch_size"],
+        device=settings.device,
+        threads=settings.threads,
+        image=dataclasses.replace(base.image, pretrained=False),  # the weights are the model's, or random ones
+        text=dataclasses.replace(base.text, name=None),
+        weights=None,
+        loss=dataclasses.replace(base.loss, presence=0.0, cuts=0.0, align=0.0, queue=base.loss.queue if task == "retrieval" else 0),
+        optim=dataclasses.replace(base.optim, accumulate=1, **optim),
+        task=TaskConfig(task, settings.model, settings.scratch, (), inputs, settings.validation),
+    )
+
+
+def tokens_of(config: TrainConfig, model: SyncMaskModel, split: Split) -> TokenCache:
+    return TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, config.text.max_tokens)
+
+
+# Retrieval: the trainer's own step without masks ------------------------------------------------------------------------------------------
+
+
+def tune_retrieval(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+    def validate(model: SyncMaskModel) -> dict[str, float]:
+        found = evaluate_task("retrieval", model, validation, tokens_of(config, model, validation))
+        six = [found[f"retrieval/{way}/full/R@{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
+        return found | {METRICS["retrieval"]: sum(six) / 6}
+
+    return _over_pictures(split, training_losses, validate, METRICS["retrieval"]), config
+
+
+def _over_pictures(split: Split, losses, validate, metric: str) -> FineTuning:
+    """A fine-tuning whose items are the pictures of a split with their texts."""
+    products = split.index.product_ids[split.samples]
+    numbers = np.unique(products, return_inverse=True)[1]
+
+    def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[Batch]:
+        return epochs_of_batches(config, state, loader, split, numbers)
+
+    return FineTuning(products, 1, batches, losses, validate, metric)
+
+
+# Recognition ------------------------------------------------------------------------------------------------------------------------------
+
+
+def tune_recognition(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+    """The labels are those of the training part; a picture without one is left out of training."""
+    kind = config.task.name
+    labels = getattr(split.index, kind)
+    labelled = Split(split.index, split.samples[labels.codes[split.samples] >= 0])
+    known = np.unique(labels.codes[labelled.samples])
+    if len(known) < 2:
+        raise UserError(f"{split.index.folder} has {len(known)} {kind} labels in its records: recognition needs two or more.")
+    names = tuple(labels.names[code] for code in known)
+    target_of = np.searchsorted(known, labels.codes)  # meant for the labelled training pictures alone
+
+    def losses(
+        model: SyncMaskModel, teacher: SyncMaskModel, batch: Batch, queue: Queue, config: TrainConfig, **_: float
+    ) -> tuple[Losses, Momentum]:
+        """Cross-entropy of the label."""
+        layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        images, texts = model.image(batch.pixels), model.text(batch.token_ids, layout)
+        target = torch.from_numpy(target_of[batch.sample_numbers]).to(images.device)
+        loss = F.cross_entropy(model.label_logits(images, texts, layout), target)
+        return _one_loss(loss), Momentum(model.project_images(images).detach(), model.project_texts(texts, layout).detach())
+
+    def validate(model: SyncMaskModel) -> dict[str, float]:
+        return evaluate_task(kind, model, validation, tokens_of(config, model, validation))
+
+    task = dataclasses.replace(config.task, labels=names)
+    metric = f"{kind}/{task.inputs}/{METRICS[kind]}"
+    return _over_pictures(labelled, losses, validate, metric), dataclasses.replace(config, task=task)
+
+
+# Composed retrieval -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TripletBatch(Batch):
+    """B triplets: `pixels` are the references', the texts what is to change, the products the targets'."""
+
+    target_pixels: Tensor
+    """float32 [B, 3, S, S]."""
+
+
+def tune_composed(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+    """A triplet whose target is a validation product is one to validate on; one whose reference alone is, is left out."""
+    whole = Split(split.index, np.sort(np.concatenate([split.samples, validation.samples])))
+    triplets = open_triplets(whole)
+    held = [np.isin(pictures, validation.samples) for pictures in (triplets.candidate, triplets.target)]
+    ours, theirs = triplets.take(~held[0] & ~held[1]), triplets.take(held[1])
+    if not len(theirs):
+        raise UserError(f"--validation {config.task.validation} leaves no triplet to choose the best model by: give more.")
+
+    def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[TripletBatch]:
+        return epochs_of_triplets(config, state, loader, ours)
+
+    def validate(model: SyncMaskModel) -> dict[str, float]:
+        return evaluate_task("composed", model, whole, tokens_of(config, model, whole), triplets=theirs)
+
+    products = split.index.product_ids[ours.target]
+    return FineTuning(products, 2, batches, composed_losses, validate, METRICS["composed"]), config
+
+
+def composed_losses(
+    model: SyncMaskModel, teacher: SyncMaskModel, batch: TripletBatch, queue: Queue, config: TrainConfig, **_: float
+) -> tuple[Losses, Momentum]:
+    """Contrast of queries and targets within the batch, in both directions; pictures of one product are no negatives of one another."""
+    layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    references, targets = model.image(torch.cat([batch.pixels, batch.target_pixels])).chunk(2)
+    queries = model.project_queries(references, model.text(batch.token_ids, layout), layout)
+    targets = model.project_images(targets)
+    momentum = Momentum(targets.detach(), queries.detach())
+    loss = contrastive_loss(targets, queries, *momentum, batch.product_ids, queue, model.temperature, 0.0)
+    return _one_loss(loss), momentum
+
+
+def epochs_of_triplets(config: TrainConfig, state: TrainState, loader: Loader, triplets: Triplets) -> Iterator[TripletBatch]:
+    """Batches without end, as `epochs_of_batches`; a triplet of which one picture is damaged is left out."""
+    product_ids = np.unique(loader.index.product_ids[triplets.target], return_inverse=True)[1]
+    captions = TokenCache.open(loader.index.folder, state.model.tokenizer, triplets.captions, config.text.max_tokens)
+    while True:
+        order = state.order.numpy()
+        pictures = np.stack([triplets.candidate[order], triplets.target[order]], axis=1).ravel()
+        for batch in loader.epoch(pictures, state.epoch, start=2 * state.position):
+            places = batch.positions.cpu().numpy()
+            state.position = (int(places[-1]) // (2 * config.batch_size) + 1) * config.batch_size
+            found, count = np.unique(places // 2, return_counts=True)
+            whole = found[count == 2]
+            if len(whole) < 2:
+                continue
+            pixels = batch.pixels[torch.from_numpy(np.isin(places // 2, whole)).to(batch.pixels.device)]
+            numbers = order[whole]
+            ids, starts = captions.gather(numbers)
+            products, rows, ids, cu_seqlens = (torch.from_numpy(x).to(pixels.device) for x in (product_ids[numbers], numbers, ids, starts))
+            lengths = np.diff(starts).tolist()
+            at = torch.from_numpy(whole).to(pixels.device)
+            yield TripletBatch(pixels[0::2], ids, cu_seqlens, lengths, products, rows, at, triplets.candidate[numbers], pixels[1::2])
+        state.epoch, state.position = state.epoch + 1, 0
+        state.order = torch.from_numpy(plan(config, state, product_ids))
+
+
+def _one_loss(loss: Tensor) -> Losses:
+    """A task's only loss, as the loop wants it."""
+    missing = loss.new_tensor(torch.nan)
+    return Losses(loss, missing, missing, missing, missing, missing)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

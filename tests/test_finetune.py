@@ -1,0 +1,154 @@
+"""Fine-tunings from end to end on drawn pictures: every task, stopping and going on, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncmask_fast import evaluate, finetune, search
+from syncmask_fast.config import TaskConfig
+from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.splits import cut_validation, open_splits
+from syncmask_fast.data.text import train_tokenizer
+from syncmask_fast.errors import UserError
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.train import take_over
+from tests.helpers import SPEED, small_config, small_lookbook
+
+FOUR = ["--steps", "4", "--batch-size", "8", "--save-every", "2", "--log-every", "2", "--threads", "1", "--device", "cpu", "--validation", "0.3"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_lookbook(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has learnt nothing, saved."""
+    base = small_config()
+    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocabulary)
+    text = type(base.text)(**{**vars(base.text), "vocabulary": tokenizer.get_vocab_size(), "max_tokens": 64})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("start") / "model"
+    SyncMaskModel(small_config(text=text, threads=1), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tune(task: str, start: Path, data: Path, out: Path, *more: str) -> dict[str, float]:
+    finetune.main([task, "--model", str(start), "--data", str(data), "--out", str(out), *FOUR, *more])
+    return json.loads((out / "results.json").read_text())
+
+
+def rows(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in SPEED} for row in lines]
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "metric"),
+    [
+        ("retrieval", [], "retrieval/mean/101-candidate/R@1"),
+        ("composed", [], "composed/original/mean/R@10"),
+        ("category", ["--inputs", "image", "--scratch"], "category/image/accuracy"),
+        ("subcategory", [], "subcategory/image+text/accuracy"),
+    ],
+)
+def test_every_task(task: str, more: list[str], metric: str, start: Path, data: Path, tmp_path: Path):
+    """Trains, keeps the best by validation, evaluates; a run that was cut off goes on to the same end; `evaluate` says the same."""
+    out = tmp_path / "run"
+    results = tune(task, start, data, out, *more)
+    assert 0 <= results[metric] <= 100
+    found = rows(out)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    validated = [row for row in found if any(name.startswith("validation/") for name in row)]
+    assert [row["step"] for row in validated] == [2, 4]
+    best = json.loads((out / "best.json").read_text())
+    assert best["value"] == pytest.approx(max(row[f"validation/{best['metric']}"] for row in validated), abs=1e-3)
+
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000004")
+    if best["step"] == 4:
+        shutil.rmtree(again / "model")
+        (again / "best.json").unlink()
+    assert tune(task, start, data, again, *more) == pytest.approx(results)
+    assert rows(again) == found
+
+    evaluate.main([task, "--model", str(out / "model"), "--data", str(data), "--out", str(tmp_path / "results.json"), "--device", "cpu"])
+    same = json.loads((tmp_path / "results.json").read_text())
+    assert {name: same[name] for name in results} == pytest.approx(results)
+
+
+def test_the_validation_part_has_its_own_products(data: Path):
+    whole, _ = open_splits(data)
+    left, held = cut_validation(whole, 0.3)
+    ids = whole.index.product_ids
+    assert len(left) + len(held) == len(whole)
+    assert not set(ids[left.samples]) & set(ids[held.samples])
+    assert len(set(ids[held.samples])) == round(0.3 * len(set(ids)))
+
+
+def test_start_weights_are_taken_over_and_heads_start_anew(start: Path):
+    theirs = SyncMaskModel.from_pretrained(start)
+    config = small_config(text=theirs.config.text, task=TaskConfig("category", labels=("bag", "hat")))
+    torch.manual_seed(5)
+    model = SyncMaskModel(config, theirs.tokenizer)
+    head = model.label_head.weight.clone()
+    take_over(model, theirs)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in theirs.state_dict().items())
+    assert torch.equal(model.label_head.weight, head)
+
+
+def test_recipes_name_the_origin_of_each_value(start: Path, capsys: pytest.CaptureFixture[str]):
+    settings = finetune.Composed(start, lr=0.1)
+    parents = finetune.configure("composed", settings, small_config(preset="base"))
+    said = capsys.readouterr().out
+    assert "epochs 20 (FashionSAP)" in said
+    assert "lr 0.1 (given)" in said
+    assert (parents.epochs, parents.batch_size, parents.optim.weight_decay, parents.optim.lr) == (20, 32, 0.2, 0.1)
+    tiny = finetune.configure("composed", finetune.Composed(start), small_config())
+    assert tiny.optim.muon_lr == finetune.TINY["muon_lr"][0]
+    for recipe in finetune.RECIPES.values():
+        assert all(origin for _, origin in recipe.values())
+
+
+def test_what_users_get_wrong(start: Path, data: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no-model"):
+        tune("retrieval", tmp_path / "no-model", data, tmp_path / "run")
+    with pytest.raises(UserError, match="--validation 0.0"):
+        tune("retrieval", start, data, tmp_path / "run", "--validation", "0")
+    with pytest.raises(UserError, match="--batch-size"):
+        tune("retrieval", start, data, tmp_path / "run", "--batch-size", "1")
+    with pytest.raises(UserError, match="finetune category"):
+        evaluate.main(["category", "--model", str(start), "--data", str(data), "--device", "cpu"])
+    index = ShardIndex.open(data / "eval")
+    with ShardWriter(tmp_path / "plain") as writer:
+        for i in range(40):
+            writer.write(f"{i:04d}", index.jpeg(i), {"text": index.texts[i]})
+    with pytest.raises(UserError, match=r"triplets\.json"):
+        tune("composed", start, tmp_path / "plain", tmp_path / "run")
+    with pytest.raises(UserError, match="labels"):
+        tune("category", start, tmp_path / "plain", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Different products, best first, as the model scores them one by one; a picture."""
+    model = SyncMaskModel.from_pretrained(start)
+    split = open_splits(data)[1]
+    found = search.search(model, split, "a red dress", 5)
+    ids = [split.index.product_ids[match.sample] for match in found]
+    assert len(set(ids)) == 5
+    assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
+    out = tmp_path / "found" / "top.png"
+    search.main(["a red dress", "--model", str(start), "--data", str(data), "--out", str(out), "--top", "3", "--device", "cpu"])
+    assert capsys.readouterr().out.count("product ") == 3
+    assert out.stat().st_size > 10_000
+    for flags, named in ((["", "--top", "1"], "query"), (["red", "--top", "0"], "--top")):
+        with pytest.raises(UserError, match=named):
+            search.main([*flags, "--model", str(start), "--data", str(data)])

@@ -1,0 +1,168 @@
+"""Metrics of composed retrieval and recognition against independent computations, and the lookbook's triplets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+
+from syncmask_fast.composed import ClassQueries, composed_recall
+from syncmask_fast.data.lookbook import draw_lookbook
+from syncmask_fast.data.lookbook.triplets import SAME, write_triplets
+from syncmask_fast.data.shards import ShardIndex
+from syncmask_fast.data.splits import Split
+from syncmask_fast.data.triplets import open_triplets
+from syncmask_fast.errors import UserError
+from syncmask_fast.recognition import recognition_metrics
+from tests.helpers import small_lookbook
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_lookbook(tmp_path_factory)
+
+
+# Composed retrieval ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True])
+def test_composed_recall_is_that_of_a_plain_count(whole_numbers: bool):
+    """Whole numbers make ties. Products have several pictures, one class has a gallery of fewer than 50."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randn(300, 4, generator=generator)
+    product = torch.randint(0, 120, (300,), generator=generator)
+    classes = {}
+    for name, size in (("dress", 250), ("shirt", 40)):
+        gallery = torch.randperm(300, generator=generator)[:size]
+        target = gallery[torch.randint(0, size, (60,), generator=generator)]
+        queries = pictures[target] + 1.5 * torch.randn(60, 4, generator=generator)
+        classes[name] = ClassQueries(queries.round() if whole_numbers else queries, target, gallery)
+    pictures = pictures.round() if whole_numbers else pictures
+    found = composed_recall(classes, pictures, product, tile=17)
+    for k in (10, 50):
+        means = []
+        for name, (queries, target, gallery) in classes.items():
+            hits = []
+            for query, goal in zip(queries, target, strict=True):
+                score = {int(j): float(pictures[j].double() @ query.double()) for j in gallery}
+                right = [j for j in score if product[j] == product[goal]]
+                best = max(score[j] for j in right)
+                hits.append(sum(score[j] >= best for j in score if j not in right) < k)
+            means.append(100 * np.mean(hits))
+            assert found[f"{name}/R@{k}"] == pytest.approx(means[-1], abs=1e-3)
+        assert found[f"mean/R@{k}"] == pytest.approx(np.mean(means), abs=1e-3)
+    assert 0 < found["dress/R@10"] < 100
+    assert found["shirt/images"] == 40
+
+
+def test_chance_is_what_random_features_get():
+    generator = torch.Generator().manual_seed(2)
+    product = torch.arange(50).repeat_interleave(3)
+    hits = []
+    for _ in range(40):
+        pictures = torch.randn(150, 8, generator=generator)
+        classes = {"bag": ClassQueries(torch.randn(50, 8, generator=generator), 3 * torch.arange(50), torch.arange(150))}
+        found = composed_recall(classes, pictures, product)
+        hits.append(found["mean/R@10"])
+    assert found["mean/R@10/chance"] == pytest.approx(100 * (1 - np.prod([(140 - i) / (150 - i) for i in range(3)])))
+    assert np.mean(hits) == pytest.approx(found["mean/R@10/chance"], abs=2.5)
+
+
+# Recognition ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_recognition_is_that_of_a_confusion_matrix():
+    """With a label that the classifier never saw, and one that the truth does not have."""
+    rng = np.random.default_rng(0)
+    known = ["bag", "coat", "dress", "hat"]
+    truth = rng.choice(["bag", "coat", "dress", "glove"], 400, p=[0.5, 0.3, 0.1, 0.1])
+    predicted = np.where(rng.random(400) < 0.6, truth, rng.choice(known, 400))
+    predicted[predicted == "glove"] = "hat"
+    names = ["bag", "coat", "dress", "glove", "hat"]
+    matrix = confusion_matrix(truth, predicted, labels=names)
+    f1 = [2 * matrix[i, i] / max(1, matrix[i].sum() + matrix[:, i].sum()) for i in range(5)]
+    found = recognition_metrics(truth, predicted, known)
+    assert found["accuracy"] == pytest.approx(100 * np.trace(matrix) / 400)
+    assert found["macro-F1/truth-or-predicted"] == pytest.approx(100 * np.mean(f1))
+    assert found["macro-F1/seen-in-truth"] == pytest.approx(100 * np.mean(f1[:3]))
+    assert found["accuracy/most-frequent"] == pytest.approx(100 * (truth == "bag").mean())
+    assert (found["unseen-labels"], found["unseen-images"]) == (1, (truth == "glove").sum())
+    assert (found["labels"], found["labels-in-truth"], found["images"]) == (4, 4, 400)
+
+
+def test_an_unseen_label_is_no_other_class():
+    """FashionSAP gives it class 0, so that a prediction of class 0 would be right."""
+    found = recognition_metrics(["glove", "glove"], ["bag", "bag"], ["bag", "coat"])
+    assert found["accuracy"] == found["macro-F1/truth-or-predicted"] == found["macro-F1/seen-in-truth"] == 0
+
+
+# The lookbook's triplets ----------------------------------------------------------------------------------------------------------------
+
+
+def test_triplets_tell_what_differs(data: Path):
+    index = ShardIndex.open(data / "eval")
+    triplets = open_triplets(Split(index, np.arange(len(index))))
+    assert len(triplets) > 200
+    for i in range(len(triplets)):
+        before, after = (index.record(int(x[i])) for x in (triplets.candidate, triplets.target))
+        assert before["product_id"] != after["product_id"]
+        assert before["category"] == after["category"] == triplets.classes[i]
+        assert before["view"] == after["view"] == "front"
+        for phrase in triplets.captions[i].split(" and "):
+            said = phrase.removeprefix("has ").removeprefix("is ").removeprefix("made of ").removeprefix("a pair of ")
+            said = said.removeprefix("an ").removeprefix("a ")
+            if phrase.startswith("has no ") and phrase != "has no sleeves":
+                name = phrase.removeprefix("has no ")
+                assert name == "pattern" or (name in before["facts"] and name not in after["facts"])
+            elif phrase != SAME:
+                told = [name for name, value in after["facts"].items() if said in (value, f"{value.removesuffix('s')}s")]
+                assert any(before["facts"].get(name) != after["facts"][name] for name in told), phrase
+    assert {name: len(pool) for name, pool in triplets.galleries.items()} == {
+        name: (index.category.codes == code).sum() for code, name in enumerate(index.category.names)
+    }
+
+
+def test_an_older_lookbook_gets_its_triplets(tmp_path: Path):
+    """They follow from the records: the shards are not touched, and the content is that of a fresh drawing."""
+    draw = {"products": 12, "eval_products": 4, "size": 32, "workers": 1}
+    draw_lookbook(tmp_path / "lb", **draw)
+    files = [tmp_path / "lb" / split / name for split in ("train", "eval") for name in ("triplets.json", "galleries.json")]
+    fresh = [json.loads(file.read_text()) for file in files]
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")}
+    for file in files:
+        file.unlink()
+    draw_lookbook(tmp_path / "lb", **draw)
+    assert [json.loads(file.read_text()) for file in files] == fresh
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")} == shards
+
+
+def test_wording(tmp_path: Path):
+    base = {"category": "shoe", "subcategory": "sneaker", "colour": "red", "pattern": "solid", "zip": "blue zip"}
+    other = {"category": "shoe", "subcategory": "ankle boot", "colour": "orange", "pattern": "white stripes", "lacing": "olive lacing"}
+    samples = [
+        (f"{i}_front", {"view": "front", "category": "shoe", "product_id": i, "facts": facts}) for i, facts in enumerate((base, other, base))
+    ]
+    write_triplets(tmp_path, samples)
+    found = json.loads((tmp_path / "triplets.json").read_text())
+    assert {(t["candidate"][0], t["target"][0]) for t in found} == {("1", "0"), ("0", "1"), ("2", "1"), ("1", "2")}
+    phrases = {phrase for t in found for caption in t["captions"] for phrase in caption.split(" and ")}
+    assert phrases <= {
+        "is red", "is orange", "has no pattern", "has white stripes", "has a blue zip", "has no zip", "has olive lacing", "has no lacing",
+        "is a pair of sneakers", "is a pair of ankle boots",
+    }  # fmt: skip
+
+
+def test_triplets_that_do_not_fit(data: Path, tmp_path: Path):
+    index = ShardIndex.open(data / "eval")
+    index.folder = tmp_path
+    whole = Split(index, np.arange(len(index)))
+    with pytest.raises(UserError, match=r"triplets\.json is missing"):
+        open_triplets(whole)
+    for content in ("[", '[{"class": "bag"}]', '[{"class": "bag", "candidate": "x", "target": "y", "captions": ["z"]}]', "[]", "[3]"):
+        (tmp_path / "triplets.json").write_text(content)
+        with pytest.raises(UserError, match=r"triplets\.json"):
+            open_triplets(whole)

@@ -36,7 +36,7 @@ train: install
 	$(BIN)/python -m syncmask_fast.train $(ARGS)
 
 test: install lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -31,7 +31,7 @@ SMALL = (
     f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
 ).split()
 SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
-KEYS = {"step", "epoch", *SPEED, "lr", "loss", "loss_itc", "loss_presence"}
+KEYS = {"step", "epoch", *(SPEED - {"plan_s"}), "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 
 

@@ -25,26 +25,6 @@ void pack(const Matrix& from, int64_t first, int64_t count, int64_t size, float*
   }
 }
 
-// tile[row][candidate] = sum over c of a[c][row] * b[c][candidate], always in the order of c.
-__attribute__((noinline)) void multiply(const float* a, const float* b, int64_t columns, float* tile) {
-  Lanes sum[kRows][kVectors] = {};
-  for (int64_t c = 0; c < columns; ++c, a += kRows, b += kWidth) {
-    Lanes x[kVectors];
-#pragma GCC unroll 32
-    for (int t = 0; t < kVectors; ++t) x[t] = load(b + t * kLanes);
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-      for (int t = 0; t < kVectors; ++t) sum[r][t] += x[t] * a[r];
-    }
-  }
-#pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-    for (int t = 0; t < kVectors; ++t) store(tile + (r * kVectors + t) * kLanes, sum[r][t]);
-  }
-}
-
 // Bit l: whether in lane l not rank <= floor, and score < limit.
 INLINE uint64_t passing(Lanes rank, Lanes floor, Lanes score, Lanes limit) {
 #if SYNCMASK_LANES == 16
@@ -76,6 +56,46 @@ INLINE Lanes noise_bound(Words hash) {
   const Lanes half = __builtin_convertvector((Ints)(hash >> 1), Lanes);  // 2^31 u, about
   const Lanes logarithm = __builtin_convertvector((Ints)half, Lanes);
   return (127 + 31) * kLog2 + kRounding - logarithm * (0x1p-23f * kLog2);
+}
+
+// tile[r][candidate] = sum over c of a[c][r] * b[c][candidate], always in the order of c, and in passed[r] a bit for each
+// candidate that may be among the best of anchor row + r: the sieve, on sums that are still in registers. A NaN is
+// never below the limit.
+template <bool kDraws>
+__attribute__((noinline)) void multiply_and_sieve(const Block& block, const float* a, const float* b, int64_t row, int64_t candidate,
+                                                  float* tile, uint64_t* passed) {
+  const int64_t columns = block.query.anchors.columns;
+  Lanes sum[kRows][kVectors] = {};
+  for (int64_t c = 0; c < columns; ++c, a += kRows, b += kWidth) {
+    Lanes x[kVectors];
+#pragma GCC unroll 32
+    for (int t = 0; t < kVectors; ++t) x[t] = load(b + t * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 32
+      for (int t = 0; t < kVectors; ++t) sum[r][t] += x[t] * a[r];
+    }
+  }
+  const float *floors = block.floor.data() + row, *limits = block.limit.data() + row;
+  const float scale = block.query.inverse_temperature;
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    const Lanes floor = floors[r] - Lanes{}, limit = limits[r] - Lanes{};
+    uint64_t bits = 0;
+#pragma GCC unroll 32
+    for (int t = 0; t < kVectors; ++t) {
+      const Lanes score = sum[r][t];
+      Lanes rank = score;
+      if (kDraws) {
+        Words key;
+        __builtin_memcpy(&key, block.column_key.data() + candidate + t * kLanes, sizeof key);
+        rank = score * scale + noise_bound(mix(key + block.row_key[row + r]));
+      }
+      bits |= passing(rank, floor, score, limit) << (t * kLanes);  // the floor is NaN at first
+      store(tile + (r * kVectors + t) * kLanes, score);
+    }
+    passed[r] = bits;
+  }
 }
 
 // x[kLanes - 1], y[0], y[1] ...
@@ -124,38 +144,19 @@ __attribute__((noinline)) void offer(Block& block, int64_t row, int64_t first_ca
   if (*worst >= kLowest) block.floor[row] = kDraws ? *worst - __builtin_fabsf(*worst) * 0x1p-19f - 1e-4f : *worst;
 }
 
-// Offers the pairs of a tile that may be among the best of their anchor. A NaN is never below the limit.
-template <bool kDraws>
-INLINE void sieve(Block& block, int64_t first_row, int64_t first_candidate, int64_t valid, const float* tile) {
-  const Query& query = block.query;
-  for (int64_t row = first_row; row < first_row + kRows; ++row, tile += kWidth) {
-    const Lanes floor = Lanes{} + block.floor[row], limit = Lanes{} + block.limit[row];
-    uint64_t passed = 0;
-#pragma GCC unroll 32
-    for (int t = 0; t < kVectors; ++t) {
-      const Lanes score = load(tile + t * kLanes);
-      Lanes rank = score;
-      if (kDraws) {
-        Words key;
-        __builtin_memcpy(&key, block.column_key.data() + first_candidate + t * kLanes, sizeof key);
-        rank = score * query.inverse_temperature + noise_bound(mix(key + block.row_key[row]));
-      }
-      passed |= passing(rank, floor, score, limit) << (t * kLanes);  // the floor is NaN at first
-    }
-    passed &= ~uint64_t{0} >> (64 - valid);
-    if (passed != 0) offer<kDraws>(block, row, first_candidate, passed, tile);
-  }
-}
-
 // All pairs of the packed anchors with `count` packed candidates.
 template <bool kDraws>
 INLINE void search_tiles(Block& block, const float* candidates, int64_t count) {
   const int64_t columns = block.query.anchors.columns;
   alignas(64) float tile[kRows * kWidth];
+  uint64_t passed[kRows];
   for (int64_t i = 0; i < block.count; i += kRows) {
     for (int64_t j = 0; j < count; j += kWidth) {
-      multiply(block.anchors + i * columns, candidates + j * columns, columns, tile);
-      sieve<kDraws>(block, i, j, count - j < kWidth ? count - j : kWidth, tile);
+      multiply_and_sieve<kDraws>(block, block.anchors + i * columns, candidates + j * columns, i, j, tile, passed);
+      const uint64_t valid = ~uint64_t{0} >> (64 - (count - j < kWidth ? count - j : kWidth));
+      for (int64_t r = 0; r < kRows; ++r) {
+        if (passed[r] & valid) offer<kDraws>(block, i + r, j, passed[r] & valid, tile + r * kWidth);
+      }
     }
   }
 }

@@ -40,7 +40,7 @@ def with_faiss(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tens
     index.add(candidates.numpy())
     score, neighbour = map(torch.from_numpy, index.search(anchors.numpy(), min(FAISS_K, len(candidates))))
     eligible = (other_ids[neighbour] != ids[:, None]) & (score < positive[:, None])
-    first = eligible.int().argsort(1, descending=True, stable=True)[:, :k]
+    first = eligible.int().argsort(dim=1, descending=True, stable=True)[:, :k]
     kept = eligible.gather(1, first)
     return neighbour.gather(1, first).masked_fill(~kept, -1), score.gather(1, first).masked_fill(~kept, -math.inf)
 

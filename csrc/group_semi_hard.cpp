@@ -226,17 +226,19 @@ class Walk {
   void gather() {
     const int64_t size = kernels.panel;
     for_panels([&](int64_t panel) {
-      for (int64_t l = 0; l < size; ++l) {
-        const int64_t place = panel * size + l;
-        const bool is_item = place < count();
+      const int64_t begin = panel * size, items = std::min(size, count() - begin);
+      for (int64_t place = begin; place < begin + size; ++place) {
+        const bool is_item = place < begin + items;
         unvisited_[place] = is_item ? -1 : 0;
         product_[place] = is_item ? product_of_item_[item_[place]] : -1;
         if (is_item) place_[item_[place]] = place;
-        const std::pair<const float*, float*> sides[] = {{images_, image_panels_.data()}, {texts_, text_panels_.data()}};
-        for (const auto& [features, panels] : sides) {
-          float* to = panels + panel * size * width_ + l;
-          const float* from = features + (is_item ? item_[place] * width_ : 0);
-          for (int64_t d = 0; d < width_; ++d) to[d * size] = is_item ? from[d] : 0.0f;
+      }
+      const std::pair<const float*, float*> sides[] = {{images_, image_panels_.data()}, {texts_, text_panels_.data()}};
+      for (const auto& [features, panels] : sides) {
+        float* to = panels + begin * width_;
+        std::fill_n(to, items < size ? size * width_ : 0, 0.0f);
+        for (int64_t d = 0; d < width_; ++d, to += size) {
+          for (int64_t l = 0; l < items; ++l) to[l] = features[item_[begin + l] * width_ + d];
         }
       }
     });

@@ -39,8 +39,8 @@ class Search:
     """Which products to search: the held-out ones, or those of the training."""
     top: int = 8
     """Products to show."""
-    rerank: int = 64
-    """How many of the best photos by ITC the ITM head puts in order anew; 0 leaves that out."""
+    rerank: int = 0
+    """How many of the best photos by ITC the ITM head puts in order anew. It needs a head that has learnt: that of `tiny` makes matches worse."""
     out: Path = Path("search.png")
     """The picture."""
     device: str = "auto"

@@ -146,7 +146,7 @@ def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert len(set(ids)) == 5
     assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
     out = tmp_path / "found" / "top.png"
-    search.main(["a red dress", "--model", str(start), "--data", str(data), "--out", str(out), "--top", "3", "--device", "cpu"])
+    search.main(["a red dress", "--model", str(start), "--data", str(data), "--out", str(out), "--top", "3", "--rerank", "20", "--device", "cpu"])
     assert capsys.readouterr().out.count("product ") == 3
     assert out.stat().st_size > 10_000
     for flags, named in ((["", "--top", "1"], "query"), (["red", "--top", "0"], "--top")):

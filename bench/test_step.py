@@ -18,7 +18,7 @@ from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.flops import peak_flops, step_flops
 from syncmask_fast.losses import Queue
-from syncmask_fast.model import SyncMaskModel, without_start_weights
+from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import make_optimizer
 from syncmask_fast.step import make_teacher
 from syncmask_fast.train import one_step, prepare_device
@@ -44,8 +44,8 @@ TEXT_TOKENS = 12, 50
 
 
 def configuration(preset: str, batch_size: int, precision: str) -> TrainConfig:
-    """A preset as it stands, but for weights and a tokenizer from elsewhere."""
-    config = without_start_weights(PRESETS[preset][1])
+    """A preset as it stands, but for a tokenizer from elsewhere."""
+    config = PRESETS[preset][1]
     return dataclasses.replace(
         config, batch_size=batch_size, precision=precision, text=dataclasses.replace(config.text, name=None), steps=STEPS, epochs=None
     )

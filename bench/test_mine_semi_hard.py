@@ -54,7 +54,14 @@ def ours(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, po
     return ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=k)
 
 
-PROVIDERS = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False), "gemm": bare_product, "product": product, "faiss": with_faiss}
+PROVIDERS = {
+    "ours": ours,
+    "eager": eager,
+    "compile": torch.compile(eager, dynamic=False),
+    "gemm": bare_product,
+    "product": product,
+    "faiss": with_faiss,
+}
 
 
 def draw(n: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -221,6 +221,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor, layout: Layout) -> Tensor:
         """[T, C] features of packed token ids [T]."""
+        layout.prepare()
         x = self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type)
         return run_blocks(self.layers, x, layout, checkpointing=self.checkpointing)
 
@@ -236,6 +237,11 @@ class FusionPack(NamedTuple):
     """A block for each image: all queries that look at it."""
     first: Tensor
     """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
+
+    def prepare(self) -> None:
+        """`Layout.prepare` of both."""
+        self.texts.prepare()
+        self.images.prepare()
 
 
 def pack_by_image(
@@ -287,10 +293,12 @@ class FusionEncoder(nn.Module):
 
     def forward(self, x: Tensor, pack: FusionPack, images: Tensor) -> Tensor:
         """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
+        pack.prepare()
         return run_blocks(self.layers, x, pack, images, checkpointing=self.checkpointing)
 
     def cross_projections(self, x: Tensor, pack: FusionPack, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
+        pack.prepare()
         for earlier in self.layers[: layer - 1]:
             x = earlier(x, pack, images)
         last = self.layers[layer - 1]

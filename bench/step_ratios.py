@@ -9,6 +9,7 @@ The table goes to bench/results/step_ratios-PRESET-PRECISION-ALLOCATOR.json, or 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import itertools
@@ -33,6 +34,8 @@ harness, cases = sys.modules["bench_harness"], sys.modules["bench_test_step"]
 def stepper(provider: str, preset: str, batch_size: int, precision: str, device: torch.device) -> Callable[[], None]:
     """A function that does the provider's next step."""
     config = cases.configuration(preset, batch_size, precision)
+    if provider == cases.VISIBLE:
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
     ways = cases.WAYS.get(provider)
     state = cases.make_state(config, device, ways)
     batches = itertools.cycle(cases.make_batches(config, device))
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="every idea by itself too")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    providers = ["ours", *(name for name in cases.WAYS if given.each or not name.startswith("ours but"))]
+    providers = [name for name in cases.PROVIDERS if given.each or not name.startswith(("ours but", cases.VISIBLE))]
     if given.precision == "float32":
         providers = [name for name in providers if name not in ("parents-same", "ours but float32")]
     steppers = {name: stepper(name, given.preset, given.batch, given.precision, device) for name in providers}

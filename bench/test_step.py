@@ -32,7 +32,8 @@ SWITCHES = [field.name for field in dataclasses.fields(baseline.Ways)]
 # "parents" is what someone gets who follows the papers; "parents-same" is the same in the trainer's precision.
 WAYS = {"parents": baseline.Ways.all(), "parents-same": dataclasses.replace(baseline.Ways.all(), float32=False)}
 WAYS |= {f"ours but {name}": baseline.Ways(**{name: True}) for name in SWITCHES}
-PROVIDERS = ["ours", *WAYS]
+VISIBLE = "ours, visible copy"  # the same step with `--loss.mim-copy visible`
+PROVIDERS = ["ours", VISIBLE, *WAYS]
 # Preset, batch size, precision. On the CPU a base step takes many seconds; on a card the largest batch is to fill it.
 CASES = {
     "cpu": [(preset, batch, precision) for preset, batch in (("tiny", 64), ("base", 8)) for precision in ("float32", "bfloat16")],
@@ -88,10 +89,12 @@ def test_step(case, provider, device, benchmark, measured):
     preset, batch_size, precision = CASES[device.type][case]
     if precision == "float32" and provider in ("parents-same", "ours but float32"):
         pytest.skip("the same as another provider")
-    if provider.startswith("ours but") and CASES[device.type][case] not in EACH_SWITCH_AT:
+    if provider.startswith(("ours but", VISIBLE)) and CASES[device.type][case] not in EACH_SWITCH_AT:
         pytest.skip("each switch is measured for one case of a preset")
     measured.require_green("baseline")
     config = configuration(preset, batch_size, precision)
+    if provider == VISIBLE:
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
     ways = WAYS.get(provider)
     state = make_state(config, device, ways)
     made = make_batches(config, device)

@@ -76,6 +76,14 @@ class Layout:
         """int64 [total]: each row's place in the flattened padded form."""
         return self.sequence * self.longest + self.position
 
+    def prepare(self) -> None:
+        """On the CPU computes what `attention` needs of this layout, so that compiled code finds it there.
+
+        Before Python 3.12 a `cached_property` takes a lock, which cannot be traced; after it, the first use would be a graph of its own.
+        """
+        if not self.starts.is_cuda:
+            self.valid, self._padded_row  # noqa: B018
+
     def pad(self, packed: Tensor) -> Tensor:
         """[total, ...] to [N, longest, ...], zeros where there is no token."""
         flat = packed.new_zeros(len(self) * self.longest, *packed.shape[1:])
@@ -86,7 +94,6 @@ class Layout:
         return padded.flatten(0, 1).index_select(0, self._padded_row)
 
 
-@torch.compiler.disable  # the blocks around it are compiled, not the choice of the kernel
 def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None) -> Tensor:
     """Softmax attention within blocks: the queries of block n look at the keys of block n, and at no others.
 
@@ -94,10 +101,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k
     k, v:     [total, H, D] with `k_layout`, or dense [N, S, H, D] without; the same number of blocks N.
     returns:  like q.
     runs:     what `attention_kind` names.
+    compiled: on the CPU with what is around it, if `Layout.prepare` came before; on CUDA the graph breaks here.
     """
+    return _attention_cuda(q, k, v, q_layout, k_layout) if q.is_cuda else _attention_padded(q, k, v, q_layout, k_layout)
+
+
+@torch.compiler.disable  # the blocks around it are compiled, not the choice of the kernel
+def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
     kind = attention_kind(q.device, q.dtype)
     if kind != "padded" and not (k_layout is not None and k_layout.gaps):
         return _PACKED[kind](q, k, v, q_layout, k_layout)
+    return _attention_padded(q, k, v, q_layout, k_layout)
+
+
+def _attention_padded(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
     mask = None if k_layout is None else k_layout.valid[:, None, None, :]
     q_dense = q if q_layout is None else q_layout.pad(q)
     if k_layout is not None:

@@ -103,6 +103,9 @@ class LossConfig:
     """Start of the learnt ITC temperature (ALBEF: 0.07, kept within 0.001 and 0.5)."""
     mim_target: Literal["pixels", "teacher"] = "pixels"
     """What masked patches are rebuilt to: their pixels, normalised per patch, or the teacher's features of the full image."""
+    mim_copy: Literal["replace", "visible"] = "replace"
+    """What the image encoder sees of the masked copy. replace: all patches, mask tokens for the masked ones; visible: the others alone, as in MAE
+    (He et al. 2022), which is less work, and the MIM head puts mask tokens with their positions in their place."""
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,40 @@ class ImageEncoder(nn.Module):
         patch_mask: bool [B, P], True for the patches to hide in the copies.
         returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
         """
-        vit = self.vit
         if patch_mask is None:
-            patches = vit.patch_embed(pixels)
+            patches = self.vit.patch_embed(pixels)
         else:
-            if self.conv_stem:  # its convolutions look beyond a patch: what is hidden is taken out of the picture
-                patches, masked = vit.patch_embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
-            else:
-                masked = patches = vit.patch_embed(pixels)
+            patches, masked = self._embed_with_copy(pixels, patch_mask)
             patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
-        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(vit._pos_embed(patches)), checkpointing=self.checkpointing))
+        return self._run(self.vit._pos_embed(patches))
+
+    def with_visible(self, pixels: Tensor, patch_mask: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, C] of images, and [B, 1 + V, C] of their masked copies, of which only the visible patches are encoded.
+
+        visible: int64 [B, V], the patches that patch_mask leaves; the others as in `forward`.
+        """
+        full, copy = (self.vit._pos_embed(x) for x in self._embed_with_copy(pixels, patch_mask))
+        prefix = self.vit.num_prefix_tokens
+        kept = copy[:, prefix:].gather(1, visible[..., None].expand(-1, -1, self.width))
+        return self._run(full), self._run(torch.cat([copy[:, :prefix], kept], dim=1))
+
+    def mask_queries(self, chosen: Tensor) -> Tensor:
+        """[B, n, C]: mask tokens in the places of patches int64 [B, n], of the scale of this encoder's output."""
+        positions = F.embedding(chosen, self.vit.pos_embed[0, -self.patches :])
+        return F.layer_norm(self.mask_token + positions, (self.width,))
+
+    def _embed_with_copy(self, pixels: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches [B, P, C] of images, and of their masked copies, in which the visible patches show nothing of the masked ones."""
+        if not self.conv_stem:
+            patches = self.vit.patch_embed(pixels)
+            return patches, patches
+        # Its convolutions look beyond a patch: what is hidden is taken out of the picture.
+        return self.vit.patch_embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The blocks on embedded patches behind their [CLS] and registers; leaves the registers out."""
+        vit = self.vit
+        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(x), checkpointing=self.checkpointing))
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
@@ -197,6 +221,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor, layout: Layout) -> Tensor:
         """[T, C] features of packed token ids [T]."""
+        layout.prepare()
         x = self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type)
         return run_blocks(self.layers, x, layout, checkpointing=self.checkpointing)
 
@@ -212,6 +237,11 @@ class FusionPack(NamedTuple):
     """A block for each image: all queries that look at it."""
     first: Tensor
     """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
+
+    def prepare(self) -> None:
+        """`Layout.prepare` of both."""
+        self.texts.prepare()
+        self.images.prepare()
 
 
 def pack_by_image(
@@ -263,10 +293,12 @@ class FusionEncoder(nn.Module):
 
     def forward(self, x: Tensor, pack: FusionPack, images: Tensor) -> Tensor:
         """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
+        pack.prepare()
         return run_blocks(self.layers, x, pack, images, checkpointing=self.checkpointing)
 
     def cross_projections(self, x: Tensor, pack: FusionPack, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
+        pack.prepare()
         for earlier in self.layers[: layer - 1]:
             x = earlier(x, pack, images)
         last = self.layers[layer - 1]

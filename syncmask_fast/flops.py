@@ -5,8 +5,9 @@ What counts is the products that the objectives need, two FLOPs for each multipl
     student 3 x forward, teacher 1 x forward
     a linear layer          2 * rows * inputs * outputs
     attention               4 * queries * keys * width       (q k^T, and the weights times v)
-    image encoder           B images, and B masked copies and the collages for the student; S = 1 + P rows each. Pixels have no gradient, so that
-                            a single projection of patches costs 2 x forward, and masked copies share it
+    image encoder           B images, and B masked copies and the collages for the student; S = 1 + P rows each, copies of which only the visible
+                            patches are encoded 1 + V. Pixels have no gradient, so that a single projection of patches costs 2 x forward, and
+                            masked copies share it
     text encoder            T tokens, and T of the masked copies for the student
     fusion encoder          4 T tokens, as many as the true, the masked and both kinds of negative texts have on average; keys and values once
                             for each image and layer; the teacher up to the layer whose attention is read
@@ -40,14 +41,16 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
     squares = sum(n * n for n in lengths)
     width, s, image_width, embed = config.text.width, 1 + model.image.patches, model.image.width, config.embed
     masking = fuse and config.masking != "none"
-    stem, image = image_flops(model)
+    stem, image = stem_flops(model), block_flops(model, s)
+    chosen = count(mask.patch_ratio, model.image.patches)
+    seen = s - chosen if loss.mim_copy == "visible" else s  # rows of a masked copy
     text = config.text.layers * (24 * width**2 * tokens + 4 * squares * width)
     self_attention = 8 * width**2 * tokens + 4 * squares * width
     keys = 4 * b * s * image_width * width
     fusion_rest = 4 * width**2 * tokens + 4 * tokens * s * width + 16 * width**2 * tokens  # q, projection, attention to patches, feed-forward
     similarities = 4 * b * (b + loss.queue) * embed
 
-    student = (1 + masking) * (b * image + text) + similarities
+    student = b * image + text + masking * (b * block_flops(model, seen) + text) + similarities
     collages = round(loss.cuts * b)
     if loss.presence:
         compared = 1 + min(loss.presence_images, b - 1)
@@ -60,9 +63,10 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
         student += config.text.fusion_layers * (passes * (self_attention + fusion_rest) + keys)
     if masking:
         student += words * (2 * width**2 + 2 * width * config.text.vocabulary)
-        patches = b * count(mask.patch_ratio, model.image.patches)
         head = 2 * image_width * width + 4 * width**2 + 16 * width**2 + 2 * width * model.patch_head.leave.out_features
-        student += patches * (head + 4 * tokens / b * width) + 4 * width**2 * tokens
+        student += b * chosen * (head + 4 * tokens / b * width) + 4 * width**2 * tokens
+        if loss.mim_copy == "visible":  # masked patches look at the others
+            student += b * chosen * (4 * width**2 + 4 * seen * width) + b * seen * 4 * image_width * width
     teacher = 0.0
     if fuse or loss.alpha or loss.queue:
         teacher = b * (stem + image) + text + similarities
@@ -72,16 +76,21 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
     return 3 * student + teacher
 
 
-def image_flops(model: SyncMaskModel) -> tuple[float, float]:
-    """FLOPs of the image encoder's forward pass on one image: from pixels to patches, and the blocks."""
-    width, s = model.image.width, 1 + model.image.patches
+def stem_flops(model: SyncMaskModel) -> float:
+    """FLOPs of the image encoder's forward pass on one image, from pixels to patches."""
     stem, side = 0.0, model.config.image.size
     for conv in model.image.vit.patch_embed.modules():
         if isinstance(conv, nn.Conv2d):
             side //= conv.stride[0]
             stem += 2 * side**2 * conv.weight.numel()
-    mlps = sum(block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel() for block in model.image.vit.blocks)
-    return stem, 2 * s * mlps + len(model.image.vit.blocks) * (8 * s * width**2 + 4 * s * s * width)
+    return stem
+
+
+def block_flops(model: SyncMaskModel, rows: int) -> float:
+    """FLOPs of the image encoder's blocks, forward, on one image of that many rows."""
+    width, blocks = model.image.width, model.image.vit.blocks
+    mlps = sum(block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel() for block in blocks)
+    return 2 * rows * mlps + len(blocks) * (8 * rows * width**2 + 4 * rows * rows * width)
 
 
 @cache

@@ -51,18 +51,30 @@ class WordHead(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Rebuilds masked patches (our choice): each looks at the full text once, then a linear layer gives its target."""
+    """Rebuilds masked patches (our choice): each looks at the full text once, then a linear layer gives its target.
 
-    def __init__(self, width: int, heads: int, image_width: int, target: int) -> None:
+    looks: the image encoder has not seen them (`config.loss.mim_copy` "visible"); each looks at the visible patches first, and at no masked one, as
+    in CrossMAE (Fu et al. 2024).
+    """
+
+    def __init__(self, width: int, heads: int, image_width: int, target: int, looks: bool) -> None:
         super().__init__()
         self.enter = nn.Linear(image_width, width)
+        if looks:
+            self.look = CrossAttention(width, heads, image_width)
         self.cross = CrossAttention(width, heads, width)
         self.feed_forward = FeedForward(width)
         self.leave = nn.Linear(width, target)
 
-    def forward(self, patches: Tensor, text: Tensor, layout: Layout) -> Tensor:
-        """[B, n, target] from masked patches' features [B, n, C_image] and packed text features [T, C]."""
-        return self.leave(self.feed_forward(self.cross(self.enter(patches), text, None, layout)))
+    def forward(self, patches: Tensor, text: Tensor, layout: Layout, visible: Tensor | None = None) -> Tensor:
+        """[B, n, target] from masked patches' features [B, n, C_image] and packed text features [T, C].
+
+        visible: [B, 1 + V, C_image], features of the visible patches; `patches` are then `ImageEncoder.mask_queries`.
+        """
+        x = self.enter(patches)
+        if visible is not None:
+            x = self.look(x, visible)
+        return self.leave(self.feed_forward(self.cross(x, text, None, layout)))
 
 
 class SyncMaskModel(nn.Module):
@@ -81,7 +93,7 @@ class SyncMaskModel(nn.Module):
         self.match_head = nn.Linear(width, 2)
         self.word_head = WordHead(width, text.vocabulary)
         target = 3 * config.image.patch**2 if config.loss.mim_target == "pixels" else self.image.width
-        self.patch_head = PatchHead(width, text.heads, self.image.width, target)
+        self.patch_head = PatchHead(width, text.heads, self.image.width, target, looks=config.loss.mim_copy == "visible")
         task = config.task
         if task.name in ("category", "subcategory"):
             self.label_head = nn.Linear(width if task.inputs == "image+text" else self.image.width, len(task.labels))

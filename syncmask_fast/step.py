@@ -103,7 +103,7 @@ def training_losses(
     alpha:      share of the teacher's soft targets in ITC.
     seed:       of this step: every draw (masks, negatives) follows from it.
     """
-    device, b = batch.pixels.device, len(batch.lengths)
+    device = batch.pixels.device
     layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
     multiple = rows_multiple(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -125,11 +125,9 @@ def training_losses(
         words = sum(count(config.mask.token_ratio, n - 2) for n in batch.lengths)
         patches = count(config.mask.patch_ratio, model.image.patches)
 
-    # Full image and masked copy in one pass; full text and masked copy in one pass.
-    images = model.image(batch.pixels, masks.patches if patches else None)
-    images, masked_images = images[:b], images[b:]
+    images, masked_copy = _encode_with_copy(model, config, batch.pixels, masks.patches, patches) if patches else (model.image(batch.pixels), None)
     token_ids, source, at = batch.token_ids, layout, None
-    if words:
+    if words:  # full text and masked copy in one pass
         hidden = layout.unpad(masks.words)
         at = torch.nonzero_static(hidden, size=words)[:, 0]
         token_ids, source = torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), layout + layout
@@ -151,14 +149,33 @@ def training_losses(
     itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed, multiple)
 
     mim = itc.new_zeros(())
-    if patches:
-        chosen = masks.patches.byte().argsort(dim=1, descending=True, stable=True)[:, :patches]
-        hidden = masked_images.gather(1, 1 + chosen[..., None].expand(-1, -1, masked_images.shape[2]))
-        predicted = model.patch_head(hidden, texts[: layout.total], layout)
-        mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
+    if masked_copy is not None:
+        predicted = model.patch_head(masked_copy.hidden, texts[: layout.total], layout, masked_copy.visible)
+        mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, masked_copy.chosen))
 
     total = total + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
     return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
+
+
+class MaskedCopy(NamedTuple):
+    """The masked copies of a batch's images, as the MIM head wants them."""
+
+    chosen: Tensor
+    """int64 [B, n]: the masked patches."""
+    hidden: Tensor
+    """[B, n, C]: what the head rebuilds them from."""
+    visible: Tensor | None
+    """[B, 1 + P - n, C]: features of the other patches where they alone were encoded."""
+
+
+def _encode_with_copy(model: SyncMaskModel, config: TrainConfig, pixels: Tensor, patch_mask: Tensor, n: int) -> tuple[Tensor, MaskedCopy]:
+    """Features [B, S, C] of images and their masked copies; patch_mask: bool [B, P], n in each row."""
+    chosen, others = patch_mask.byte().argsort(dim=1, descending=True, stable=True).tensor_split([n], dim=1)
+    if config.loss.mim_copy == "visible":
+        images, visible = model.image.with_visible(pixels, patch_mask, others)
+        return images, MaskedCopy(chosen, model.image.mask_queries(chosen), visible)
+    images, masked = model.image(pixels, patch_mask).chunk(2)  # both in one pass
+    return images, MaskedCopy(chosen, masked.gather(1, 1 + chosen[..., None].expand(-1, -1, masked.shape[2])), None)
 
 
 def _presence_loss(

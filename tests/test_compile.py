@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from syncmask_fast.step import make_teacher, training_losses
-from syncmask_fast.train import prepare_device
+from syncmask_fast.step import make_teacher
+from syncmask_fast.train import one_step, prepare_device
 from tests.helpers import small_batch, small_config
-from tests.test_step import losses_of, small_model, some_queue
+from tests.test_no_host_sync import state_of
+from tests.test_step import losses_of, small_model
 
 
 def gradients(config, model, teacher, batch) -> tuple:
@@ -48,29 +49,26 @@ def test_checkpointing_gives_the_same_gradients_from_less(stem: str):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_and_are_compiled_once():
-    """Texts of other lengths, negatives of other images: nothing is compiled again after the first steps."""
+def test_compiled_steps_give_the_same_and_are_compiled_once():
+    """Texts of other lengths, negatives of other images: nothing in a step is compiled again after the first three, and attention breaks no graph."""
     config = small_config(masking="sync")
-    plain, model = small_model(config), small_model(config)
-    teacher = make_teacher(model)
-    prepare_device(dataclasses.replace(config, compile="on"), model, teacher, torch.device("cpu"))
-    batches = [small_batch(config, seed=seed) for seed in range(8)]
-    assert len({sum(batch.lengths) for batch in batches}) > 4
-    queue, draws = some_queue(config), dict(sync_share=0.5, alpha=0.3)
-
-    def run(batch, seed: int) -> None:
-        found, _ = training_losses(model, teacher, batch, queue, config, seed=seed, **draws)
-        found.total.backward()
-        model.zero_grad()
-
+    config = dataclasses.replace(config, compile="on", loss=dataclasses.replace(config.loss, mim_copy="visible"))
+    state, batches = state_of(config, torch.device("cpu")), [small_batch(config, seed=seed) for seed in range(12)]
+    assert len({sum(batch.lengths) for batch in batches}) > 6
+    prepare_device(config, state.model, state.teacher, torch.device("cpu"))
     torch._dynamo.reset()
     counters.clear()
-    for seed, batch in enumerate(batches[:3]):
-        run(batch, seed)
-    compiled = counters["stats"]["unique_graphs"]
-    assert compiled > 4
-    for seed, batch in enumerate(batches[3:]):
-        run(batch, seed)
-    assert counters["stats"]["unique_graphs"] == compiled
+    compiled = []
+    for batch in batches:
+        one_step(config, state, iter([batch]), len(batches), 1)
+        compiled.append(counters["stats"]["unique_graphs"])
+        state.step += 1
+    assert compiled[2] > 4  # blocks of image, text and fusion, with and without gradient
+    assert compiled[2:] == compiled[2:3] * 10
+    assert not counters["graph_break"]
     assert not counters["recompile_limit"]
-    assert_same(gradients(config, plain, teacher, batches[0]), gradients(config, model, teacher, batches[0]))
+
+    plain = small_model(config)
+    plain.load_state_dict(state.model.state_dict())
+    teacher = make_teacher(plain)
+    assert_same(gradients(config, plain, teacher, batches[0]), gradients(config, state.model, teacher, batches[0]))

@@ -19,7 +19,13 @@ from tests.test_step import SEED, small_model
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize(
     ("masking", "changes"),
-    [("sync", {}), ("none", {}), ("random", {"queue": 0, "alpha": 0.0}), ("sync", {"presence": 1.0, "presence_images": 2, "cuts": 0.5})],
+    [
+        ("sync", {}),
+        ("none", {}),
+        ("random", {"queue": 0, "alpha": 0.0}),
+        ("sync", {"presence": 1.0, "presence_images": 2, "cuts": 0.5}),
+        ("sync", {"mim_copy": "visible"}),
+    ],
     ids=str,
 )
 def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):

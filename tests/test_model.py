@@ -89,6 +89,38 @@ def test_masked_copy_hides_its_patches_and_leaves_the_full_image(patch: int, ste
     assert not close(encoder(changed, mask).chunk(2)[1], masked)
 
 
+@pytest.mark.parametrize(("patch", "stem"), [(12, "patch"), (8, "conv"), (16, "conv")])
+def test_visible_copy_knows_nothing_of_dropped_patches(patch: int, stem: str):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=patch, depth=2, stem=stem)).eval()
+    grid = 48 // patch
+    pixels, mask = torch.randn(2, 3, 48, 48), torch.zeros(2, grid * grid, dtype=torch.bool)
+    mask[:, grid + 1] = True
+    others = torch.tensor([[n for n in range(grid * grid) if n != grid + 1]] * 2)
+    full, copy = encoder.with_visible(pixels, mask, others)
+    assert copy.shape[1] == grid * grid
+    assert close(full, encoder(pixels))
+    changed = pixels.clone()
+    changed[:, :, patch : 2 * patch, patch : 2 * patch] += 1
+    assert close(encoder.with_visible(changed, mask, others)[1], copy)
+    changed = pixels.clone()
+    changed[:, :, :patch, patch : 2 * patch] += 1
+    assert not close(encoder.with_visible(changed, mask, others)[1], copy)
+
+
+def test_visible_patches_keep_their_positions():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=12, depth=2)).eval()
+    nn.init.normal_(encoder.vit.pos_embed)
+    pixels, order = torch.randn(2, 3, 48, 48), torch.stack([torch.randperm(16), torch.randperm(16)])
+    full, copy = encoder.with_visible(pixels, torch.zeros(2, 16, dtype=torch.bool), order)
+    assert close(copy[:, :1], full[:, :1])
+    assert close(copy[:, 1:], torch.stack([x[1 + places] for x, places in zip(full, order, strict=True)]))
+    queries = encoder.mask_queries(order)
+    expected = torch.stack([encoder.mask_token + encoder.vit.pos_embed[0, 1 + places] for places in order])
+    assert torch.allclose(queries, (expected - expected.mean(-1, keepdim=True)) / expected.std(-1, correction=0, keepdim=True), atol=1e-4)
+
+
 def test_text_encoder_equals_bert():
     theirs = bert()
     ours = TextEncoder(TextConfig(vocabulary=101, width=WIDTH, heads=HEADS, layers=LAYERS, max_tokens=32))

@@ -21,7 +21,13 @@ from tests.test_step import PAIRS, losses_of, small_model
 
 READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique2", "aten::repeat_interleave.Tensor"}
 TAKE_MASKS = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
-CASES = [("sync", 0.0, "patch"), ("sync", 1.0, "conv"), ("random", 0.0, "patch"), ("none", 1.0, "patch")]
+CASES = [
+    ("sync", 0.0, "patch", "replace"),
+    ("sync", 1.0, "conv", "replace"),
+    ("sync", 1.0, "conv", "visible"),
+    ("random", 0.0, "patch", "visible"),
+    ("none", 1.0, "patch", "replace"),
+]
 
 
 class NothingReadBack(TorchDispatchMode):
@@ -35,11 +41,11 @@ class NothingReadBack(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def config_of(masking: str, presence: float, stem: str) -> TrainConfig:
+def config_of(masking: str, presence: float, stem: str, copy: str) -> TrainConfig:
     config = small_config(masking=masking)
     return dataclasses.replace(
         config,
-        loss=dataclasses.replace(config.loss, presence=presence, presence_images=3, cuts=presence / 2),
+        loss=dataclasses.replace(config.loss, presence=presence, presence_images=3, cuts=presence / 2, mim_copy=copy),
         mask=dataclasses.replace(config.mask, layer=1),
         image=dataclasses.replace(config.image, patch=16, stem=stem),
         optim=dataclasses.replace(config.optim, muon_lr=0.01),
@@ -52,10 +58,10 @@ def state_of(config: TrainConfig, device: torch.device) -> TrainState:
     return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(PAIRS), step=50)
 
 
-@pytest.mark.parametrize(("masking", "presence", "stem"), CASES)
-def test_step_of_cuda_reads_nothing_back(masking: str, presence: float, stem: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("masking", "presence", "stem", "copy"), CASES)
+def test_step_of_cuda_reads_nothing_back(masking: str, presence: float, stem: str, copy: str, monkeypatch: pytest.MonkeyPatch):
     """The way that CUDA takes, on the CPU, where reserving rows is not needed; its losses are those of the CPU's way."""
-    config = config_of(masking, presence, stem)
+    config = config_of(masking, presence, stem, copy)
     state, batch = state_of(config, torch.device("cpu")), small_batch(config, seed=3)
     ours = losses_of(config, state.model, batch, teacher=state.teacher)[0]
     monkeypatch.setattr(step, "takes_packed", lambda device: True)
@@ -81,10 +87,10 @@ def test_the_guard_sees_what_it_forbids():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("masking", "presence", "stem"), CASES)
-def test_cuda_never_waits(masking: str, presence: float, stem: str, precision: str):
+@pytest.mark.parametrize(("masking", "presence", "stem", "copy"), CASES)
+def test_cuda_never_waits(masking: str, presence: float, stem: str, copy: str, precision: str):
     """CUDA itself reports every wait. The first steps may: they compile, and choose the attention."""
-    config = dataclasses.replace(config_of(masking, presence, stem), precision=precision)
+    config = dataclasses.replace(config_of(masking, presence, stem, copy), precision=precision)
     device = torch.device("cuda")
     state, batch = state_of(config, device), small_batch(config, seed=3)
     moved = {name: getattr(batch, name).to(device) for name in ("pixels", "token_ids", "cu_seqlens", "product_ids", "samples", "positions")}

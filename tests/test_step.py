@@ -51,11 +51,12 @@ def losses_of(config: TrainConfig, model: SyncMaskModel, batch: Batch, *, seed: 
 class TestAgainstTheSlowWay:
     """The model, its teacher and the batch of all of them; the teacher is another model, so that no one takes the wrong one."""
 
-    @pytest.fixture(params=[("sync", 1.0, "pixels"), ("sync", 0.0, "teacher"), ("random", 0.5, "pixels")], ids=str)
+    @pytest.fixture(params=[("sync", 1.0, "pixels", "replace"), ("sync", 0.0, "teacher", "visible"), ("random", 0.5, "pixels", "replace")], ids=str)
     def case(self, request: pytest.FixtureRequest):
-        masking, share, target = request.param
+        masking, share, target, copy = request.param
         base = small_config(masking=masking)
-        config = dataclasses.replace(base, loss=dataclasses.replace(base.loss, mim_target=target, itc=2.0, itm=3.0, mlm=5.0, mim=7.0))
+        loss = dataclasses.replace(base.loss, mim_target=target, mim_copy=copy, itc=2.0, itm=3.0, mlm=5.0, mim=7.0)
+        config = dataclasses.replace(base, loss=loss)
         model, teacher = small_model(config), make_teacher(small_model(config, seed=1))
         batch = small_batch(config, seed=3)
         with torch.no_grad():
@@ -133,8 +134,14 @@ class TestAgainstTheSlowWay:
             alone, pixels, mask = Layout.of([len(ids)]), batch.pixels[i : i + 1], masks.patches[i : i + 1]
             at = mask[0].nonzero()[:, 0]
             with torch.no_grad():
-                masked = model.image(pixels, mask)[1:]
-                predicted = model.patch_head(masked[:, 1 + at], model.text(ids, alone), alone)
+                text = model.text(ids, alone)
+                if config.loss.mim_copy == "visible":
+                    vit = model.image.vit
+                    rows = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + (~mask[0]).nonzero()[:, 0]])
+                    seen = vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(pixels))[:, rows]))
+                    predicted = model.patch_head(model.image.mask_queries(at[None]), text, alone, seen)
+                else:
+                    predicted = model.patch_head(model.image(pixels, mask)[1:, 1 + at], text, alone)
                 if config.loss.mim_target == "pixels":
                     target = patch_pixels(pixels, config.image.patch, at[None])
                 else:
@@ -148,11 +155,11 @@ class TestAgainstTheSlowWay:
         assert found.total.item() == pytest.approx((2 * found.itc + 3 * found.itm + 5 * found.mlm + 7 * found.mim).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("target", ["pixels", "teacher"])
+@pytest.mark.parametrize(("target", "copy"), [("pixels", "replace"), ("teacher", "replace"), ("pixels", "visible")])
 @pytest.mark.parametrize("masking", ["sync", "random", "none"])
-def test_every_parameter_learns(masking: str, target: str):
+def test_every_parameter_learns(masking: str, target: str, copy: str):
     config = small_config(masking=masking)
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target))
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target, mim_copy=copy))
     model = small_model(config)
     found, _ = losses_of(config, model, small_batch(config))
     found.total.backward()
@@ -162,6 +169,32 @@ def test_every_parameter_learns(masking: str, target: str):
     for name, parameter in model.named_parameters():
         learns = masking != "none" or not name.startswith(masked_only)
         assert (parameter.grad is not None and bool(parameter.grad.isfinite().all() and parameter.grad.any())) == learns, name
+
+
+@pytest.mark.parametrize(("stem", "ratio"), [("patch", 0.5), ("conv", 0.5), ("patch", 1.0)])
+def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: float):
+    """A batch by heart, by MIM alone: every part that it goes through moves, and the error falls. With nothing visible there is the text alone."""
+    config = small_config(masking="random")
+    config = dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, mim_copy="visible", itc=0.0, itm=0.0, mlm=0.0),
+        mask=dataclasses.replace(config.mask, patch_ratio=ratio),
+        image=dataclasses.replace(config.image, patch=16, stem=stem),
+    )
+    model, batch = small_model(config), small_batch(config)
+    teacher, optimizer = make_teacher(model), torch.optim.AdamW(model.parameters(), 3e-3)
+    errors = []
+    for _ in range(20):
+        found, _ = losses_of(config, model, batch, teacher=teacher)
+        found.total.backward()
+        errors.append(found.mim.item())
+        parts = [model.image.vit.blocks[0].attn.qkv, model.text.layers[0].attention.qkv, model.patch_head.look.kv]
+        if ratio < 1:  # otherwise there is [CLS] alone to look at, however it is asked for
+            parts.append(model.patch_head.look.q)
+        assert all(part.weight.grad.any() for part in parts)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert errors[-1] < 0.9 * errors[0]
 
 
 def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -202,7 +202,7 @@ def test_resume_of_another_run(run: Path, data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--masking random --batching random",
+        "--masking random --batching random --loss.mim-copy visible",
         "--masking none --batching hard",
         "--loss.mim-target teacher --optim.accumulate 2 --loss.queue 0 --mask.ramp 0 0",
         "--epochs 1 --batch-size 32 --batching hard --precision bfloat16",

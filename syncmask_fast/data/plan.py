@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from syncmask_fast import ops
+from syncmask_fast.distributed import share_bounds
 
 
 def epoch_order(
@@ -55,13 +56,12 @@ def epoch_order(
 def rank_share(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """The part of one rank: samples and their positions in the epoch, both int64 [n].
 
-    Of every `batch_size` * `ranks` consecutive samples, rank r takes the r-th run of `batch_size`; a remainder that does not give each rank as
-    much is left out.
+    Of every batch, that is `batch_size` consecutive samples, rank r takes the r-th run (`share_bounds`: where the ranks do not divide the batch, some
+    take one more); a short last batch is left out.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank must lie within 0 and ranks - 1: got rank {rank} of {ranks}")
-    positions = np.arange(len(order))
-    if ranks > 1:
-        whole = len(order) // (batch_size * ranks) * ranks * batch_size
-        positions = positions[:whole].reshape(-1, ranks, batch_size)[:, rank].reshape(-1)
+    begin, end = share_bounds(batch_size, ranks)[rank : rank + 2]
+    whole = len(order) // batch_size * batch_size
+    positions = np.arange(whole).reshape(-1, batch_size)[:, begin:end].reshape(-1)
     return order[positions], positions

@@ -38,6 +38,13 @@ def share_bounds(rows: int, ranks: int) -> list[int]:
     return [rows * rank // ranks for rank in range(ranks + 1)]
 
 
+def check_batch_size(pairs: int, ranks: int, negatives: str) -> None:
+    """Raises `UserError` where a batch gives a rank no pair, or, with local negatives, no pair of another product."""
+    fewest = ranks * (2 if negatives == "local" and ranks > 1 else 1)
+    if pairs < fewest:
+        raise UserError(f"--batch-size {pairs} is that of all {ranks} processes together: give {fewest} or more.")
+
+
 class Group:
     """The processes of a run. A process that was not started by torchrun is a group of one, in which nothing travels.
 
@@ -71,6 +78,12 @@ class Group:
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host)
         return bool(flags)
+
+    def sum_on_host(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of a host tensor, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(x, group=self.host)
+        return x
 
     def tell(self, message: Tensor) -> Tensor:
         """What every rank says, [ranks, ...]; messages are host tensors of one shape and dtype."""

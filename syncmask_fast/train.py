@@ -32,6 +32,7 @@ from syncmask_fast.distributed import (
     GradientSum,
     Group,
     Silent,
+    check_batch_size,
     check_equal,
     in_step,
     one_complains,
@@ -173,9 +174,7 @@ def train(
     group: Group = ALONE,
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
-    fewest = group.ranks * (2 if config.loss.negatives == "local" else 1)
-    if config.batch_size < fewest:
-        raise UserError(f"--batch-size {config.batch_size} is that of all {group.ranks} processes together: give {fewest} or more.")
+    check_batch_size(config.batch_size, group.ranks, config.loss.negatives)
     start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
     if start is not None:
         tokenizer = start.tokenizer
@@ -403,16 +402,13 @@ def epochs_of_batches(
 
 
 def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray, group: Group = ALONE) -> np.ndarray:
-    """The order of the state's epoch, from the features that the teacher gave in the epoch before. Rank 0 makes it for all."""
-    if not group.first:
-        return group.first_says(torch.empty(len(product_ids), dtype=torch.int64)).numpy()
+    """The order of the state's epoch, from the features that the teacher gave in the epoch before; the same on all ranks."""
     known = bool(state.bank.seen.float().mean() > 0.5)
-    order = epoch_order(
+    return epoch_order(
         config.seed, state.epoch, product_ids, batch_size=config.batch_size, kind=config.batching,
         image_feats=state.bank.images if known else None, text_feats=state.bank.texts if known else None,
-        margin=config.group.margin, search_space=config.group.search_space,
+        margin=config.group.margin, search_space=config.group.search_space, group=group,
     )  # fmt: skip
-    return group.first_says(torch.from_numpy(order)).numpy()
 
 
 def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:

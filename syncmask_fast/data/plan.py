@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncmask_fast import ops
-from syncmask_fast.distributed import share_bounds
+from syncmask_fast.distributed import ALONE, Group, share_bounds
 
 
 def epoch_order(
@@ -23,6 +23,7 @@ def epoch_order(
     text_feats: Tensor | None = None,
     margin: float = 0.0,
     search_space: int | None = None,
+    group: Group = ALONE,
 ) -> np.ndarray:
     """The samples of an epoch in order, int64 [N]; batches are its consecutive runs of `batch_size`.
 
@@ -31,23 +32,30 @@ def epoch_order(
     "semi_hard" walks from sample to similar sample, never twice to one product within a batch, and less similar than the true pair by
     `margin`; "hard" is GRIT-VLP's walk to the most similar. The walk sees the samples in a random order (so that a search space is a random
     part of them), starts at random, and its whole batches are shuffled afterwards, as in GRIT-VLP; a short last batch stays last.
+    group: each walk, which is one search space, is made by one rank, and the results are the same on all; all ranks must call this.
     """
     n = len(product_ids)
     rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
     shuffled = rng.permutation(n)
     if kind == "random" or image_feats is None or text_feats is None:
         return shuffled
-    at = torch.from_numpy(shuffled).to(image_feats.device)
-    ids = product_ids[shuffled] if kind == "semi_hard" else np.arange(n)
-    walk = ops.group_semi_hard(
-        image_feats[at],
-        text_feats[at],
-        torch.from_numpy(ids).to(image_feats.device),
-        batch_size=batch_size,
-        margin=margin if kind == "semi_hard" else -torch.inf,
-        search_space=search_space,
-    )
-    order = shuffled[walk.cpu().numpy()]
+    order = torch.zeros(n, dtype=torch.int64)
+    run = search_space or max(1, n)
+    for number, begin in enumerate(range(0, n, run)):
+        if number % group.ranks != group.rank:
+            continue
+        samples = shuffled[begin : begin + run]  # the features of one walk at a time: they are a copy
+        at = torch.from_numpy(samples).to(image_feats.device)
+        ids = product_ids[samples] if kind == "semi_hard" else np.arange(len(samples))
+        walk = ops.group_semi_hard(
+            image_feats[at],
+            text_feats[at],
+            torch.from_numpy(ids).to(image_feats.device),
+            batch_size=batch_size,
+            margin=margin if kind == "semi_hard" else -torch.inf,
+        )
+        order[begin : begin + run] = torch.from_numpy(samples)[walk.cpu()]
+    order = group.sum_on_host(order).numpy()
     whole = n // batch_size * batch_size
     batches = order[:whole].reshape(-1, batch_size)
     return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[whole:]])

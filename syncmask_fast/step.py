@@ -191,13 +191,14 @@ def _presence_loss(
     shifts = (1 + torch.randperm(near.total - 1, generator=generator)[: config.loss.presence_images]).tolist()
     loss = losses.presence_loss(q, k, token_ids, words, shifts, near.rows, part.sum)
     collages = collage_rows(config.loss.cuts, part.total)
-    if not collages or not shifts:
+    if not collages:
         return loss
 
     # Rows of the whole batch that each rank makes collages of, and their partners in the batch that negatives are from.
     own = [[n for n in collages if begin <= n < end] for begin, end in zip(part.bounds, part.bounds[1:], strict=False)]
     mine, begin, offset = own[part.group.rank], part.rows.start, part.rows.start - near.rows.start
-    partners = [[(n - offset + shifts[0]) % near.total for n in rows] for rows in (own if near is part else [mine])]
+    shift = shifts[0] if shifts else 0  # a pair that is alone on its rank is its own partner, from whom no word tells it apart
+    partners = [[(n - offset + shift) % near.total for n in rows] for rows in (own if near is part else [mine])]
     numbers = [n - begin for n in mine], partners[near.group.rank]
     at, their = (torch.tensor(rows, dtype=torch.int64).to(images.device, non_blocking=True) for rows in numbers)
     inside = random_rectangles(len(collages), model.image.grid, generator)[[collages.index(n) for n in mine]].to(images.device, non_blocking=True)

@@ -273,7 +273,7 @@ class GradientSum:
         self.piece_of = {parameter: number for number, members in enumerate(self.pieces) for parameter in members}
         self.missing: list[int] = []
         self.sent: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
-        self.listening = False
+        self.listening, self.next = False, 0
         if group.ranks > 1:
             for parameter in self.piece_of:
                 parameter.register_post_accumulate_grad_hook(self._ready)
@@ -285,10 +285,10 @@ class GradientSum:
             yield
             return
         self.missing = [len(members) for members in self.pieces]
-        self.listening = True
+        self.listening, self.next = True, 0
         yield
         self.listening = False
-        for number in range(len(self.sent), len(self.pieces)):
+        for number in range(self.next, len(self.pieces)):
             self._send(number)
         for work, flat, gradients in self.sent:
             work.wait()
@@ -299,13 +299,15 @@ class GradientSum:
         if not self.listening:
             return
         self.missing[self.piece_of[parameter]] -= 1
-        while len(self.sent) < len(self.pieces) and self.missing[len(self.sent)] == 0:
-            self._send(len(self.sent))
+        while self.next < len(self.pieces) and self.missing[self.next] == 0:
+            self._send(self.next)
 
     def _send(self, number: int) -> None:
+        self.next = number + 1
         gradients = [p.grad for p in self.pieces[number] if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients]) if gradients else self.pieces[number][0].new_empty(0)
-        self.sent.append((dist.all_reduce(flat, group=self.group.gradients, async_op=True), flat, gradients))
+        if gradients:
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            self.sent.append((dist.all_reduce(flat, group=self.group.gradients, async_op=True), flat, gradients))
 
 
 def check_equal(parameters: Sequence[Tensor], group: Group, step: int) -> None:

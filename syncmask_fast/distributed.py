@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -171,9 +173,9 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if backend == "nccl":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(
-            backend, device_id=device if backend == "nccl" else None, timeout=PATIENCE if backend == "gloo" else None
-        )
+        store = fresh_store(next(iter(dist.rendezvous("env://", rank, ranks)))[0], rank, ranks)
+        device_id, timeout = (device, None) if backend == "nccl" else (None, PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=device_id, timeout=timeout)
         group = Group(rank, ranks, local_rank, local_ranks)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -193,6 +195,27 @@ def process_group(device: torch.device) -> Iterator[Group]:
     finally:
         sys.stdout = said
     dist.destroy_process_group()
+
+
+def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """A part of the store that no earlier processes have written to, the same for all ranks.
+
+    torchrun (2.15) keeps its store over restarts, in which the addresses of processes that are gone would be found, and its count of restarts differs
+    from machine to machine. So rank 0 makes a name for this attempt, and the others take it when rank 0 has shown that it knows of them.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, ranks):
+            store.set(f"{mine}/{other}/known", store.get(f"{mine}/{other}"))
+        return dist.PrefixStore(mine, store)
+    while True:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", mine)
+        known = f"{attempt}/{rank}/known"
+        if store.check([known]) and store.get(known).decode() == mine:
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import itertools
 import json
 import math
 import os
@@ -116,6 +117,11 @@ def extra_mib(function: Callable[[], object], device: torch.device) -> float:
 
 def _status_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def _what(row: dict) -> tuple:
+    """What a row measured: its columns before the figures."""
+    return tuple(itertools.takewhile(lambda item: item[0] != "median_ms", row.items()))
 
 
 class Session:
@@ -248,13 +254,16 @@ class Session:
         benchmark.extra_info.update(row)
 
     def write(self) -> list[Path]:
-        """One CSV and one JSON file for each operator, device and allocator setting."""
+        """One CSV and one JSON file for each operator, device and allocator setting. Rows of cases that were not measured this time stay."""
         folder = results_folder()
         folder.mkdir(parents=True, exist_ok=True)
         groups: dict[str, list[dict]] = {}
         for row in self.rows:
             groups.setdefault(f"{row['operator']}-{row['device']}-{row['allocator']}", []).append(row)
         for name, rows in groups.items():
+            known = folder / f"{name}.json"
+            before = json.loads(known.read_text()) if known.is_file() else []
+            rows = list({_what(row): row for row in before + rows}.values())
             folder.joinpath(f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
             with folder.joinpath(f"{name}.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0].keys())

@@ -32,6 +32,11 @@ def bare_product(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Te
     return torch.mm(anchors, candidates.T, out=out["tensor"])
 
 
+def product(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int) -> Tensor:
+    """The same as a user writes it: the result goes to memory of its own."""
+    return anchors @ candidates.T
+
+
 def with_faiss(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Not exact: an anchor with fewer than k eligible among its first FAISS_K neighbours gets fewer."""
     import faiss
@@ -49,7 +54,14 @@ def ours(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, po
     return ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=k)
 
 
-PROVIDERS = {"ours": ours, "eager": eager, "compile": torch.compile(eager, dynamic=False), "gemm": bare_product, "faiss": with_faiss}
+PROVIDERS = {
+    "ours": ours,
+    "eager": eager,
+    "compile": torch.compile(eager, dynamic=False),
+    "gemm": bare_product,
+    "product": product,
+    "faiss": with_faiss,
+}
 
 
 def draw(n: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

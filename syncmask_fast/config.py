@@ -179,7 +179,8 @@ class TrainConfig:
     data: str | None = None
     """Folder of shards, or one with `train` and `eval` inside, or its address (s3://, gs://, https://); unset draws the lookbook."""
     weights: str | None = None
-    """Checkpoint in ALBEF's layout (.pth or .safetensors) to start all encoders from; --text.name then gives the tokenizer alone."""
+    """What to start all encoders from: a checkpoint in ALBEF's layout (.pth or .safetensors), for which --text.name then gives the tokenizer alone, or the
+    `model` folder of a run, which has its own."""
     min_loaded: float = 0.9
     """Least part of the tensors of a model that weights to start from must give; less is an error."""
     out: Path | None = None
@@ -204,7 +205,7 @@ class TrainConfig:
     device: str = "auto"
     """auto: the first CUDA device, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of products; weights stay in float32. auto: bfloat16 on CUDA, and on CPUs with AMX or AVX512_BF16 for models of width 512 and more."""
+    """Of products; weights stay in float32. auto: bfloat16 on CUDA, and on CPUs with AMX or AVX512_BF16 for models of width 128 and more."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders' blocks. auto: on CUDA."""
     checkpointing: bool = False
@@ -284,7 +285,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "What two CPU cores train in minutes.",
         TrainConfig(
             preset="tiny",
-            steps=560,
+            steps=800,
             batch_size=64,
             embed=128,
             image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),

@@ -1,5 +1,5 @@
-"""Start weights: from timm, from a Hugging Face BERT, or from a checkpoint in ALBEF's layout. What was loaded, missing, left over and resized is
-reported, and too little is an error: a model that silently starts from nothing costs days.
+"""Start weights: from timm, from a Hugging Face BERT, from a checkpoint in ALBEF's layout, or from a model of ours. What was loaded, missing, left
+over and resized is reported, and too little is an error: a model that silently starts from nothing costs days.
 
 Checkpoints are read as tensors alone (safetensors, or torch.load with weights_only).
 """
@@ -57,6 +57,8 @@ def start_weights(model: SyncMaskModel) -> list[LoadReport]:
     errors: UserError where they cannot be had, do not fit, or give less than the share `min_loaded`.
     """
     config = model.config
+    if config.weights is not None and Path(config.weights).is_dir():
+        return [load_saved(model, config.weights, config.min_loaded)]
     if config.weights is not None:
         return [load_albef(model, config.weights, config.min_loaded)]
     reports = []
@@ -116,8 +118,16 @@ def load_albef(model: SyncMaskModel, path: str | Path, least: float = 0.9) -> Lo
     names |= bert_names(model.config.text) | cross_attention_names(model.config.text)
     for ours, theirs in (("image_proj", "vision_proj"), ("text_proj", "text_proj"), ("match_head", "itm_head")):
         names |= {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
+    if "temp" in state:
+        state["temp"] = state["temp"].float().clamp(0.001, 0.5).log()
     names["log_temperature"] = ("temp",)
     return _fill(model, str(path), state, names, least)
+
+
+def load_saved(model: SyncMaskModel, folder: str | Path, least: float = 0.9) -> LoadReport:
+    """Fills the model from one of ours, the `model` folder of a run. errors: see `start_weights`."""
+    state = SyncMaskModel.from_pretrained(folder).state_dict()
+    return _fill(model, str(folder), state, {key: (key,) for key in model.state_dict()}, least)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -229,10 +239,8 @@ def _fitted(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tens
     if name == "text.words.weight" and len(value) != text.vocabulary:
         mend = "name the tokenizer that it was made with by --text.name"
         raise UserError(f"{source} has {len(value)} word pieces, but the tokenizer {text.vocabulary}: {mend}.")
-    if name == "text.token_type":
+    if name == "text.token_type" and value.ndim == 2:
         return value[0]
-    if name == "log_temperature":
-        return value.clamp(0.001, 0.5).log()
     return value
 
 

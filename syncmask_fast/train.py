@@ -54,7 +54,7 @@ from syncmask_fast.pretrained import start_weights
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
 LOOKBOOK = Path("data/lookbook")
-BFLOAT16_WIDTH = 512  # on the CPU, narrower models lose more to conversions and to new shapes than products win (docs/step.md)
+BFLOAT16_WIDTH = 128  # on the CPU, conversions cost narrower models more than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
 MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval", "compile", "checkpointing"}
 
@@ -176,10 +176,11 @@ def train(
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
     check_batch_size(config.batch_size, group.ranks, config.loss.negatives)
     start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
+    known = config.text.name or (config.weights if config.weights and Path(config.weights).is_dir() else None)
     if start is not None:
         tokenizer = start.tokenizer
     else:
-        tokenizer = load_tokenizer(config.text.name) if config.text.name else train_tokenizer(train_split.index.texts, config.text.vocabulary)
+        tokenizer = load_tokenizer(known) if known else train_tokenizer(train_split.index.texts, config.text.vocabulary)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
     with group.in_turn():
         tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)

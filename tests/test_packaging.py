@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -180,3 +181,13 @@ def test_readme_names_make_targets_that_exist():
         re.findall(r"(?:^|`|\s)make ([a-z]+)(?=`|$|\s+#|\s+ARGS)", (ROOT / "README.md").read_text(), re.M)
     )
     assert named <= targets
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("bench/*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_there_is(script: Path):
+    """They are not run here, so that a name that moved would stay unseen."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("syncmask_fast", "tests")):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), f"{node.module}.{alias.name}"

@@ -18,7 +18,7 @@ from syncmask_fast.encoders import pack_pairs
 from syncmask_fast.errors import UserError
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.pretrained import load_albef, load_bert, load_timm, start_weights
-from tests.helpers import small_config
+from tests.helpers import small_config, small_tokenizer
 from tests.test_model import HEADS, LENGTHS, WIDTH, bert, close
 
 TEXT = TextConfig(vocabulary=101, width=WIDTH, heads=HEADS, layers=1, fusion_layers=1, max_tokens=20)
@@ -150,6 +150,25 @@ def test_albef_checkpoint(kind: str, tmp_path: Path):
     assert torch.equal(model.match_head.weight, state["itm_head.weight"])
     assert torch.equal(model.word_head.dense.weight, state["text_encoder.cls.predictions.transform.dense.weight"])
     assert torch.equal(model.patch_head.leave.weight, before)
+
+
+def test_a_model_of_ours(tmp_path: Path):
+    """Another seed's model, for pictures of another size and shorter texts."""
+    torch.manual_seed(1)
+    saved = SyncMaskModel(config(), small_tokenizer())
+    saved.save_pretrained(tmp_path)
+    base = config(weights=str(tmp_path))
+    changed = dataclasses.replace(base, image=dataclasses.replace(base.image, size=36), text=dataclasses.replace(base.text, max_tokens=10))
+    model = SyncMaskModel(changed)
+    [report] = start_weights(model)
+    assert report.share == 1, report
+    assert set(report.resized) == {"image.vit.pos_embed", "text.positions.weight"}
+    for name, value in model.state_dict().items():
+        if name not in report.resized:
+            assert torch.equal(value, saved.state_dict()[name]), name
+    assert torch.equal(model.text.positions.weight, saved.text.positions.weight[:10])
+    with pytest.raises(UserError, match="not a SyncMask model"):
+        start_weights(SyncMaskModel(config(weights=str(tmp_path.parent))))
 
 
 def test_too_little_is_an_error_unless_asked_for(tmp_path: Path):

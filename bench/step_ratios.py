@@ -1,0 +1,93 @@
+"""The step against the parents' way, idea by idea, in turns: a round runs every provider once, and ratios are taken within a round.
+
+    python bench/step_ratios.py [tiny|base] [--batch 64] [--precision float32|bfloat16] [--rounds 8] [--each]
+
+`test_step.py` measures one provider after the other, and on a machine whose clock moves, what is measured minutes apart cannot be compared.
+The table goes to bench/results/step_ratios-PRESET-PRECISION-ALLOCATOR.json, or to $OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+for _name in ("harness", "test_step"):
+    _spec = importlib.util.spec_from_file_location(f"bench_{_name}", ROOT / "bench" / f"{_name}.py")
+    sys.modules[f"bench_{_name}"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[f"bench_{_name}"])
+harness, cases = sys.modules["bench_harness"], sys.modules["bench_test_step"]
+
+
+def stepper(provider: str, preset: str, batch_size: int, precision: str, device: torch.device) -> Callable[[], None]:
+    """A function that does the provider's next step."""
+    config = cases.configuration(preset, batch_size, precision)
+    ways = cases.WAYS.get(provider)
+    state = cases.make_state(config, device, ways)
+    batches = itertools.cycle(cases.make_batches(config, device))
+    if ways is None:
+        cases.prepare_device(config, state.model, state.teacher, device)
+        return lambda: cases.one_step(config, state, batches, cases.STEPS, 1)
+    return lambda: cases.baseline.baseline_step(config, state, next(batches), ways, sync_share=1.0, alpha=config.loss.alpha, seed=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("preset", nargs="?", default="tiny", choices=("tiny", "base"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--each", action="store_true", help="every idea by itself too")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    providers = ["ours", *(name for name in cases.WAYS if given.each or not name.startswith("ours but"))]
+    if given.precision == "float32":
+        providers = [name for name in providers if name not in ("parents-same", "ours but float32")]
+    steppers = {name: stepper(name, given.preset, given.batch, given.precision, device) for name in providers}
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for number in range(given.rounds + 1):
+        for name in providers:
+            harness.synchronize(device)
+            begin = time.perf_counter()
+            steppers[name]()
+            harness.synchronize(device)
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - begin)
+    rows = {
+        name: {
+            "median_s": statistics.median(times),
+            "min_s": min(times),
+            "to_ours": statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True)),
+        }
+        for name, times in seconds.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:24s} {row['median_s']:8.3f} s (min {row['min_s']:.3f})  {row['to_ours']:.2f}x ours")
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    about = {
+        "preset": given.preset,
+        "batch": given.batch,
+        "precision": given.precision,
+        "rounds": given.rounds,
+        **harness.machine(device),
+        "date": now,
+    }
+    path = harness.results_folder() / f"step_ratios-{given.preset}-{given.precision}-{harness.allocator()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | {"providers": rows}, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from syncmask_fast.errors import UserError
 
 Masking = Literal["sync", "random", "none"]
 Batching = Literal["semi_hard", "hard", "random"]
+Negatives = Literal["global", "local"]
 Task = Literal["pretraining", "retrieval", "composed", "category", "subcategory"]
 Inputs = Literal["image+text", "image"]
 
@@ -95,6 +96,9 @@ class LossConfig:
     """Collages for the presence loss, as a share of the batch: of two images cut into one, a word must look at the part that is from its own."""
     align: float = 0.0
     """First part of the training, 0 to 1, without ITM, MLM and MIM: image and text are aligned before they are fused."""
+    negatives: Negatives = "global"
+    """Where a rank's ITM negatives, and the images that the presence loss compares with, are from. global: the batch of all ranks, so that any number
+    of ranks computes the same; local: the rank's own part of it, which needs less traffic."""
     queue: int = 65_536
     """Momentum features kept as further ITC candidates (ALBEF: 65,536)."""
     alpha: float = 0.4
@@ -178,8 +182,8 @@ class TrainConfig:
     data: str | None = None
     """Folder of shards, or one with `train` and `eval` inside, or its address (s3://, gs://, https://); unset draws the lookbook."""
     weights: str | None = None
-    """What to start all encoders from: a checkpoint in ALBEF's layout (.pth or .safetensors), for which --text.name then gives the tokenizer alone, or the
-    `model` folder of a run, which has its own."""
+    """What to start all encoders from: a checkpoint in ALBEF's layout (.pth or .safetensors), for which --text.name then gives the tokenizer
+    alone, or the `model` folder of a run, which has its own."""
     min_loaded: float = 0.9
     """Least part of the tensors of a model that weights to start from must give; less is an error."""
     out: Path | None = None
@@ -200,6 +204,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between progress lines."""
     batch_size: int = 64
+    """Pairs of a step, of all processes together."""
     device: str = "auto"
     """auto: the first CUDA device, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ Command = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: fine-tunes, keeps the best, evaluates it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun started several processes, but a fine-tuning runs in one: start it without torchrun.")
     settings = tyro.cli(Command, args=argv, prog="python -m syncmask_fast.finetune")
     task: Task = type(settings).__name__.lower()
     device = choose_device(settings.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,40 +39,56 @@ class Queue(NamedTuple):
 
 
 def contrastive_loss(
-    images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor, ids: Tensor, queue: Queue, temperature: Tensor, alpha: float
+    images: Tensor,
+    texts: Tensor,
+    teacher_images: Tensor,
+    teacher_texts: Tensor,
+    ids: Tensor,
+    queue: Queue,
+    temperature: Tensor,
+    alpha: float,
+    rows: slice = slice(None),
 ) -> Tensor:
     """ITC with a momentum queue and soft targets (ALBEF, equations 1, 2 and 6), positives by product id (FashionSAP).
 
     images, texts, teacher_images, teacher_texts: unit vectors [B, E]; ids: int64 [B].
     The candidates are the batch's own features, with gradient (our choice: ALBEF takes the teacher's, from which a model that starts from
     random weights does not leave the state in which all features are alike), and the teacher's features in the queue.
+    rows: the anchors that are counted (one rank's); the mean is over all, so that the losses of all rows add up.
     The targets are alpha * the teacher's softmax + (1 - alpha) * the uniform distribution over the candidates of the same product.
     """
     candidate_ids = torch.cat([ids, queue.ids])
     empty = candidate_ids < 0
-    positive = (ids[:, None] == candidate_ids).float()
+    positive = (ids[rows, None] == candidate_ids).float()
     positive = positive / positive.sum(1, keepdim=True)
     loss = images.new_zeros(())
     image_side = images, texts, teacher_images, teacher_texts, queue.texts
     text_side = texts, images, teacher_texts, teacher_images, queue.images
     for anchors, others, teacher_anchors, teacher_others, queued in (image_side, text_side):
-        logits = (anchors @ torch.cat([others, queued]).T / temperature).masked_fill(empty, -torch.inf)
+        logits = (anchors[rows] @ torch.cat([others, queued]).T / temperature).masked_fill(empty, -torch.inf)
         with torch.no_grad():
-            soft = (teacher_anchors @ torch.cat([teacher_others, queued]).T / temperature).masked_fill(empty, -torch.inf).softmax(1)
+            soft = (teacher_anchors[rows] @ torch.cat([teacher_others, queued]).T / temperature).masked_fill(empty, -torch.inf).softmax(1)
             targets = alpha * soft + (1 - alpha) * positive
-        loss = loss - (targets * logits.log_softmax(1).masked_fill(empty, 0)).sum(1).mean()
+        loss = loss - (targets * logits.log_softmax(1).masked_fill(empty, 0)).sum() / len(ids)
     return loss / 2
 
 
-def matching_loss(logits: Tensor, matched: Tensor, weight: Tensor) -> Tensor:
+def _here(x: Tensor) -> Tensor:
+    """The sum over the ranks of what is on one rank alone. A loss that takes another `add_up` is one rank's part of the mean over all ranks."""
+    return x
+
+
+def matching_loss(logits: Tensor, matched: Tensor, weight: Tensor, add_up: Callable[[Tensor], Tensor] = _here) -> Tensor:
     """ITM: binary cross-entropy of match logits [N, 2] with matched bool [N]; pairs of weight 0 do not count. weight: float32 [N]."""
     each = F.cross_entropy(logits.float(), matched.long(), reduction="none")
-    return (each * weight).sum() / weight.sum().clamp(min=1)
+    return (each * weight).sum() / add_up(weight.sum()).clamp(min=1)
 
 
-def word_loss(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """MLM: mean cross-entropy of logits [n, vocabulary] at the masked places only, token_ids int64 [n]; 0 where n = 0."""
-    return F.cross_entropy(logits.float(), token_ids) if len(token_ids) else logits.float().sum()
+def word_loss(logits: Tensor, token_ids: Tensor, total: int | None = None) -> Tensor:
+    """MLM: mean cross-entropy of logits [n, vocabulary] at the masked places only, token_ids int64 [n]; 0 where n = 0. total: n of all ranks."""
+    if not len(token_ids):
+        return logits.float().sum()
+    return F.cross_entropy(logits.float(), token_ids, reduction="sum") / (total or len(token_ids))
 
 
 def patch_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -90,19 +106,29 @@ def patch_pixels(pixels: Tensor, patch: int, chosen: Tensor) -> Tensor:
     return (values - values.mean(-1, keepdim=True)) / (values.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, shifts: Sequence[int]) -> Tensor:
+def presence_loss(
+    q: Tensor,
+    k: Tensor,
+    token_ids: Tensor,
+    words: Tensor,
+    shifts: Sequence[int],
+    rows: slice | None = None,
+    add_up: Callable[[Tensor], Tensor] = _here,
+) -> Tensor:
     """Teaches a cross-attention to look at the patches of images that show a word, and at [CLS] in images that do not (our choice).
 
     q, k:      [B, H, T, D] queries of the texts' tokens and [B, H, 1+P, D] keys of their images, [CLS] first.
     token_ids: int64 [B, T], padded; words: bool [B, T], the real words among them.
     shifts:    text n is compared with its own image and with image n + shift (modulo B) for each shift.
+    rows:      of the B pairs those whose texts are counted; q and words are of these alone.
     returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: false
                for an image whose own text has no such token, true for a text's own image. Where a share r of the compared texts lacks the token, the
                label of the own image is (1 + r) / 2, so that a word in no way tied to images has log-odds 0, however common it is; one that every
                text has cannot be told from such a word. Words that their own image does not show have that label like the others; the images of
                other products that do show them are what tells them apart.
     """
-    scale = q.shape[-1] ** -0.5
+    scale, rows = q.shape[-1] ** -0.5, rows or slice(0, len(k))
+    own_ids = token_ids[rows]
 
     def log_odds(keys: Tensor) -> Tensor:
         logits = (q @ keys.transpose(-1, -2)).float() * scale
@@ -110,12 +136,18 @@ def presence_loss(q: Tensor, k: Tensor, token_ids: Tensor, words: Tensor, shifts
 
     surprise, lacking = q.new_zeros(words.shape, dtype=torch.float32), torch.zeros_like(words, dtype=torch.float32)
     for shift in shifts:
-        absent = only_here(token_ids, words, token_ids.roll(-shift, 0)) / len(shifts)
-        surprise = surprise + absent * F.softplus(log_odds(k.roll(-shift, 0))).mean(1)
+        absent = only_here(own_ids, words, rolled(token_ids, shift, rows)) / len(shifts)
+        surprise = surprise + absent * F.softplus(log_odds(rolled(k, shift, rows))).mean(1)
         lacking = lacking + absent
-    own = log_odds(k)
+    own = log_odds(k[rows])
     surprise = surprise + ((1 + lacking) * F.softplus(-own).mean(1) + (1 - lacking) * F.softplus(own).mean(1)) / 2
-    return (surprise * words).sum() / ((1 + lacking) * words).sum().clamp(min=1)
+    return (surprise * words).sum() / add_up(((1 + lacking) * words).sum()).clamp(min=1)
+
+
+def rolled(x: Tensor, shift: int, rows: slice) -> Tensor:
+    """x.roll(-shift, 0)[rows] without the other rows; 0 <= shift."""
+    begin, n = (rows.start + shift) % len(x), rows.stop - rows.start
+    return x[begin : begin + n] if begin + n <= len(x) else torch.cat([x[begin:], x[: begin + n - len(x)]])
 
 
 def only_here(token_ids: Tensor, words: Tensor, other_ids: Tensor) -> Tensor:
@@ -123,7 +155,7 @@ def only_here(token_ids: Tensor, words: Tensor, other_ids: Tensor) -> Tensor:
     return words & (token_ids[:, :, None] != other_ids[:, None, :]).all(2)
 
 
-def collage_loss(q: Tensor, k: Tensor, own: Tensor, words: Tensor) -> Tensor:
+def collage_loss(q: Tensor, k: Tensor, own: Tensor, words: Tensor, add_up: Callable[[Tensor], Tensor] = _here) -> Tensor:
     """Teaches a cross-attention where in an image a word is, by images that are put together from those of two texts (our choice).
 
     q:       [M, H, T, D] queries of one of the two texts; k: [M, H, P, D] keys of the patches of the collage.
@@ -133,4 +165,4 @@ def collage_loss(q: Tensor, k: Tensor, own: Tensor, words: Tensor) -> Tensor:
     logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     own = own[:, None, None, :]
     log_odds = logits.masked_fill(~own, -torch.inf).logsumexp(-1) - logits.masked_fill(own, -torch.inf).logsumexp(-1)
-    return (F.softplus(-log_odds).mean(1) * words).sum() / words.sum().clamp(min=1)
+    return (F.softplus(-log_odds).mean(1) * words).sum() / add_up(words.sum()).clamp(min=1)

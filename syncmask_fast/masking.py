@@ -12,6 +12,7 @@ from syncmask_fast.attention import Layout
 from syncmask_fast.config import MaskConfig
 from syncmask_fast.encoders import pack_pairs
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.parts import Part
 
 
 class Masks(NamedTuple):
@@ -38,12 +39,17 @@ def maskable(layout: Layout) -> Tensor:
     return (place > 0) & (place < layout.lengths[:, None] - 1)
 
 
-def random_masks(layout: Layout, patches: int, config: MaskConfig, generator: torch.Generator) -> Masks:
-    """Uniformly random masks with the counts of the sync ones."""
+def uniform(rows: int, width: int, generator: torch.Generator, part: Part | None) -> Tensor:
+    """[rows, width] uniform numbers; those of a part are its rows of the whole batch's, so that ranks draw what one process would."""
+    drawn = torch.rand(part.total if part else rows, width, device=generator.device, generator=generator)
+    return drawn[part.rows] if part else drawn
+
+
+def random_masks(layout: Layout, patches: int, config: MaskConfig, generator: torch.Generator, part: Part | None = None) -> Masks:
+    """Uniformly random masks with the counts of the sync ones. part: of a batch that is cut, whose longest text is then the layout's longest."""
     allowed = maskable(layout)
-    draw = {"device": allowed.device, "generator": generator}
-    word_score = torch.rand(allowed.shape, **draw).masked_fill(~allowed, -torch.inf)
-    patch_score = torch.rand(len(layout), patches, **draw)
+    word_score = uniform(*allowed.shape, generator, part).masked_fill(~allowed, -torch.inf)
+    patch_score = uniform(len(layout), patches, generator, part)
     m = allowed.sum(1)
     words = (config.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m) if config.token_ratio else m * 0
     return Masks(_highest(word_score, words), _highest(patch_score, m * 0 + count(config.patch_ratio, patches)), word_score, patch_score)
@@ -88,9 +94,9 @@ def random_rectangles(n: int, grid: tuple[int, int], generator: torch.Generator)
     return inside.flatten(1)
 
 
-def blend(sync: Masks, random: Masks, chance: float, generator: torch.Generator) -> Masks:
+def blend(sync: Masks, random: Masks, chance: float, generator: torch.Generator, part: Part | None = None) -> Masks:
     """For each sample the sync masks with the given chance, else the random ones."""
-    use = torch.rand(len(sync.words), 1, device=sync.words.device, generator=generator) < chance
+    use = uniform(len(sync.words), 1, generator, part) < chance
     pairs = zip(sync[:2], random[:2], strict=True)
     return Masks(*(torch.where(use, a, b) for a, b in pairs), sync.word_score, sync.patch_score)
 

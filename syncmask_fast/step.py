@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +19,13 @@ from syncmask_fast.data.loader import Batch
 from syncmask_fast.encoders import pack_by_image, pack_pairs
 from syncmask_fast.masking import blend, count, maskable, random_masks, random_rectangles, sync_masks
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.parts import Part, part_of
 
 ROWS_MULTIPLE = 128
 
 
 class Losses(NamedTuple):
-    """The weighted sum and its parts, float32 scalars on the device; NaN for a part that was not computed."""
+    """The weighted sum and its parts, float32 scalars on the device; NaN for a part that was not computed. Those of several ranks add up."""
 
     total: Tensor
     itc: Tensor
@@ -34,7 +36,7 @@ class Losses(NamedTuple):
 
 
 class Momentum(NamedTuple):
-    """Unit vectors [B, E] of a batch."""
+    """Unit vectors [B, E] of a batch, the whole one where it is cut over several ranks."""
 
     images: Tensor
     texts: Tensor
@@ -98,13 +100,15 @@ def training_losses(
 ) -> tuple[Losses, Momentum]:
     """All losses of a batch, and features of it for the queue and the feature bank: the teacher's, or the model's where the teacher has no part.
 
+    Of a batch that is cut over several ranks (`batch.part`) the losses are this rank's part of the sum, and the features those of all.
     fuse:       False leaves out ITM, MLM and MIM (`config.loss.align`).
     sync_share: a sample's chance of a sync mask instead of a random one (`config.masking` "sync").
     alpha:      share of the teacher's soft targets in ITC.
     seed:       of this step: every draw (masks, negatives) follows from it.
     """
     device = batch.pixels.device
-    layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    part = part_of(batch)
+    layout = Layout(batch.cu_seqlens, max(part.lengths), sum(batch.lengths))
     multiple = rows_multiple(device)
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -115,27 +119,28 @@ def training_losses(
             teacher_texts = encode_texts(teacher, batch.token_ids, layout, multiple)
             momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
     if fuse and config.masking != "none":
-        masks = random_masks(layout, model.image.patches, config.mask, generator)
+        masks = random_masks(layout, model.image.patches, config.mask, generator, part)
     if masks is not None and config.masking == "sync" and sync_share > 0:
         with torch.no_grad():
-            masks = blend(sync_masks(teacher, teacher_images, teacher_texts, layout, config.mask), masks, sync_share, generator)
+            masks = blend(sync_masks(teacher, teacher_images, teacher_texts, layout, config.mask), masks, sync_share, generator, part)
 
-    words = patches = 0
+    words = all_words = patches = 0
     if masks is not None:
-        words = sum(count(config.mask.token_ratio, n - 2) for n in batch.lengths)
+        words, all_words = (sum(count(config.mask.token_ratio, n - 2) for n in lengths) for lengths in (batch.lengths, part.lengths))
         patches = count(config.mask.patch_ratio, model.image.patches)
 
     images, masked_copy = _encode_with_copy(model, config, batch.pixels, masks.patches, patches) if patches else (model.image(batch.pixels), None)
     token_ids, source, at = batch.token_ids, layout, None
-    if words:  # full text and masked copy in one pass
+    if all_words:  # full text and masked copy in one pass
         hidden = layout.unpad(masks.words)
         at = torch.nonzero_static(hidden, size=words)[:, 0]
         token_ids, source = torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), layout + layout
     texts = encode_texts(model, token_ids, source, multiple)
 
-    image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
-    momentum = momentum or Momentum(image_feats.detach(), text_feats.detach())
-    itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
+    feats = [model.project_images(images), model.project_texts(texts, layout), *(momentum or ())]
+    image_feats, text_feats, *teacher_feats = part.gather(torch.cat(feats, 1)).split(config.embed, 1)
+    momentum = Momentum(*(x.detach() for x in teacher_feats or (image_feats, text_feats)))
+    itc = losses.contrastive_loss(image_feats, text_feats, *momentum, part.product_ids, queue, model.temperature, alpha, part.rows)
 
     weight = config.loss
     missing = itc.new_tensor(torch.nan)
@@ -146,12 +151,15 @@ def training_losses(
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
 
-    itm, mlm = _fusion_losses(model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, seed, multiple)
+    itm, mlm = _fusion_losses(
+        model, config, batch, images, texts, source, layout, image_feats.detach(), text_feats.detach(), at, all_words, seed, multiple
+    )
 
     mim = itc.new_zeros(())
     if masked_copy is not None:
         predicted = model.patch_head(masked_copy.hidden, texts[: layout.total], layout, masked_copy.visible)
-        mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, masked_copy.chosen))
+        share = len(batch.lengths) / part.total
+        mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, masked_copy.chosen)) * share
 
     total = total + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
     return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
@@ -178,29 +186,48 @@ def _encode_with_copy(model: SyncMaskModel, config: TrainConfig, pixels: Tensor,
     return images, MaskedCopy(chosen, masked.gather(1, 1 + chosen[..., None].expand(-1, -1, masked.shape[2])), None)
 
 
+def negatives_from(part: Part, config: TrainConfig) -> Part:
+    """The batch that negatives are drawn from: the whole one, or this rank's part of it."""
+    return part.apart() if config.loss.negatives == "local" else part
+
+
+def collage_rows(ratio: float, of: int) -> list[int]:
+    """Which of `of` pairs are put into collages: round(ratio * of) of them, spread evenly, so that every rank has its share."""
+    return [n for n in range(of) if int((n + 1) * ratio + 0.5) > int(n * ratio + 0.5)]
+
+
 def _presence_loss(
     model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, seed: int
 ) -> Tensor:
     """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any."""
-    b, generator = len(images), torch.Generator().manual_seed(seed)  # of the host, which then knows the shifts
+    generator = torch.Generator().manual_seed(seed)  # of the host, which then knows the shifts
+    part = part_of(batch)
+    near = negatives_from(part, config)
     q, k, _ = model.fusion.cross_projections(texts, pack_pairs(layout), images, 1)
-    q, token_ids, words = layout.pad(q).transpose(1, 2), layout.pad(batch.token_ids), maskable(layout)
-    shifts = (1 + torch.randperm(b - 1, generator=generator)[: config.loss.presence_images]).tolist()
-    loss = losses.presence_loss(q, k.transpose(1, 2), token_ids, words, shifts)
-    collages = round(config.loss.cuts * b)
+    q, words = layout.pad(q).transpose(1, 2), maskable(layout)
+    token_ids, k = near.gather(layout.pad(batch.token_ids)), near.gather(k.transpose(1, 2))
+    shifts = (1 + torch.randperm(near.total - 1, generator=generator)[: config.loss.presence_images]).tolist()
+    loss = losses.presence_loss(q, k, token_ids, words, shifts, near.rows, part.sum)
+    collages = collage_rows(config.loss.cuts, part.total)
     if not collages:
         return loss
-    inside = random_rectangles(collages, model.image.grid, generator).to(images.device, non_blocking=True)
 
-    def second(x: Tensor) -> Tensor:
-        return x.roll(-shifts[0], 0)[:collages]
+    # Rows of the whole batch that each rank makes collages of, and their partners in the batch that negatives are from.
+    own = [[n for n in collages if begin <= n < end] for begin, end in zip(part.bounds, part.bounds[1:], strict=False)]
+    mine, begin, offset = own[part.group.rank], part.rows.start, part.rows.start - near.rows.start
+    shift = shifts[0] if shifts else 0  # a pair that is alone on its rank is its own partner, from whom no word tells it apart
+    partners = [[(n - offset + shift) % near.total for n in rows] for rows in (own if near is part else [mine])]
+    numbers = [n - begin for n in mine], partners[near.group.rank]
+    at, their = (torch.tensor(rows, dtype=torch.int64).to(images.device, non_blocking=True) for rows in numbers)
+    inside = random_rectangles(len(collages), model.image.grid, generator)[[collages.index(n) for n in mine]].to(images.device, non_blocking=True)
 
-    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[:collages], second(batch.pixels))
+    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[at], near.fetch(batch.pixels, partners))
     _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
     k = k[:, 1:].transpose(1, 2)
-    first_ids, second_ids = token_ids[:collages], second(token_ids)
-    here, there = losses.only_here(first_ids, words[:collages], second_ids), losses.only_here(second_ids, second(words), first_ids)
-    return loss + (losses.collage_loss(q[:collages], k, inside, here) + losses.collage_loss(second(q), k, ~inside, there)) / 2
+    first_ids, first_words, second_ids, second_words = token_ids[near.rows][at], words[at], token_ids[their], near.gather(words)[their]
+    here, there = losses.only_here(first_ids, first_words, second_ids), losses.only_here(second_ids, second_words, first_ids)
+    ours, theirs = losses.collage_loss(q[at], k, inside, here, part.sum), losses.collage_loss(near.fetch(q, partners), k, ~inside, there, part.sum)
+    return loss + (ours + theirs) / 2
 
 
 def _fusion_losses(
@@ -214,33 +241,70 @@ def _fusion_losses(
     image_feats: Tensor,
     text_feats: Tensor,
     masked_at: Tensor | None,
+    all_words: int,
     seed: int,
     multiple: int,
 ) -> tuple[Tensor, Tensor]:
-    """ITM and MLM from one pass of the fusion encoder: each image's keys and values are projected once for all texts that look at it."""
+    """ITM and MLM from one pass of the fusion encoder: each image's keys and values are projected once for all texts that look at it.
+
+    image_feats, text_feats: of the whole batch. Where negatives are from other ranks, their texts travel to the images: an image that a text drew is
+    many times as large as the text.
+    """
     device, b = images.device, len(batch.lengths)
+    part = part_of(batch)
+    near = negatives_from(part, config)
+    if near is not part:
+        image_feats, text_feats = image_feats[part.rows], text_feats[part.rows]
     margin = config.group.margin if config.batching == "semi_hard" else -torch.inf
-    draw = {"ids": batch.product_ids, "margin": margin, "temperature": config.loss.temperature}
+    draw = {"ids": near.product_ids, "margin": margin, "temperature": config.loss.temperature}
     negative_text, has_text = draw_negatives(image_feats, text_feats, seed=seed, **draw)
     negative_image, has_image = draw_negatives(text_feats, image_feats, seed=seed + 1, **draw)
 
     each = torch.arange(b, device=device)
-    sequences, looks_at = [each, negative_text, each], [each, each, negative_image]
+    capacity = None
+    if near.group.ranks == 1:
+        sequences, looks_at = [each, negative_text, each], [each, each, negative_image]
+    else:
+        fetched, lengths, negative_image, drawn_by = _fetch_negatives(near, texts[: layout.total], negative_text, negative_image)
+        there = len(source) + torch.arange(len(lengths), device=device)
+        texts, source = torch.cat([texts, fetched]), source + Layout.of(lengths, device)
+        sequences, looks_at = [each, there], [each, each, negative_image]
+        has_text, has_image, capacity = has_text[near.rows], has_image[drawn_by], source.total
+    pairs = sum(map(len, sequences))
     if masked_at is not None:  # the masked copies, which lie behind the full texts
         sequences, looks_at = [*sequences, each + b], [*looks_at, each]
-    # On CUDA the length of the drawn texts stays unknown to the host, so the longest possible is reserved.
-    capacity = (len(sequences) - 1) * layout.total + b * layout.longest if takes_packed(device) else None
+    if not takes_packed(device):
+        capacity = None
+    elif capacity is None:  # the length of the drawn texts stays unknown to the host, so the longest possible is reserved
+        capacity = (len(sequences) - 1) * layout.total + b * layout.longest
     pack = pack_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity, multiple)
     fused = model.fusion(texts[pack.rows], pack, images)
 
-    logits = model.match_head(fused[pack.first[: 3 * b]])
-    matched = torch.arange(3 * b, device=device) < b
-    itm = losses.matching_loss(logits, matched, torch.cat([torch.ones_like(has_text), has_text, has_image]).float())
+    logits = model.match_head(fused[pack.first[:pairs]])
+    matched = torch.arange(pairs, device=device) < b
+    itm = losses.matching_loss(logits, matched, torch.cat([torch.ones(b, device=device), has_text, has_image]), part.sum)
     mlm = itm.new_zeros(())
     if masked_at is not None:
-        rows = pack.first[3 * b :][layout.sequence[masked_at]] + layout.position[masked_at]
-        mlm = losses.word_loss(model.word_head(fused[rows], model.text.words.weight), batch.token_ids[masked_at])
+        rows = pack.first[pairs:][layout.sequence[masked_at]] + layout.position[masked_at]
+        mlm = losses.word_loss(model.word_head(fused[rows], model.text.words.weight), batch.token_ids[masked_at], all_words)
     return itm, mlm
+
+
+def _fetch_negatives(part: Part, texts: Tensor, negative_text: Tensor, negative_image: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """The texts [rows, C] that are this rank's images' negatives, then those that drew one of its images; their lengths; of the latter the image
+    that each drew, counted from this rank's first, and the number of each in the whole batch. Reads the draws back from the device.
+
+    texts: [T, C] this rank's; negative_text, negative_image: int64 [B], of the whole batch, the same on all ranks.
+    """
+    drawn = part.group.first_says(torch.stack([negative_text, negative_image]).cpu()).numpy()
+    bounds = list(zip(part.bounds, part.bounds[1:], strict=False))
+    drew = [np.flatnonzero((begin <= drawn[1]) & (drawn[1] < end)) for begin, end in bounds]
+    wanted = [np.concatenate([drawn[0, begin:end], rows]) for (begin, end), rows in zip(bounds, drew, strict=True)]
+    mine = drew[part.group.rank]
+    image = drawn[1, mine] - part.rows.start
+    lengths = [part.lengths[n] for n in wanted[part.group.rank]]
+    numbers = (torch.from_numpy(x).to(texts.device, non_blocking=True) for x in (image, mine))
+    return part.fetch(texts, wanted, part.lengths), lengths, *numbers
 
 
 def _mim_target(config: TrainConfig, batch: Batch, teacher_images: Tensor, chosen: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -23,9 +24,23 @@ from syncmask_fast.attention import attention_kind
 from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
 from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import Batch, Loader
-from syncmask_fast.data.plan import epoch_order
+from syncmask_fast.data.plan import epoch_order, rank_share
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.text import TokenCache, load_tokenizer, train_tokenizer
+from syncmask_fast.distributed import (
+    ALONE,
+    GradientSum,
+    Group,
+    Silent,
+    check_batch_size,
+    check_equal,
+    in_step,
+    one_complains,
+    process_group,
+    rank_device,
+    restarts,
+    share_bounds,
+)
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
 from syncmask_fast.flops import peak_flops, step_flops
@@ -34,6 +49,7 @@ from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
+from syncmask_fast.parts import Part, share_batch_norms
 from syncmask_fast.pretrained import start_weights
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
 
@@ -83,17 +99,23 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: trains, evaluates, reports."""
-    config = parse(sys.argv[1:] if argv is None else argv)
-    device = choose_device(config.device)
+    with one_complains():
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if config.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError("torchrun --max-restarts needs a folder in which restarted processes find their run: give --out.")
+        device = choose_device(rank_device(config.device))
     keep_freed_memory()
-    out = run_folder(config)
-    data = config.data or draw_default_lookbook(config)
-    train_split, eval_split = open_splits(data, config.eval.holdout)
-    for problem in (*train_split.index.problems, *eval_split.index.problems):
-        print(f"skipped: {problem}")
-    config = start_run(out, config, data)
-    train(config, out, device, train_split, eval_split)
-    finish(config, out, device, eval_split)
+    with process_group(device) as group:
+        out = group.first_says_object(run_folder(config))
+        with group.in_turn():
+            data = config.data or draw_default_lookbook(config)
+            train_split, eval_split = open_splits(data, config.eval.holdout)
+            for problem in (*train_split.index.problems, *eval_split.index.problems):
+                print(f"skipped: {problem}")
+            config = start_run(out, config, data, group)
+        train(config, out, device, train_split, eval_split, group=group)
+    if group.first:
+        finish(config, out, device, eval_split)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -113,13 +135,15 @@ def draw_default_lookbook(config: TrainConfig) -> Path:
     return folder
 
 
-def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
+def start_run(out: Path, config: TrainConfig, data: str | Path, group: Group = ALONE) -> TrainConfig:
     """Makes the run's folder, or checks that the one that is there belongs to this configuration; points runs/latest to it."""
     config = dataclasses.replace(config, data=str(data), out=out)
+    if not group.first:
+        return config
     known = out / "config.json"
     begun = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # a run that stopped at a mistake before is no hindrance
     if known.is_file() and begun:
-        if config.resume == "never":
+        if config.resume == "never" and not restarts():
             raise UserError(f"{out} holds a run already: choose another --out, or drop --resume never to go on with it.")
         before = to_json(from_json(TrainConfig, _read_json(known)))
         now = to_json(config)
@@ -141,9 +165,16 @@ def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
 
 
 def train(
-    config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split, tuning: FineTuning | None = None
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    train_split: Split,
+    eval_split: Split,
+    tuning: FineTuning | None = None,
+    group: Group = ALONE,
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
+    check_batch_size(config.batch_size, group.ranks, config.loss.negatives)
     start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
     known = config.text.name or (config.weights if config.weights and Path(config.weights).is_dir() else None)
     if start is not None:
@@ -151,18 +182,27 @@ def train(
     else:
         tokenizer = load_tokenizer(known) if known else train_tokenizer(train_split.index.texts, config.text.vocabulary)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
-    tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
+    with group.in_turn():
+        tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
 
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
-    newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
+    newest = next(iter(reversed(checkpoints(out / "checkpoints"))), None)
+    if config.resume not in ("auto", "never") and not (newest and restarts()):
+        newest = Path(config.resume)
+    newest = group.first_says_object(newest)
+    if newest is not None and not group.first and not newest.exists():
+        raise UserError(f"{newest} is not on the machine of rank {group.rank}: give an --out in a folder that all machines share.")
     if start is not None and not config.task.scratch:
         take_over(model, start)
     elif newest is None:
         for report in start_weights(model):
             print(report)
     model.to(device)
+    group.copy_from_first([*model.parameters(), *model.buffers()])
     teacher = make_teacher(model)
+    share_batch_norms(model, group)
+    gradients = GradientSum(model.parameters(), group)
     optimizer = make_optimizer(model, config.optim)
     queue = Queue.empty(config.loss.queue, config.embed, device)
     products = tuning.products if tuning else train_split.index.product_ids[train_split.samples]
@@ -178,29 +218,34 @@ def train(
         load_checkpoint(newest, state)
         print(f"going on from {newest}: step {state.step} of {steps}")
     else:
-        state.order = torch.from_numpy(plan(config, state, product_ids))
+        state.order = torch.from_numpy(plan(config, state, product_ids, group))
     dtype = prepare_device(config, model, teacher, device)
     parameters = sum(p.numel() for p in model.parameters())
     items = "triplets" if tuning and tuning.pictures > 1 else "pictures"
     print(
         f"{len(product_ids):,} {items} of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
-        f"{steps} steps of {config.batch_size} on {device} in {str(dtype).removeprefix('torch.')}, attention {attention_kind(device, dtype)}"
+        f"{steps} steps of {config.batch_size} on {f'{group.ranks} x ' if group.ranks > 1 else ''}{device.type} "
+        f"in {str(dtype).removeprefix('torch.')}, attention {attention_kind(device, dtype)}"
     )
 
     grid = config.image.size // config.image.patch
     eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_tokens)
-    follow = len(eval_split) and config.masking != "none" and tuning is None
+    follow = group.first and len(eval_split) and config.masking != "none" and tuning is None
     followed = SyncData.of(eval_split, eval_tokens, grid, SYNC_SAMPLES) if follow else None
-    log = MetricsLog(out, state.step, steps, config.log_every, device, peak_flops(device, dtype))
+    log = MetricsLog(out, state.step, steps, config.log_every, device, peak_flops(device, dtype)) if group.first else Silent()
+    begin, end = share_bounds(config.batch_size, group.ranks)[group.rank : group.rank + 2]
     loader = Loader(
-        train_split.index, tokens, batch_size=config.batch_size * (tuning.pictures if tuning else 1), size=config.image.size, augment=config.augment,
-        seed=config.seed, device=device, backend=config.loader, threads=config.threads, drop_last=True,
+        train_split.index, tokens, batch_size=(end - begin) * (tuning.pictures if tuning else 1), size=config.image.size, augment=config.augment,
+        seed=config.seed, device=device, backend=config.loader, threads=config.threads or group.threads(), drop_last=True,
     )  # fmt: skip
-    with loader, stop_on_signal() as stop:
-        batches = tuning.batches(config, state, loader) if tuning else epochs_of_batches(config, state, loader, train_split, product_ids, log)
+    with loader, stop_on_signal(group) as stop:
+        if tuning:
+            batches = tuning.batches(config, state, loader)
+        else:
+            batches = epochs_of_batches(config, state, loader, train_split, product_ids, log, group)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
-            parts, flops = one_step(config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None)
+            parts, flops = one_step(config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None, gradients)
             state.step += 1
             pairs = config.batch_size * config.optim.accumulate
             log.add(state.step, state.epoch, pairs, flops, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
@@ -209,16 +254,20 @@ def train(
             if tuning is not None and (state.step % config.save_every == 0 or state.step == steps):
                 log.note(keep_best(out, teacher, state.step, tuning))
             log.show_when_due()
-            if state.step % config.save_every == 0 or state.step == steps or stop:
+            stopping = group.any(bool(stop))
+            if state.step % config.save_every == 0 or state.step == steps or stopping:
                 log.flush()
-                save_checkpoint(out / "checkpoints", state)
-            if stop:
+                check_equal(list(model.parameters()), group, state.step)
+                if group.first:
+                    save_checkpoint(out / "checkpoints", state)
+            if stopping:
+                group.any(False)  # torchrun ends the others as soon as one ends: not before the checkpoint is written
                 again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if tuning else f'train {config.preset}'} --out {out}"
                 print(f"\nstopped at step {state.step} of {steps}; to go on: {again} with the same flags")
                 raise SystemExit(130)
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
-    if tuning is None:
+    if tuning is None and group.first:
         state.teacher.save_pretrained(out / "model")
 
 
@@ -263,12 +312,19 @@ def prepare_device(config: TrainConfig, model: SyncMaskModel, teacher: SyncMaskM
 
 
 def one_step(
-    config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int, batches_per_epoch: int, losses: Callable | None = None
+    config: TrainConfig,
+    state: TrainState,
+    batches: Iterator[Batch],
+    steps: int,
+    batches_per_epoch: int,
+    losses: Callable | None = None,
+    gradients: GradientSum | None = None,
 ) -> tuple[Losses, float | None]:
     """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank.
 
-    losses:  in place of `training_losses`.
-    returns: the mean losses, and the model FLOPs of `training_losses`. Reads nothing back from the device.
+    losses:    in place of `training_losses`.
+    gradients: of the group whose ranks take the step together.
+    returns:   the mean losses, and the model FLOPs of this rank's `training_losses`. On one rank nothing is read back from the device.
     """
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
@@ -283,9 +339,12 @@ def one_step(
             found, momentum = (losses or training_losses)(
                 state.model, state.teacher, batch, state.queue, config, fuse=fuse, sync_share=share, alpha=alpha, seed=seed
             )
-        (found.total / config.optim.accumulate).backward()
-        state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
-        state.bank.store(batch.samples, *momentum)
+        last = gradients is not None and part == config.optim.accumulate - 1
+        with gradients.during_backward() if last else contextlib.nullcontext():
+            (found.total / config.optim.accumulate).backward()
+        whole = batch.part or batch
+        state.queue.push(*momentum, whole.product_ids, state.batches, config.batch_size)
+        state.bank.store(whole.samples, *momentum)
         state.batches += 1
         parts.append(Losses(*(x.detach() for x in found)))
         flops += 0.0 if losses else step_flops(state.model, batch.lengths, fuse=fuse)
@@ -293,46 +352,63 @@ def one_step(
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_teacher(state.teacher, state.model, config.optim.ema, state.step)
-    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), None if losses else flops
+    mean = torch.stack([torch.stack(values).mean() for values in zip(*parts, strict=True)])
+    return Losses(*(gradients.group.sum(mean) if gradients else mean)), None if losses else flops
 
 
 def epochs_of_batches(
-    config: TrainConfig, state: TrainState, loader: Loader, split: Split, product_ids: np.ndarray, log: MetricsLog | None = None
+    config: TrainConfig,
+    state: TrainState,
+    loader: Loader,
+    split: Split,
+    product_ids: np.ndarray,
+    log: MetricsLog | Silent | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Batch]:
     """Batches without end: each epoch by its plan, from where the state stands; the plan of the next epoch is made when one ends.
 
-    `samples` and `product_ids` of the batches are places in the training split and product numbers from 0.
+    `samples` and `product_ids` of the batches are places in the training split and product numbers from 0. Of each batch a rank loads its own rows.
     """
-    device = state.model.device
+    device, size = state.model.device, config.batch_size
     place = np.zeros(len(split.index), np.int64)
     place[split.samples] = np.arange(len(split))
-    place_of, product_of = torch.from_numpy(place).to(device), torch.from_numpy(product_ids).to(device)
     position = np.zeros(len(split), np.int64)
+    width = max(np.diff(share_bounds(size, group.ranks)))
+
+    def rows_of(batch: Batch) -> tuple[int, np.ndarray]:
+        """The number of a batch in the epoch; the position and the text's length of each of its rows. On the host, which then need not wait."""
+        at = position[place[batch.sample_numbers]]
+        return int(at[0]) // size, np.stack([at, np.array(batch.lengths)], 1)
+
     while True:
         order = state.order.numpy()
         position[order] = np.arange(len(order))
-        for batch in loader.epoch(split.samples[order], state.epoch, start=state.position):
-            # On the host, which then need not wait for the device.
-            last = int(position[place[batch.sample_numbers[-1]]])
-            state.position = last // config.batch_size * config.batch_size + config.batch_size
-            if len(batch.lengths) < 2:
+        mine, positions = rank_share(order, size, group.rank, group.ranks)
+        done = int(np.searchsorted(positions, state.position))
+        for batch, rows in in_step(loader.epoch(split.samples[mine], state.epoch, positions, done), rows_of, width, group):
+            positions_of_all, lengths = np.concatenate(rows).T
+            state.position = (int(positions_of_all[0]) // size + 1) * size
+            if len(lengths) < 2:
                 continue
-            at = place_of[batch.samples]
-            yield dataclasses.replace(batch, samples=at, product_ids=product_of[at])
+            places = order[positions_of_all]
+            samples, products = (torch.from_numpy(x).to(device, non_blocking=True) for x in (places, product_ids[places]))
+            bounds = [0, *np.cumsum([len(x) for x in rows]).tolist()]
+            part = Part(group, bounds, lengths.tolist(), products, samples)
+            yield dataclasses.replace(batch, samples=samples[part.rows], product_ids=products[part.rows], part=part)
         state.epoch, state.position = state.epoch + 1, 0
         begin = time.perf_counter()
-        state.order = torch.from_numpy(plan(config, state, product_ids))
+        state.order = torch.from_numpy(plan(config, state, product_ids, group))
         if log is not None:
             log.planned(state.epoch, time.perf_counter() - begin)
 
 
-def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray) -> np.ndarray:
-    """The order of the state's epoch, from the features that the teacher gave in the epoch before."""
+def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray, group: Group = ALONE) -> np.ndarray:
+    """The order of the state's epoch, from the features that the teacher gave in the epoch before; the same on all ranks."""
     known = bool(state.bank.seen.float().mean() > 0.5)
     return epoch_order(
         config.seed, state.epoch, product_ids, batch_size=config.batch_size, kind=config.batching,
         image_feats=state.bank.images if known else None, text_feats=state.bank.texts if known else None,
-        margin=config.group.margin, search_space=config.group.search_space,
+        margin=config.group.margin, search_space=config.group.search_space, group=group,
     )  # fmt: skip
 
 
@@ -345,11 +421,16 @@ def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM puts something into, so that the loop can save and leave; a second one stops at once."""
+def stop_on_signal(group: Group = ALONE) -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM puts something into, so that the loop can save and leave; a second one stops at once.
+
+    Under torchrun a second one means nothing: it hands signals on that the process may have got already, and ends what takes too long by itself.
+    """
     caught: list[int] = []
 
     def handle(number: int, frame: object) -> None:
+        if caught and group.ranks > 1:
+            return
         if caught:
             raise KeyboardInterrupt
         caught.append(number)

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"errors", "_native"},
     {"kernels"},
-    {"ops"},
+    {"ops", "distributed"},
+    {"parts"},
     {"data"},
     {"config", "attention", "retrieval", "composed", "recognition", "sync", "sources"},
     {"encoders", "report"},

@@ -111,21 +111,22 @@ def test_a_short_last_batch_stays_last():
     assert sorted([order[:8].tolist(), order[8:16].tolist()]) == sorted([walk[:8].tolist(), walk[8:16].tolist()])
 
 
-@pytest.mark.parametrize(("n", "batch", "ranks"), [(64, 4, 4), (70, 4, 4), (3, 4, 2), (50, 5, 1)])
+@pytest.mark.parametrize(("n", "batch", "ranks"), [(64, 16, 4), (70, 16, 4), (3, 8, 2), (50, 5, 1), (50, 8, 3), (20, 3, 4)])
 def test_rank_shares(n: int, batch: int, ranks: int):
     order = np.random.default_rng(0).permutation(n)
     shares = [rank_share(order, batch, rank, ranks) for rank in range(ranks)]
     for samples, positions in shares:
-        assert len(samples) == len(shares[0][0])
         assert order[positions].tolist() == samples.tolist()
         assert (np.diff(positions) > 0).all()
     positions = np.sort(np.concatenate([p for _, p in shares]))
-    whole = n if ranks == 1 else n // (batch * ranks) * batch * ranks
-    assert positions.tolist() == list(range(whole))
-    # Step s of all ranks together is the s-th run of batch * ranks samples.
-    for step in range(whole // (batch * ranks)):
-        part = np.concatenate([s[step * batch : (step + 1) * batch] for s, _ in shares])
-        assert part.tolist() == order[step * batch * ranks : (step + 1) * batch * ranks].tolist()
+    batches = n // batch
+    assert positions.tolist() == list(range(batches * batch))
+    sizes = [len(s) // batches if batches else 0 for s, _ in shares]
+    assert max(sizes) - min(sizes) <= 1
+    # Step s of all ranks together is the s-th run of batch samples.
+    for step in range(batches):
+        part = np.concatenate([s[step * size : (step + 1) * size] for (s, _), size in zip(shares, sizes, strict=True)])
+        assert part.tolist() == order[step * batch : (step + 1) * batch].tolist()
 
 
 @pytest.mark.parametrize("rank", [-1, 2, 7])

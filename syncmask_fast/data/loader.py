@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
@@ -26,6 +26,7 @@ from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.text import TokenCache
 from syncmask_fast.errors import UserError
+from syncmask_fast.parts import Part
 
 __all__ = ["Batch", "Loader", "decode_image"]
 
@@ -46,6 +47,7 @@ class Batch:
     samples: Tensor  # int64 [B], sample numbers in the index, on the device
     positions: Tensor  # int64 [B], places in the epoch, on the device
     sample_numbers: np.ndarray  # int64 [B], the same as `samples`, on the host
+    part: Part | None = field(default=None, kw_only=True)  # of a batch that is cut over several processes
 
     def __len__(self) -> int:
         return len(self.lengths)

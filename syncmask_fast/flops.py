@@ -29,6 +29,7 @@ from torch import nn
 
 from syncmask_fast.masking import count
 from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.step import collage_rows
 
 # Dense bfloat16 FLOP/s of tensor cores from the makers' data sheets, by a part of the device's name; SXM parts where there are several.
 _BFLOAT16_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12}
@@ -51,7 +52,7 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
     similarities = 4 * b * (b + loss.queue) * embed
 
     student = b * image + text + masking * (b * block_flops(model, seen) + text) + similarities
-    collages = round(loss.cuts * b)
+    collages = len(collage_rows(loss.cuts, b))
     if loss.presence:
         compared = 1 + min(loss.presence_images, b - 1)
         student += self_attention + 2 * width**2 * tokens + keys + compared * 2 * tokens * s * width

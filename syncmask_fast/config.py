@@ -195,6 +195,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between progress lines."""
+    max_skipped: int = 10
+    """A step whose loss or gradients are not finite changes nothing; after this many in a row the run stops and saves the batch."""
     batch_size: int = 64
     device: str = "auto"
     """auto: the first CUDA device, else the CPU."""
@@ -227,7 +229,7 @@ class TrainConfig:
             "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
             "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
             "--image.patch": self.image.patch, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
-            "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
+            "--max-skipped": self.max_skipped, "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
             "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
             "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
             "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,

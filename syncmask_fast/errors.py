@@ -1,4 +1,4 @@
-"""The one kind of error that users are meant to read."""
+"""The one kind of error that users are meant to read, and the warnings beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable
 
 class UserError(Exception):
     """Something that the user can mend: one plain sentence that names the file or flag and says how."""
+
+
+def warn(text: str) -> None:
+    """One loud line on stderr, for what does not end a run but must not go unseen."""
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -7,10 +7,9 @@ import ctypes
 import dataclasses
 import json
 import math
-import shutil
-import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import torch
 import tyro
 
 from syncmask_fast.attention import attention_kind
-from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from syncmask_fast.checkpoint import FeatureBank, TrainState, load_checkpoint, load_newest
 from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.plan import epoch_order
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.text import TokenCache, load_tokenizer, train_tokenizer
+from syncmask_fast.durable import write_json
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
 from syncmask_fast.flops import peak_flops, step_flops
@@ -35,12 +35,28 @@ from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
 from syncmask_fast.pretrained import start_weights
+from syncmask_fast.safekeeping import CHECKPOINTS, save, save_model, stop_at_bad_batch, stop_on_signal, vocabulary_mark, where_to_go_on
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
+from syncmask_fast.undo import Undo
 
 LOOKBOOK = Path("data/lookbook")
 BFLOAT16_WIDTH = 512  # on the CPU, narrower models lose more to conversions and to new shapes than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
-MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval", "compile", "checkpointing"}
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "epochs",
+    "save_every",
+    "log_every",
+    "max_skipped",
+    "device",
+    "threads",
+    "loader",
+    "eval",
+    "compile",
+    "checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,7 @@ def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
             raise UserError(f"{out} holds a run with other settings ({', '.join(changed)}): use the same ones to go on, or another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        write_json(known, to_json(config))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
     if out.parent.name == "runs":
@@ -140,9 +156,7 @@ def start_run(out: Path, config: TrainConfig, data: str | Path) -> TrainConfig:
     return config
 
 
-def train(
-    config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split, tuning: FineTuning | None = None
-) -> None:
+def train(config: TrainConfig, out: Path, device: torch.device, train_split: Split, eval_split: Split, tuning: FineTuning | None = None) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
     start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
     if start is not None:
@@ -154,10 +168,10 @@ def train(
 
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
-    newest = Path(config.resume) if config.resume not in ("auto", "never") else next(iter(reversed(checkpoints(out / "checkpoints"))), None)
+    going_on = where_to_go_on(config, out)
     if start is not None and not config.task.scratch:
         take_over(model, start)
-    elif newest is None:
+    elif going_on is None:
         for report in start_weights(model):
             print(report)
     model.to(device)
@@ -167,15 +181,19 @@ def train(
     products = tuning.products if tuning else train_split.index.product_ids[train_split.samples]
     product_ids = np.unique(products, return_inverse=True)[1]
     bank = FeatureBank.empty(len(product_ids), config.embed, device)
-    state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64))
+    origin = {"samples": len(product_ids), "data": train_split.index.fingerprint(), "tokenizer": vocabulary_mark(tokenizer)}
+    state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64), origin=origin)
 
     batches_per_epoch = len(product_ids) // config.batch_size
     if batches_per_epoch == 0:
         raise UserError(f"{config.data} has {len(product_ids)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
     steps = config.steps or max(1, (config.epochs or 1) * batches_per_epoch // config.optim.accumulate)
-    if newest is not None:
-        load_checkpoint(newest, state)
-        print(f"going on from {newest}: step {state.step} of {steps}")
+    if going_on is not None:
+        if going_on.name == CHECKPOINTS:
+            going_on = load_newest(going_on, state)
+        else:
+            load_checkpoint(going_on, state)
+        print(f"going on from {going_on}: step {state.step} of {steps}")
     else:
         state.order = torch.from_numpy(plan(config, state, product_ids))
     dtype = prepare_device(config, model, teacher, device)
@@ -197,6 +215,8 @@ def train(
     )  # fmt: skip
     with loader, stop_on_signal() as stop:
         batches = tuning.batches(config, state, loader) if tuning else epochs_of_batches(config, state, loader, train_split, product_ids, log)
+        last: deque[Batch] = deque(maxlen=1)
+        batches = (last.append(batch) or batch for batch in batches)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
             parts, flops = one_step(config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None)
@@ -209,16 +229,18 @@ def train(
                 log.note(keep_best(out, teacher, state.step, tuning))
             log.show_when_due()
             if state.step % config.save_every == 0 or state.step == steps or stop:
-                log.flush()
-                save_checkpoint(out / "checkpoints", state)
+                saved = save(out / CHECKPOINTS, state, log)
+            if log.skipped_now >= config.max_skipped:
+                raise UserError(stop_at_bad_batch(config, out, state, loader, last[0], log.skipped_now))
             if stop:
                 again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if tuning else f'train {config.preset}'} --out {out}"
-                print(f"\nstopped at step {state.step} of {steps}; to go on: {again} with the same flags")
-                raise SystemExit(130)
+                kept = "" if saved else ", without a checkpoint of it"
+                print(f"\nstopped at step {state.step} of {steps}{kept}; to go on: {again} with the same flags")
+                raise SystemExit(128 + stop[0])
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
     if tuning is None:
-        state.teacher.save_pretrained(out / "model")
+        save_model(state.teacher, out / "model")
 
 
 def take_over(model: SyncMaskModel, start: SyncMaskModel) -> None:
@@ -239,11 +261,7 @@ def keep_best(out: Path, model: SyncMaskModel, step: int, tuning: FineTuning) ->
     value = found[tuning.metric]
     print(f"step {step:>5}: validation {tuning.metric} {value:.2f}" + (" (the best so far)" if value > best else ""), flush=True)
     if value > best:
-        aside = out / ".model.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        aside.rename(out / "model")
+        save_model(model, out / "model")
         write_json(known, {"step": step, "metric": tuning.metric, "value": value})
     return {f"validation/{name}": number for name, number in found.items()}
 
@@ -267,7 +285,8 @@ def one_step(
     """One optimiser step over `accumulate` batches: losses, gradients, clipping, update, teacher, queue, feature bank.
 
     losses:  in place of `training_losses`.
-    returns: the mean losses, and the model FLOPs of `training_losses`. Reads nothing back from the device.
+    returns: the mean losses, and the model FLOPs of `training_losses`. Reads nothing back from the device. Where a loss or a gradient is not
+             finite, the total is NaN and everything in `state` but its clocks stays as it was.
     """
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
@@ -275,6 +294,8 @@ def one_step(
     alpha = config.loss.alpha * min(1.0, state.step * config.optim.accumulate / batches_per_epoch)
     parts: list[Losses] = []
     flops = 0.0
+    undo = Undo()
+    undo.keep(state.model.buffers())  # running statistics, which the forward pass changes
     for part in range(config.optim.accumulate):
         batch = next(batches)
         seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
@@ -283,16 +304,20 @@ def one_step(
                 state.model, state.teacher, batch, state.queue, config, fuse=fuse, sync_share=share, alpha=alpha, seed=seed
             )
         (found.total / config.optim.accumulate).backward()
+        undo.keep_rows(state.queue, state.queue.oldest(len(batch.product_ids), state.batches, config.batch_size))
+        undo.keep_rows((state.bank.images, state.bank.texts, state.bank.seen), batch.samples)
         state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
         state.bank.store(batch.samples, *momentum)
         state.batches += 1
         parts.append(Losses(*(x.detach() for x in found)))
         flops += 0.0 if losses else step_flops(state.model, batch.lengths, fuse=fuse)
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
-    state.optimizer.step()
+    mean = Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True)))
+    finite = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip).isfinite() & mean.total.isfinite()
+    state.optimizer.step(finite)
     state.optimizer.zero_grad()
-    update_teacher(state.teacher, state.model, config.optim.ema, state.step)
-    return Losses(*(torch.stack(values).mean() for values in zip(*parts, strict=True))), None if losses else flops
+    undo.unless(finite)
+    update_teacher(state.teacher, state.model, config.optim.ema, state.step, finite)
+    return mean._replace(total=mean.total.where(finite, torch.nan)), None if losses else flops
 
 
 def epochs_of_batches(
@@ -343,25 +368,6 @@ def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     return fast and (device.type == "cuda" or config.text.width >= BFLOAT16_WIDTH)
 
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM puts something into, so that the loop can save and leave; a second one stops at once."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        print("\nstopping after this step (once more to stop at once) ...", flush=True)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def keep_freed_memory() -> None:
     """Has glibc keep freed memory instead of giving it back to the system: fresh pages cost more than many an operator on the CPU."""
     with contextlib.suppress(OSError, AttributeError):
@@ -389,13 +395,6 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
     write_json(out / "results.json", results)
     report = write_run_report(out, model, eval_split, results)
     print(f"\nreport: {report}\nmodel:  {out / 'model'}")
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file aside, then renames it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    aside.replace(path)
 
 
 def _read_json(path: Path) -> dict:

@@ -14,6 +14,7 @@ and anything else, which `ShardIndex.record` gives back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -204,6 +205,15 @@ class ShardIndex:
 
     def __repr__(self) -> str:
         return f"ShardIndex({str(self.folder)!r}, samples={len(self)}, shards={len(self.shards)})"
+
+    def fingerprint(self) -> str:
+        """A mark of keys, texts, products and sizes of images: the same wherever the shards lie, another when they are made anew otherwise."""
+        arrays = self._arrays
+        digest = hashlib.sha256()
+        texts = arrays.texts.distinct
+        for part in (arrays.keys.data, arrays.keys.offsets, texts.data, texts.offsets, arrays.texts.index, arrays.product_ids, arrays.image_bytes):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
 
     def jpeg(self, i: int) -> bytes:
         """The encoded image of sample i, as stored."""

@@ -16,9 +16,9 @@ def warn(text: str) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs `main` as a command: a `UserError` becomes one line on stderr and exit code 2."""
+    """Runs `main` as a command: a `UserError`, or a file that the system refuses, becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -399,9 +399,12 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): mend it, or choose another --out.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a table: mend it, or choose another --out.")
+    return found
 
 
 if __name__ == "__main__":

@@ -239,12 +239,24 @@ class ShardIndex:
         return self.shards[int(self._arrays.shard[i])]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """errors: UserError where the shard is no longer what was indexed; OSError where the disk fails twice."""
         # pread, not mmap: it lets other threads run while the disk is slow, and where a file shrinks it
         # gives less instead of ending the process by SIGBUS.
-        file = self._files.get(shard) or self._open_shard(shard)
-        data = os.pread(file.descriptor, size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.shards[shard]} changed while it was read; start again")
+        for last in (False, True):
+            file = self._files.get(shard) or self._open_shard(shard)
+            try:
+                data = os.pread(file.descriptor, size, offset)
+                now = os.fstat(file.descriptor)
+            except OSError:  # a network file system may have given the file a new handle
+                if last:
+                    raise
+                self._files.pop(shard, None)
+            else:
+                break
+        if len(data) != size or [now.st_size, now.st_mtime_ns] != self._arrays.shard_states[shard]:
+            raise UserError(
+                f"{self.shards[shard]} was changed while the run read it: let nothing write there, and start again"
+            )
         return data
 
     def _open_shard(self, shard: int) -> _OpenFile:
@@ -255,7 +267,7 @@ class ShardIndex:
                 file = self._files[shard] = _OpenFile(self.shards[shard])
             except OSError as error:
                 raise UserError(
-                    f"{self.shards[shard]} cannot be opened any more ({error.strerror}); start again"
+                    f"{self.shards[shard]} cannot be opened any more ({error.strerror}): put it back and start again"
                 ) from None
             return file
 

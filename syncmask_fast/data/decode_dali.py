@@ -53,6 +53,7 @@ class DaliDecoder:
         self.device, self.threads = device, threads
         self._feed: deque[ImageJob] = deque()  # to be read by the pipeline
         self._started: deque[tuple[ImageJob, dict[int, str]]] = deque()
+        self._waiting: deque[ImageJob] = deque()  # the last of those started, until the one that failed is through
         self._recode: set[int] = set()  # samples that Pillow reads and DALI does not
         self._failures = 0  # of the oldest batch
         self._pipeline = self._build()
@@ -61,10 +62,9 @@ class DaliDecoder:
         if self._recode:
             job.encoded = self._recoded(job)
         self._started.append((job, {}))
-        try:
-            self._schedule(job)
-        except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
-            self._failed = True
+        self._waiting.append(job)
+        if len(self._waiting) == 1:
+            self._schedule_waiting()
 
     def finish(self) -> tuple[ImageJob, Tensor, dict[int, str]]:
         while True:
@@ -83,24 +83,27 @@ class DaliDecoder:
                     continue
             self._started.popleft()
             self._failures = 0
+            self._schedule_waiting()
             return job, pixels, refused
 
     def drain(self) -> None:
         if sys.is_finalizing():  # a loader that nobody closed: there is nothing left to build a pipeline with
             return
         try:
-            for job, _ in self._started:
+            for job, _ in list(self._started)[: len(self._started) - len(self._waiting)]:
                 if len(job) and not self._failed:
                     self._outputs()
         except Exception:  # a damaged image among those that nobody wants any more
             self._failed = True
         self._started.clear()
+        self._waiting.clear()
         self._feed.clear()
         if self._failed:
             self._pipeline = self._build()
 
     def close(self) -> None:
         self._started.clear()
+        self._waiting.clear()
         self._feed.clear()
         self._pipeline = None  # its destructor stops the threads
 
@@ -170,6 +173,14 @@ class DaliDecoder:
             *((params.brightness, params.contrast, params.saturation) if self.jitter else ()),
         )
 
+    def _schedule_waiting(self) -> None:
+        while self._waiting:
+            job = self._waiting.popleft()
+            try:
+                self._schedule(job)
+            except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
+                self._failed = True
+
     def _schedule(self, job: ImageJob) -> None:
         if len(job) == 0:
             return
@@ -214,8 +225,8 @@ class DaliDecoder:
             self._recode |= unreadable
             job.encoded = self._recoded(job)
         self._started[0] = job, refused | damaged
-        for job, _ in self._started:
-            self._schedule(job)
+        self._waiting = deque(later for later, _ in list(self._started)[1:])
+        self._schedule(job)
 
     def _unreadable(self, job: ImageJob) -> set[int]:
         """The samples that DALI fails on one by one. The pipeline is new before and after."""

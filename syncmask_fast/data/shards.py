@@ -224,11 +224,13 @@ class ShardIndex:
         """The JSON record of sample i as stored; `text` is there too where it came from a .txt member."""
         arrays = self._arrays
         size = int(arrays.json_bytes[i])
-        record = (
-            json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
-        )
-        record["text"] = self.texts[i]
-        return record
+        try:
+            record = json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
+            return record | {"text": self.texts[i]}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.shard_of(i)}: the record of {self.key(i)!a} is no longer what was indexed ({error}): delete the cached index and start again"
+            ) from None
 
     def key(self, i: int) -> str:
         """The key of sample i: its members' name without extension."""

@@ -282,8 +282,13 @@ class Tokens(Kind):
 class Config(Kind):
     """config.json of a run."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.config = small_config(steps=3, data="data", out=folder)
+        self.whole = as_json(to_json(self.config))
+
     def mutant(self, draw: random.Random) -> bytes:
-        known = to_json(small_config(steps=3))
+        known = to_json(self.config)
         return as_json(edited_json(known, draw)) if draw.random() < 0.8 else edited(as_json(known), random_edits(draw))
 
     def outcome(self, data: bytes) -> str:
@@ -292,7 +297,7 @@ class Config(Kind):
         shutil.rmtree(self.folder)
         (self.folder / "checkpoints").mkdir(parents=True)
         (self.folder / "config.json").write_bytes(data)
-        start_run(self.folder, small_config(steps=3), "data")
+        start_run(self.folder, self.config, "data")
         return READ
 
 
@@ -337,10 +342,10 @@ class Checkpoint(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        state = new_state()
+        self.state = new_state()
         for step in (1, 2):
-            state.step = step
-            save_checkpoint(folder / "kept", state)
+            self.state.step = step
+            save_checkpoint(folder / "kept", self.state)
         self.names = sorted(path.name for path in (folder / "kept/step-00000002").iterdir())
 
     def mutant(self, draw: random.Random) -> bytes:
@@ -357,15 +362,14 @@ class Checkpoint(Kind):
         file = used / "step-00000002" / name.decode()
         changed = data != file.read_bytes()
         file.write_bytes(data)
-        state = new_state()
         said = io.StringIO()
         with redirect_stderr(said):
-            taken = load_newest(used, state)
+            taken = load_newest(used, self.state)
         if taken.name == "step-00000002":
             same_json = name.endswith(b"json") and json.loads(data) == json.loads((self.folder / "kept/step-00000002/state.json").read_text())
             assert not changed or same_json, "a damaged checkpoint was believed"
             return READ
-        assert state.step == 1
+        assert self.state.step == 1
         assert "WARNING" in said.getvalue()
         return "the one before was taken, with a line"
 
@@ -443,6 +447,7 @@ def feed(kind: Kind, data: bytes) -> str:
 
 _watched: list[tuple[Path, list[str]]] = []
 _FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect", "ctypes.dlopen"}
+_WITH_FOLDERS = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link"}  # whose last arguments are descriptors of folders, or -1
 _CHANGING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.rmtree"}
 
 
@@ -452,13 +457,19 @@ def _hook(event: str, arguments: tuple) -> None:
     allowed, seen = _watched[-1]
     if event in _FORBIDDEN:
         seen.append(f"{event} {arguments}")
-    paths = ()
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        paths = arguments[:1]
+        changed = [(arguments[0], -1)]
     elif event in _CHANGING:
-        paths = [path for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
-    for path in paths:
-        if not isinstance(path, int) and not Path(os.path.realpath(os.fsdecode(path))).is_relative_to(allowed):
+        paths = [path for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+        folders = arguments[-len(paths) :] if event in _WITH_FOLDERS else [-1] * len(paths)
+        changed = list(zip(paths, folders, strict=True))
+    else:
+        changed = []
+    for path, folder in changed:
+        if isinstance(path, int):
+            continue
+        base = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
+        if not Path(os.path.realpath(os.path.join(base, os.fsdecode(path)))).is_relative_to(allowed):
             seen.append(f"{event} {path!r}")
 
 

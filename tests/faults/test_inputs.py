@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.faults.mutations import KINDS, Kind, feed, watched
+from tests.faults.mutations import KINDS, READ, Kind, feed, watched
 
 EXAMPLES = 15  # of each kind; `make soak` feeds 1,000
 
@@ -27,6 +27,13 @@ def test_mutants_never_crash(kind: Kind, draw: random.Random):
     data = kind.mutant(draw)
     with watched(kind.folder.parent):
         feed(kind, data)
+
+
+def test_what_is_whole_is_read(kind: Kind):
+    """Else the kind would test refusals alone."""
+    if hasattr(kind, "whole"):
+        with watched(kind.folder.parent):
+            assert feed(kind, kind.whole) in (READ, "believed: it fits the shards")
 
 
 @pytest.mark.parametrize(

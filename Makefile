@@ -1,4 +1,4 @@
-# make install | train | test | lint | bench | clean
+# make install | train | test | soak | lint | bench | clean
 # PYTHON=python3.12 picks the interpreter of .venv, ARGS="..." passes flags on.
 PYTHON ?= python3
 ARGS ?=
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test lint bench clean
+.PHONY: install train test soak lint bench clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ train: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 $(ARGS)
+
+# The long form of tests/faults: 50 kills, 1,000 mutants of each kind of input, a full disk (docs/reliability.md).
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -21,6 +21,7 @@ from scipy.stats import t as student
 
 from syncmask_fast import finetune, train
 from syncmask_fast.config import PRESETS, Batching, Inputs
+from syncmask_fast.durable import write_json
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import print_table
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
@@ -134,7 +135,7 @@ def same_settings(ablation: Ablation, more: list[str]) -> None:
     if changed:
         raise UserError(f"{ablation.out} holds an ablation with other settings ({', '.join(changed)}): use the same ones, or another --out.")
     ablation.out.mkdir(parents=True, exist_ok=True)
-    train.write_json(known, now)
+    write_json(known, now)
 
 
 def run_cell(ablation: Ablation, cell: tuple[str, str, int], more: list[str]) -> Results:
@@ -237,7 +238,7 @@ def write_table(out: Path, cells: Cells) -> None:
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     said = "".join(f"- {sentence}\n" for sentence in verdict(cells))
     (out / "table.md").write_text("\n".join(lines) + "\n\nMean and standard deviation between seeds.\n\n" + said)
-    train.write_json(out / "table.json", {" ".join(map(str, cell)): results for cell, results in cells.items()})
+    write_json(out / "table.json", {" ".join(map(str, cell)): results for cell, results in cells.items()})
     plot(cells).savefig(out / "plot.png", dpi=120)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -203,6 +205,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between progress lines."""
+    max_skipped: int = 10
+    """A step whose loss or gradients are not finite changes nothing; after this many in a row the run stops and saves the batch."""
     batch_size: int = 64
     """Pairs of a step, of all processes together."""
     device: str = "auto"
@@ -235,8 +239,9 @@ class TrainConfig:
         positive = {
             "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
             "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
-            "--image.patch": self.image.patch, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
-            "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
+            "--image.patch": self.image.patch, "--image.width": self.image.width, "--image.depth": self.image.depth,
+            "--image.heads": self.image.heads, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
+            "--max-skipped": self.max_skipped, "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
             "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
             "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
             "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,
@@ -245,6 +250,13 @@ class TrainConfig:
         for flag, value in positive.items():
             if value is not None and not value > 0:
                 raise UserError(f"{flag} is {value}, but must be more than 0.")
+        limits = {  # far beyond use, so that no file that somebody shares can make a model that takes the machine's memory or hours to build
+            "--text.layers": (self.text.layers, 1000), "--text.fusion-layers": (self.text.fusion_layers, 1000),
+            "--image.depth": (self.image.depth, 1000), "--image.size": (self.image.size, 16_384), "--text.max-tokens": (self.text.max_tokens, 65_536),
+        }  # fmt: skip
+        for flag, (value, limit) in limits.items():
+            if value is not None and value > limit:
+                raise UserError(f"{flag} is {value}, but must be at most {limit:,}.")
         shares = {
             "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
             "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts,
@@ -320,21 +332,45 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type, values: dict[str, Any]) -> Any:
-    """The configuration of dataclass `cls` that `to_json` wrote; raises `UserError` for unknown or missing names."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    """The configuration of dataclass `cls` that `to_json` wrote; raises `UserError` for a name or a value that no setting has, whoever wrote it."""
     if not isinstance(values, dict):
         raise UserError(f"The configuration's {cls.__name__} is not a table of settings.")
-    unknown = sorted(set(values) - set(fields))
+    kinds = get_type_hints(cls)
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
-        raise UserError(f"The configuration has settings that this version does not know: {', '.join(unknown)}.")
-    made = {}
-    for name, value in values.items():
-        default = getattr(cls(), name)
-        if dataclasses.is_dataclass(default):
-            value = from_json(type(default), value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif name in ("out", "model") and value is not None:
-            value = Path(value)
-        made[name] = value
-    return cls(**made)
+        raise UserError(f"The configuration has settings that this version does not know: {_shown(', '.join(unknown))}.")
+    return cls(**{name: _typed(kinds[name], value, name) for name, value in values.items()})
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """A value of JSON as a setting's type says. errors: UserError."""
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value)
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        fits = type(value) is str and value in parts
+    elif get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return None
+        return _typed(next(part for part in parts if part is not NoneType), value, name)
+    elif get_origin(kind) is tuple:
+        each = parts[:1] * len(value) if isinstance(value, list) and parts[-1] is Ellipsis else parts
+        if isinstance(value, list) and len(value) == len(each):
+            return tuple(_typed(part, item, name) for part, item in zip(each, value, strict=True))
+        fits = False
+    elif kind is float:
+        fits = type(value) in (int, float) and not math.isnan(value) and abs(value) < 1e30 or value in (math.inf, -math.inf)
+    elif kind is int:
+        fits = type(value) is int and abs(value) < 2**31
+    elif kind is Path:
+        fits, value = isinstance(value, str) and "\0" not in value, Path(value) if isinstance(value, str) else value
+    else:
+        fits = type(value) is kind and (kind is not str or "\0" not in value)
+    if not fits:
+        raise UserError(f"The configuration's {name} cannot be {_shown(repr(value))}: give what --help says, or take it out.")
+    return kind(value) if kind is float else value
+
+
+def _shown(text: str) -> str:
+    """A text of unknown origin as a short part of one line."""
+    return ascii(text)[1:-1][:100]

@@ -64,7 +64,7 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
         attributes = record.get("attributes") or []
         picture = decode_image(split.index.jpeg(i))
         scale = np.array([size / picture.shape[1], size / picture.shape[0]] * 2)
-        boxes = [(item.get("value", item.get("name", "")), tuple(np.array(item["box"]) * scale)) for item in attributes if item["box"]]
+        boxes = [(item.get("value", item.get("name", "")), tuple(np.array(item["box"]) * scale)) for item in attributes if item.get("box")]
         words = [
             WordMark(record["text"][begin:end], int(begin), int(end), True, _visible(attributes, begin, end), bool(drawn.words[row, place + 1]),
                      bool(mask.words[place]), float(mask.word_score[place]))
@@ -118,5 +118,5 @@ def _varied(split: Split, shown: int) -> np.ndarray:
 
 def _visible(attributes: list[dict], begin: int, end: int) -> bool | None:
     """Whether the view shows the attribute that these characters name; None where they name none."""
-    boxes = [item["box"] for item in attributes if item["span"][0] < end and item["span"][1] > begin]
+    boxes = [item.get("box") for item in attributes if item["span"][0] < end and item["span"][1] > begin]
     return any(box is not None for box in boxes) if boxes else None

@@ -29,6 +29,7 @@ from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, cut_validation, open_splits
 from syncmask_fast.data.text import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
+from syncmask_fast.durable import write_json
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import RERANK, choose_device, evaluate_task, print_results
 from syncmask_fast.losses import Queue, contrastive_loss
@@ -43,7 +44,6 @@ from syncmask_fast.train import (
     run_folder,
     start_run,
     train,
-    write_json,
 )
 
 # Of each task: flag -> value and where it is from. For a model of the `tiny` preset, TINY's values go before these.

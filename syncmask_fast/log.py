@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
+import os
 import resource
 import time
 from pathlib import Path
 
 import torch
 
-from syncmask_fast.errors import UserError
+from syncmask_fast.errors import UserError, warn
 from syncmask_fast.step import Losses
 
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_presence")
@@ -23,9 +25,11 @@ class MetricsLog:
     def __init__(self, out: Path, start_step: int, steps: int, every: int, device: torch.device, peak_flops: float) -> None:
         self.steps, self.every, self.device, self.peak_flops = steps, every, device, peak_flops
         self.path = out / "metrics.jsonl"
-        kept = _rows_up_to(self.path, start_step)
-        self.file = open(self.path, "w", encoding="utf-8")
-        self.file.writelines(kept)
+        whole, self.skipped_in_a_row = _part_up_to(self.path, start_step)
+        self.file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
+        self.file.truncate(whole)  # what an earlier part of the run did after its checkpoint is done again
+        self.file.seek(whole)
+        self.unwritten = b""
         self.rows: list[dict] = []
         self.losses: list[torch.Tensor] = []
         self.clock, self.waited = time.perf_counter(), 0.0
@@ -36,6 +40,11 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+
+    @property
+    def skipped_now(self) -> int:
+        """Steps up to the last that were skipped one after the other; 0 while there are steps whose losses were not read yet."""
+        return 0 if self.rows else self.skipped_in_a_row
 
     def add(self, step: int, epoch: int, pairs: int, flops: float | None, wait_seconds: float, lr: float, losses: Losses) -> None:
         """Adds one step. flops: of the model (`flops.step_flops`), None where they are not counted; wait_seconds: the loader's running total."""
@@ -70,37 +79,75 @@ class MetricsLog:
         if self.rows and (self.rows[-1]["step"] % self.every == 0 or self.rows[-1]["step"] == self.steps):
             shown = self.flush()
             last = shown[-1]
-            mean = {name: sum(row[name] for row in shown) / len(shown) for name in last if all(name in row for row in shown)}
+            known = {name: [row[name] for row in shown if name in row] for name in ("pairs_per_s", "data_wait_share", "mfu", "loss", *LOSSES)}
+            mean = {name: sum(values) / len(values) for name, values in known.items() if values}
             parts = " ".join(f"{name.removeprefix('loss_')} {mean[name]:.3f}" for name in LOSSES if name in mean)
             losses = f" ({parts})" if parts else ""  # a fine-tuning may have one loss alone
             mfu = f"  MFU {100 * mean['mfu']:2.0f} %" if "mfu" in mean else ""
+            loss = mean.get("loss", math.nan)  # where every step was skipped
             print(
                 f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s"
-                f"{mfu}  {last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %  loss {mean['loss']:.3f}{losses}{self.lift}",
+                f"{mfu}  {last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %  loss {loss:.3f}{losses}{self.lift}",
                 flush=True,
             )
 
     def flush(self) -> list[dict]:
-        """Writes all steps that are not yet written; returns their rows."""
+        """Writes all steps that are not yet written; returns their rows.
+
+        A step without a finite total was skipped: its row says so, and what is not a number is left out. On a full disk the rows wait in memory.
+        """
         if not self.rows:
             return []
         values = torch.stack(self.losses).float().cpu().tolist()
-        for row, (total, *parts) in zip(self.rows, values, strict=True):
-            row |= {"loss": total} | {name: value for name, value in zip(LOSSES, parts, strict=True) if not math.isnan(value)}
-            self.file.write(json.dumps(row) + "\n")
-            if self.board is not None:
-                for name, value in row.items():
-                    if name != "step":
-                        self.board.add_scalar(name, value, row["step"])
-        self.file.flush()
+        for row, losses in zip(self.rows, values, strict=True):
+            row |= {name: value for name, value in zip(("loss", *LOSSES), losses, strict=True) if math.isfinite(value)}
+            self.skipped_in_a_row = 0 if "loss" in row else self.skipped_in_a_row + 1
+            if "loss" not in row:
+                row["skipped"] = 1
+            self.unwritten += json.dumps(row).encode() + b"\n"
+        self._write()
         shown, self.rows, self.losses = self.rows, [], []
+        skipped = [str(row["step"]) for row in shown if "skipped" in row]
+        if skipped:
+            warn(f"the loss or a gradient was not finite and changed nothing in step {', '.join(skipped)} ({self.skipped_in_a_row} in a row now).")
+        if self.board is not None:
+            self._write_board(shown)
         return shown
+
+    def sync(self) -> None:
+        """Waits until the disk has kept every step so far, so that a checkpoint never knows of a step that metrics.jsonl has not. errors: OSError."""
+        self.flush()
+        self._write()
+        if self.unwritten:
+            raise OSError(errno.ENOSPC, "metrics.jsonl cannot be written")
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.flush()
+        self._write()
+        if self.unwritten:
+            warn(f"{self.path} lacks its last rows: {self.unwritten.decode()}")
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+    def _write(self) -> None:
+        """Writes what waits; a full disk takes as much as it can, and the rest goes on there later, even within a line."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            warn(f"{self.path} cannot be written ({error.strerror}): {self.unwritten.count(10)} rows wait in memory.")
+
+    def _write_board(self, rows: list[dict]) -> None:
+        try:
+            for row in rows:
+                for name, value in row.items():
+                    if name != "step":
+                        self.board.add_scalar(name, value, row["step"])
+        except OSError as error:
+            warn(f"TensorBoard's log cannot be written ({error.strerror}): it ends here, metrics.jsonl does not.")
+            self.board = None
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -110,15 +157,28 @@ def peak_bytes(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _rows_up_to(path: Path, step: int) -> list[str]:
-    """The lines of an earlier part of the run that come before the checkpoint."""
+def _part_up_to(path: Path, step: int) -> tuple[int, int]:
+    """How many bytes of an earlier part of the run belong to steps up to `step`, and how many of these steps were skipped at the end of it.
+
+    What comes behind is cut off, be it whole rows, half a row or what a machine that lost power has left.
+    errors: UserError for a row before that which cannot be read.
+    """
     if not path.is_file():
-        return []
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        return 0, 0
+    end = last = skipped = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                lines.append(line)
-        except (ValueError, KeyError, TypeError) as error:
+            row = json.loads(line)
+            at = row["step"]
+            if type(at) is not int or at <= last:
+                raise ValueError(f"step {at!r} after step {last}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if last >= step or not line.endswith(b"\n"):
+                break
             raise UserError(f"{path}: line {number} is not a step of a run ({error}): remove the line.") from error
-    return lines
+        if at > step or not line.endswith(b"\n"):
+            break
+        end, last, skipped = end + len(line), at, skipped + 1 if "skipped" in row else 0
+    if last < step and last:
+        warn(f"{path} ends at step {last}, but the checkpoint is of step {step}: the rows between are lost.")
+    return end, skipped

@@ -25,14 +25,16 @@ class Queue(NamedTuple):
         features = torch.zeros(2, places, width, device=device)
         return cls(features[0], features[1], torch.full((places,), -1, device=device))
 
+    def oldest(self, pairs: int, step: int, batch: int) -> Tensor:
+        """int64 [min(pairs, Q)]: the places that `push` gives to the last of so many pairs."""
+        places = len(self.ids)
+        kept = min(pairs, places)
+        return (step * batch + pairs - kept + torch.arange(kept, device=self.ids.device)) % max(places, 1)
+
     def push(self, images: Tensor, texts: Tensor, ids: Tensor, step: int, batch: int) -> None:
         """Overwrites the oldest places in place; `step` counts pushes of at most `batch` pairs each."""
-        places = len(self.ids)
-        if places == 0:
-            return
-        at = (step * batch + torch.arange(len(ids), device=ids.device)) % places
-        if len(ids) > places:
-            at, images, texts, ids = at[-places:], images[-places:], texts[-places:], ids[-places:]
+        at = self.oldest(len(ids), step, batch)
+        images, texts, ids = (x[len(x) - len(at) :] for x in (images, texts, ids))
         self.images.index_copy_(0, at, images)
         self.texts.index_copy_(0, at, texts)
         self.ids.index_copy_(0, at, ids)

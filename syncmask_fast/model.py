@@ -5,6 +5,7 @@ Shape letters as in `encoders`: B images, P patches, S = 1 + P, T tokens of all 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,7 +197,9 @@ class SyncMaskModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(to_json(self.config), indent=2) + "\n")
+        # timm would fetch what hf-hub:OWNER/NAME says; the architecture's own name says as much
+        image = dataclasses.replace(self.config.image, name=self.image.vit.pretrained_cfg.get("architecture") or self.config.image.name)
+        (folder / "config.json").write_text(json.dumps(to_json(dataclasses.replace(self.config, image=image)), indent=2) + "\n")
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
 
@@ -207,14 +210,29 @@ class SyncMaskModel(nn.Module):
         try:
             config = from_json(TrainConfig, json.loads((folder / "config.json").read_text()))
             weights = load_file(folder / "model.safetensors")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(f"{folder} is not a SyncMask model (config.json, model.safetensors and a tokenizer): {error}") from error
-        model = cls(config, load_tokenizer(str(folder)))
+        except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+            raise UserError(f"{folder} is not a SyncMask model (config.json, model.safetensors and a tokenizer): {_one_line(error)}") from error
+        config.check()
+        if ":" in config.image.name:
+            raise UserError(f"{folder}/config.json names {config.image.name}, which would be fetched: write the architecture's own name there.")
+        tokenizer = load_tokenizer(str(folder))
+        if max(tokenizer.get_vocab().values()) >= config.text.vocabulary:
+            raise UserError(f"the tokenizer in {folder} has more word pieces than its config.json ({config.text.vocabulary}): save the model anew.")
         try:
+            with torch.device("meta"):  # takes no memory, however large a model config.json asks for
+                asked = {name: value.shape for name, value in cls(config).state_dict().items()}
+            wrong = sorted(name for name in asked.keys() | weights.keys() if name not in weights or weights[name].shape != asked.get(name))
+            if wrong:
+                raise ValueError(f"{len(wrong)} tensors are missing, unknown or of another shape, such as {wrong[0]}")
+            model = cls(config, tokenizer)
             model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {_one_line(error)}") from error
         return model.to(device).eval()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _init_scratch(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from syncmask_fast.config import OptimConfig
+from syncmask_fast.undo import Undo
 
 
 class Optimizer:
@@ -27,11 +28,23 @@ class Optimizer:
         """AdamW's groups first."""
         return [group for part in self.parts for group in part.param_groups]
 
-    def step(self) -> None:
+    def step(self, finite: Tensor | None = None) -> None:
+        """Updates the parameters; where `finite`, a bool scalar on their device, is false, neither they nor the state change."""
         for matrix, parameter in self.flattened.items():
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        undo = Undo()
         for part in self.parts:
+            if finite is not None and isinstance(part, torch.optim.Muon):
+                for parameter in (p for group in part.param_groups for p in group["params"] if p.grad is not None):
+                    kept = part.state[parameter]
+                    if not kept:  # as Muon itself begins; made here, so that there is something to go back to
+                        kept["momentum_buffer"] = torch.zeros_like(parameter)
+                    undo.keep((parameter, *kept.values()))
+            elif finite is not None:
+                part.found_inf = 1 - finite.float()  # fused AdamW heeds it, as torch.amp.GradScaler does
             part.step()
+        if finite is not None:
+            undo.unless(finite)
 
     def zero_grad(self) -> None:
         for part in self.parts:

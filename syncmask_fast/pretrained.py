@@ -6,7 +6,7 @@ Checkpoints are read as tensors alone (safetensors, or torch.load with weights_o
 
 from __future__ import annotations
 
-import pickle
+import pickle  # noqa: TID251 (for the name of its error)
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +133,7 @@ def load_saved(model: SyncMaskModel, folder: str | Path, least: float = 0.9) -> 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, without those of its optimiser. errors: UserError, also for one that holds more than plain data."""
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (plain tensors alone: ALBEF is published so)
     except pickle.UnpicklingError as error:
         mend = "where you trust it, save its tensors anew with torch.save(checkpoint['model'], ...)"
         raise UserError(f"{path} holds more than weights, and nothing else is loaded ({_one_line(error)}): {mend}.") from error

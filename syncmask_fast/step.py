@@ -48,13 +48,18 @@ def make_teacher(model: SyncMaskModel) -> SyncMaskModel:
 
 
 @torch.no_grad()
-def update_teacher(teacher: SyncMaskModel, model: SyncMaskModel, momentum: float, step: int) -> None:
+def update_teacher(teacher: SyncMaskModel, model: SyncMaskModel, momentum: float, step: int, finite: Tensor | None = None) -> None:
     """Moves the teacher towards the model: teacher = m * teacher + (1 - m) * model with m = min(momentum, (1 + step) / (10 + step)).
 
-    Running statistics (buffers) are taken over as they are: they are averages already.
+    Running statistics (buffers) are taken over as they are: they are averages already. Where `finite`, a bool scalar on the device, is false,
+    the model has not moved, and the teacher does not either.
     """
     momentum = min(momentum, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - momentum)
+    ours, theirs = list(teacher.parameters()), list(model.parameters())
+    if finite is None:
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+    else:
+        torch._foreach_lerp_(ours, theirs, [finite * (1 - momentum)] * len(ours))
     buffers = list(teacher.buffers())
     if buffers:
         torch._foreach_copy_(buffers, list(model.buffers()))
@@ -196,9 +201,7 @@ def collage_rows(ratio: float, of: int) -> list[int]:
     return [n for n in range(of) if int((n + 1) * ratio + 0.5) > int(n * ratio + 0.5)]
 
 
-def _presence_loss(
-    model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, seed: int
-) -> Tensor:
+def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, seed: int) -> Tensor:
     """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any."""
     generator = torch.Generator().manual_seed(seed)  # of the host, which then knows the shifts
     part = part_of(batch)
@@ -312,4 +315,3 @@ def _mim_target(config: TrainConfig, batch: Batch, teacher_images: Tensor, chose
         return losses.patch_pixels(batch.pixels, config.image.patch, chosen)
     features = teacher_images.gather(1, 1 + chosen[..., None].expand(-1, -1, teacher_images.shape[2]))
     return torch.nn.functional.layer_norm(features, features.shape[-1:])
-

@@ -56,7 +56,7 @@ def truth(spans: np.ndarray, attributes: Sequence[dict], width: int, height: int
         begin, end = item["span"]
         named = (spans[:, 0] < end) & (spans[:, 1] > begin)
         attribute |= named
-        box = item["box"]
+        box = item.get("box")
         if box is None:
             continue
         visible |= named

@@ -8,10 +8,10 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from syncmask_fast.attention import attention_kind
-from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from syncmask_fast.checkpoint import FeatureBank, TrainState, load_checkpoint, load_newest
 from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.plan import epoch_order, rank_share
@@ -41,6 +41,7 @@ from syncmask_fast.distributed import (
     restarts,
     share_bounds,
 )
+from syncmask_fast.durable import write_json
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
 from syncmask_fast.flops import peak_flops, step_flops
@@ -51,12 +52,28 @@ from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
 from syncmask_fast.parts import Part, share_batch_norms
 from syncmask_fast.pretrained import start_weights
+from syncmask_fast.safekeeping import CHECKPOINTS, save, save_model, stop_at_bad_batch, stop_on_signal, vocabulary_mark, where_to_go_on
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
+from syncmask_fast.undo import Undo
 
 LOOKBOOK = Path("data/lookbook")
 BFLOAT16_WIDTH = 128  # on the CPU, conversions cost narrower models more than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
-MAY_CHANGE = {"out", "resume", "steps", "epochs", "save_every", "log_every", "device", "threads", "loader", "eval", "compile", "checkpointing"}
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "epochs",
+    "save_every",
+    "log_every",
+    "max_skipped",
+    "device",
+    "threads",
+    "loader",
+    "eval",
+    "compile",
+    "checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ def start_run(out: Path, config: TrainConfig, data: str | Path, group: Group = A
             raise UserError(f"{out} holds a run with other settings ({', '.join(changed)}): use the same ones to go on, or another --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        write_json(known, to_json(config))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out.") from error
     if out.parent.name == "runs":
@@ -187,15 +204,12 @@ def train(
 
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
-    newest = next(iter(reversed(checkpoints(out / "checkpoints"))), None)
-    if config.resume not in ("auto", "never") and not (newest and restarts()):
-        newest = Path(config.resume)
-    newest = group.first_says_object(newest)
-    if newest is not None and not group.first and not newest.exists():
-        raise UserError(f"{newest} is not on the machine of rank {group.rank}: give an --out in a folder that all machines share.")
+    going_on = group.first_says_object(where_to_go_on(config, out))
+    if going_on is not None and not group.first and not going_on.exists():
+        raise UserError(f"{going_on} is not on the machine of rank {group.rank}: give an --out in a folder that all machines share.")
     if start is not None and not config.task.scratch:
         take_over(model, start)
-    elif newest is None:
+    elif going_on is None:
         for report in start_weights(model):
             print(report)
     model.to(device)
@@ -208,15 +222,21 @@ def train(
     products = tuning.products if tuning else train_split.index.product_ids[train_split.samples]
     product_ids = np.unique(products, return_inverse=True)[1]
     bank = FeatureBank.empty(len(product_ids), config.embed, device)
-    state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64))
+    origin = {"samples": len(product_ids), "data": train_split.index.fingerprint(), "tokenizer": vocabulary_mark(tokenizer)}
+    state = TrainState(model, teacher, optimizer, queue, bank, torch.empty(0, dtype=torch.int64), origin=origin)
 
     batches_per_epoch = len(product_ids) // config.batch_size
     if batches_per_epoch == 0:
         raise UserError(f"{config.data} has {len(product_ids)} training samples, fewer than --batch-size {config.batch_size}: give a smaller one.")
     steps = config.steps or max(1, (config.epochs or 1) * batches_per_epoch // config.optim.accumulate)
-    if newest is not None:
-        load_checkpoint(newest, state)
-        print(f"going on from {newest}: step {state.step} of {steps}")
+    if going_on is not None:
+        if going_on.name == CHECKPOINTS and group.first:
+            going_on = load_newest(going_on, state)
+            group.first_says_object(going_on)
+        else:
+            going_on = group.first_says_object(going_on)
+            load_checkpoint(going_on, state)
+        print(f"going on from {going_on}: step {state.step} of {steps}")
     else:
         state.order = torch.from_numpy(plan(config, state, product_ids, group))
     dtype = prepare_device(config, model, teacher, device)
@@ -238,11 +258,13 @@ def train(
         train_split.index, tokens, batch_size=(end - begin) * (tuning.pictures if tuning else 1), size=config.image.size, augment=config.augment,
         seed=config.seed, device=device, backend=config.loader, threads=config.threads or group.threads(), drop_last=True,
     )  # fmt: skip
-    with loader, stop_on_signal(group) as stop:
+    with loader, stop_on_signal(launched=group.ranks > 1) as stop:
         if tuning:
             batches = tuning.batches(config, state, loader)
         else:
             batches = epochs_of_batches(config, state, loader, train_split, product_ids, log, group)
+        last: deque[Batch] = deque(maxlen=1)
+        batches = (last.append(batch) or batch for batch in batches)
         while state.step < steps:
             optimizer.scale_learning_rate(learning_rate_factor(config.optim, state.step, steps))
             parts, flops = one_step(config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None, gradients)
@@ -256,19 +278,20 @@ def train(
             log.show_when_due()
             stopping = group.any(bool(stop))
             if state.step % config.save_every == 0 or state.step == steps or stopping:
-                log.flush()
                 check_equal(list(model.parameters()), group, state.step)
-                if group.first:
-                    save_checkpoint(out / "checkpoints", state)
+                saved = group.first and save(out / CHECKPOINTS, state, log)
+            if group.first and log.skipped_now >= config.max_skipped:
+                raise UserError(stop_at_bad_batch(config, out, state, loader, last[0], log.skipped_now))
             if stopping:
                 group.any(False)  # torchrun ends the others as soon as one ends: not before the checkpoint is written
                 again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if tuning else f'train {config.preset}'} --out {out}"
-                print(f"\nstopped at step {state.step} of {steps}; to go on: {again} with the same flags")
-                raise SystemExit(130)
+                kept = "" if saved else ", without a checkpoint of it"
+                print(f"\nstopped at step {state.step} of {steps}{kept}; to go on: {again} with the same flags")
+                raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
     if tuning is None and group.first:
-        state.teacher.save_pretrained(out / "model")
+        save_model(state.teacher, out / "model")
 
 
 def take_over(model: SyncMaskModel, start: SyncMaskModel) -> None:
@@ -289,11 +312,7 @@ def keep_best(out: Path, model: SyncMaskModel, step: int, tuning: FineTuning) ->
     value = found[tuning.metric]
     print(f"step {step:>5}: validation {tuning.metric} {value:.2f}" + (" (the best so far)" if value > best else ""), flush=True)
     if value > best:
-        aside = out / ".model.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        aside.rename(out / "model")
+        save_model(model, out / "model")
         write_json(known, {"step": step, "metric": tuning.metric, "value": value})
     return {f"validation/{name}": number for name, number in found.items()}
 
@@ -324,7 +343,8 @@ def one_step(
 
     losses:    in place of `training_losses`.
     gradients: of the group whose ranks take the step together.
-    returns:   the mean losses, and the model FLOPs of this rank's `training_losses`. On one rank nothing is read back from the device.
+    returns:   the mean losses, and the model FLOPs of this rank's `training_losses`. On one rank nothing is read back from the device. Where a loss
+               or a gradient is not finite, the total is NaN and everything in `state` but its clocks stays as it was.
     """
     device = state.model.device
     share = sync_share(state.step / steps, config.mask.ramp)
@@ -332,6 +352,8 @@ def one_step(
     alpha = config.loss.alpha * min(1.0, state.step * config.optim.accumulate / batches_per_epoch)
     parts: list[Losses] = []
     flops = 0.0
+    undo = Undo()
+    undo.keep(state.model.buffers())  # running statistics, which the forward pass changes
     for part in range(config.optim.accumulate):
         batch = next(batches)
         seed = int(np.random.SeedSequence([config.seed, state.step, part]).generate_state(1, np.uint64)[0] >> 1)
@@ -343,17 +365,21 @@ def one_step(
         with gradients.during_backward() if last else contextlib.nullcontext():
             (found.total / config.optim.accumulate).backward()
         whole = batch.part or batch
+        undo.keep_rows(state.queue, state.queue.oldest(len(whole.product_ids), state.batches, config.batch_size))
+        undo.keep_rows((state.bank.images, state.bank.texts, state.bank.seen), whole.samples)
         state.queue.push(*momentum, whole.product_ids, state.batches, config.batch_size)
         state.bank.store(whole.samples, *momentum)
         state.batches += 1
         parts.append(Losses(*(x.detach() for x in found)))
         flops += 0.0 if losses else step_flops(state.model, batch.lengths, fuse=fuse)
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    update_teacher(state.teacher, state.model, config.optim.ema, state.step)
     mean = torch.stack([torch.stack(values).mean() for values in zip(*parts, strict=True)])
-    return Losses(*(gradients.group.sum(mean) if gradients else mean)), None if losses else flops
+    mean = Losses(*(gradients.group.sum(mean) if gradients else mean))
+    finite = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip).isfinite() & mean.total.isfinite()
+    state.optimizer.step(finite)
+    state.optimizer.zero_grad()
+    undo.unless(finite)
+    update_teacher(state.teacher, state.model, config.optim.ema, state.step, finite)
+    return mean._replace(total=mean.total.where(finite, torch.nan)), None if losses else flops
 
 
 def epochs_of_batches(
@@ -420,30 +446,6 @@ def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     return fast and (device.type == "cuda" or config.text.width >= BFLOAT16_WIDTH)
 
 
-@contextlib.contextmanager
-def stop_on_signal(group: Group = ALONE) -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM puts something into, so that the loop can save and leave; a second one stops at once.
-
-    Under torchrun a second one means nothing: it hands signals on that the process may have got already, and ends what takes too long by itself.
-    """
-    caught: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if caught and group.ranks > 1:
-            return
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        print("\nstopping after this step (once more to stop at once) ...", flush=True)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def keep_freed_memory() -> None:
     """Has glibc keep freed memory instead of giving it back to the system: fresh pages cost more than many an operator on the CPU."""
     with contextlib.suppress(OSError, AttributeError):
@@ -473,18 +475,14 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
     print(f"\nreport: {report}\nmodel:  {out / 'model'}")
 
 
-def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file aside, then renames it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    aside.replace(path)
-
-
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): mend it, or choose another --out.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a table: mend it, or choose another --out.")
+    return found
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each module or folder of syncmask_fast imports only from rows above its own, or from its own folder.
 LAYERS = [
-    {"errors", "_native"},
+    {"errors", "_native", "durable", "undo"},
     {"kernels"},
     {"ops", "distributed"},
     {"parts"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"flops", "log", "evaluate"},
-    {"examples"},
+    {"examples", "safekeeping"},
     {"train", "pack", "search"},
     {"finetune"},
     {"ablate"},

@@ -3,8 +3,8 @@
 Whatever is random comes in as numbers (`CropParams`); DALI's own generators are not used. A damaged image
 makes DALI give up the whole pipeline (on CPU: an error for truncated files, no error for damage within the
 coded data, both as libjpeg-turbo has it). So truncated files are kept out beforehand (`check_image`), and
-when it still fails, the batch is looked through with Pillow, the pipeline is built anew, and everything that
-was under way is fed again: the consumer sees only that the batch is shorter.
+when it still fails, the batch is looked through with Pillow, then image by image with DALI, the pipeline is built anew, and everything that was
+under way is fed again: the consumer sees at most that the batch is shorter.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncmask_fast.data.decoding import ImageJob
+from syncmask_fast.data.decoding import ImageJob, check_crop
 from syncmask_fast.data.images import as_png, decode_image
+from syncmask_fast.errors import UserError
 
 QUEUE_DEPTH = 2  # batches that DALI works on ahead of the consumer
+MAX_FAILURES = 3  # of one batch: for a damaged image, for one that only Pillow reads, for anything else
 
 
 def dali_problem() -> str | None:
@@ -51,20 +53,18 @@ class DaliDecoder:
         self.device, self.threads = device, threads
         self._feed: deque[ImageJob] = deque()  # to be read by the pipeline
         self._started: deque[tuple[ImageJob, dict[int, str]]] = deque()
+        self._waiting: deque[ImageJob] = deque()  # the last of those started, until the one that failed is through
         self._recode: set[int] = set()  # samples that Pillow reads and DALI does not
+        self._failures = 0  # of the oldest batch
         self._pipeline = self._build()
 
     def start(self, job: ImageJob) -> None:
         if self._recode:
-            job.encoded = [
-                as_png(decode_image(data)) if int(sample) in self._recode else data
-                for sample, data in zip(job.samples, job.encoded, strict=True)
-            ]
+            job.encoded = self._recoded(job)
         self._started.append((job, {}))
-        try:
-            self._schedule(job)
-        except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
-            self._failed = True
+        self._waiting.append(job)
+        if len(self._waiting) == 1:
+            self._schedule_waiting()
 
     def finish(self) -> tuple[ImageJob, Tensor, dict[int, str]]:
         while True:
@@ -82,24 +82,28 @@ class DaliDecoder:
                     self._recover(error)
                     continue
             self._started.popleft()
+            self._failures = 0
+            self._schedule_waiting()
             return job, pixels, refused
 
     def drain(self) -> None:
         if sys.is_finalizing():  # a loader that nobody closed: there is nothing left to build a pipeline with
             return
         try:
-            for job, _ in self._started:
+            for job, _ in list(self._started)[: len(self._started) - len(self._waiting)]:
                 if len(job) and not self._failed:
                     self._outputs()
         except Exception:  # a damaged image among those that nobody wants any more
             self._failed = True
         self._started.clear()
+        self._waiting.clear()
         self._feed.clear()
         if self._failed:
             self._pipeline = self._build()
 
     def close(self) -> None:
         self._started.clear()
+        self._waiting.clear()
         self._feed.clear()
         self._pipeline = None  # its destructor stops the threads
 
@@ -169,6 +173,14 @@ class DaliDecoder:
             *((params.brightness, params.contrast, params.saturation) if self.jitter else ()),
         )
 
+    def _schedule_waiting(self) -> None:
+        while self._waiting:
+            job = self._waiting.popleft()
+            try:
+                self._schedule(job)
+            except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
+                self._failed = True
+
     def _schedule(self, job: ImageJob) -> None:
         if len(job) == 0:
             return
@@ -186,25 +198,51 @@ class DaliDecoder:
         return torch.from_dlpack(pixels.as_tensor())
 
     def _recover(self, error: Exception) -> None:
-        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it; then starts over with
-        all batches under way."""
+        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it, and starts over with all batches under way.
+
+        What an image becomes hangs on the image alone, so that a run that is resumed meets the same pixels. A failure that no image explains is
+        met by a new pipeline. errors: UserError where that does not help.
+        """
+        self._failures += 1
+        if self._failures > MAX_FAILURES:
+            raise UserError(
+                f"DALI failed {self._failures} times on the same images, at last with: {' '.join(str(error).split())[:300]}; "
+                "choose --loader torchvision, or start again where something else may have used up its memory"
+            ) from error
         job, refused = self._started[0]
-        if all(int(sample) in self._recode for sample in job.samples):
-            raise error  # these are whole PNGs, made here: the images are not the cause
-        pixels: dict[int, np.ndarray] = {}
         damaged: dict[int, str] = {}
-        for sample, data in zip(job.samples, job.encoded, strict=True):
+        for row, (sample, data) in enumerate(zip(job.samples, job.encoded, strict=True)):
             try:
-                pixels[int(sample)] = decode_image(data)
+                check_crop(job.params, row, decode_image(data))
             except ValueError as reason:
                 damaged[int(sample)] = str(reason)
-        if damaged:
-            job = job.without(damaged)
-        else:  # one of these DALI cannot read and Pillow can
-            self._recode.update(pixels)
-            job.encoded = [as_png(pixels[int(sample)]) for sample in job.samples]
-        self._started[0] = job, refused | damaged
         self._feed.clear()
         self._pipeline = self._build()
-        for job, _ in self._started:
-            self._schedule(job)
+        if damaged:
+            job = job.without(damaged)
+        else:  # those that Pillow can read and DALI cannot, if that is the cause
+            unreadable = self._unreadable(job)
+            self._recode |= unreadable
+            job.encoded = self._recoded(job)
+        self._started[0] = job, refused | damaged
+        self._waiting = deque(later for later, _ in list(self._started)[1:])
+        self._schedule(job)
+
+    def _unreadable(self, job: ImageJob) -> set[int]:
+        """The samples that DALI fails on one by one. The pipeline is new before and after."""
+        found = set()
+        for sample in job.samples.tolist():
+            try:
+                self._schedule(job.without(set(job.samples.tolist()) - {sample}))
+                self._outputs()
+            except Exception:  # whatever DALI raises
+                found.add(sample)
+                self._feed.clear()
+                self._pipeline = self._build()
+        return found
+
+    def _recoded(self, job: ImageJob) -> list[bytes]:
+        """The encoded images, with those that DALI cannot read as PNG."""
+        return [
+            as_png(decode_image(data)) if int(sample) in self._recode else data for sample, data in zip(job.samples, job.encoded, strict=True)
+        ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from syncmask_fast.data.decoding import ImageJob
+from syncmask_fast.data.decoding import ImageJob, check_crop
 from syncmask_fast.data.images import decode_image
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as DALI and torchvision have it
@@ -58,8 +58,8 @@ class TorchDecoder:
         for sample, image in zip(job.samples, images, strict=True):
             try:
                 image.result()
-            except ValueError as error:
-                refused[int(sample)] = str(error)
+            except (ValueError, RuntimeError, MemoryError) as error:  # a worker that failed costs its image, not the run
+                refused[int(sample)] = str(error) or type(error).__name__
         if refused:
             pixels = pixels[[int(sample) not in refused for sample in job.samples]]
             job = job.without(refused)
@@ -79,9 +79,9 @@ class TorchDecoder:
     def _render(self, job: ImageJob, row: int, out: np.ndarray) -> None:
         """Fills out float32 [3, S, S] with one image. errors: ValueError where it cannot be decoded."""
         params = job.params
-        image = torch.from_numpy(decode_image(job.encoded[row])).permute(
-            2, 0, 1
-        )  # channels last, which resize has a fast way for
+        decoded = decode_image(job.encoded[row])
+        check_crop(params, row, decoded)
+        image = torch.from_numpy(decoded).permute(2, 0, 1)  # channels last, which resize has a fast way for
         x, y, width, height = (
             int(params.x[row]),
             int(params.y[row]),

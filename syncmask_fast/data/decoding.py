@@ -39,6 +39,13 @@ class ImageJob:
         )
 
 
+def check_crop(params: CropParams, row: int, pixels: np.ndarray) -> None:
+    """Raises ValueError where decoded pixels [H, W, 3] do not hold the crop: the file's header told another size than its picture has."""
+    height, width = pixels.shape[:2]
+    if params.x[row] + params.width[row] > width or params.y[row] + params.height[row] > height:
+        raise ValueError(f"the image is {width} x {height} pixels, and not as large as its header says")
+
+
 class Decoder(Protocol):
     """Turns batches of encoded images into pixels, in the order in which they were started."""
 

@@ -199,10 +199,10 @@ class Loader:
         for row, sample in enumerate(samples.tolist()):
             if sample in self._refused:
                 continue
-            data = self.index.jpeg(sample)
             try:
+                data = self.index.jpeg(sample)
                 sizes.append(check_image(data))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self._skip(sample, str(error))
                 continue
             rows.append(row)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import tempfile
 import zipfile
@@ -18,7 +17,7 @@ import numpy as np
 
 from syncmask_fast.data.caches import cache_places
 from syncmask_fast.data.images import image_format
-from syncmask_fast.data.tar import BrokenTar, tar_members
+from syncmask_fast.data.tar import BrokenTar, Buffer, tar_members
 from syncmask_fast.data.text_table import StringTable, TextTable
 from syncmask_fast.errors import UserError
 
@@ -44,6 +43,7 @@ class DatasetArrays:
     file."""
 
     shard_names: list[str]
+    shard_states: list[list[int]]  # size and time of change (ns) of each shard when it was indexed
     shard: np.ndarray  # int32 [N], place in shard_names
     image_offset: np.ndarray  # int64 [N]
     image_bytes: np.ndarray  # int64 [N]
@@ -72,7 +72,7 @@ def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
             arrays, bad = loaded
             break
     else:
-        arrays, bad = _build(shards)
+        arrays, bad = _build(shards, state)
         if _state(shards) == state:  # else a shard was rewritten meanwhile
             any(_save(cache, state, arrays, bad) for cache in caches)
     count = len(arrays.product_ids)
@@ -110,14 +110,12 @@ def _state(shards: list[Path]) -> list[list]:
 # Building
 
 
-def _build(shards: list[Path]) -> tuple[DatasetArrays, int]:
+def _build(shards: list[Path], state: list[list]) -> tuple[DatasetArrays, int]:
     columns: dict[str, list] = {name: [] for name in (*_ARRAYS, "keys", "texts", *LABELS)}
     problems: list[str] = []
     bad = 0
     for number, path in enumerate(shards):
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            archive = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        archive = _ShardBytes(path)
         samples, faults, lost = _group_members(archive)
         problems += [f"{path.name}: {fault}" for fault in faults]
         bad += lost
@@ -135,6 +133,7 @@ def _build(shards: list[Path]) -> tuple[DatasetArrays, int]:
     product_ids = number_products(columns["product_ids"])
     arrays = DatasetArrays(
         shard_names=[path.name for path in shards],
+        shard_states=[known[1:] for known in state],
         shard=np.array(columns["shard"], np.int32),
         **{
             name: np.array(columns[name], np.int64)
@@ -150,10 +149,24 @@ def _build(shards: list[Path]) -> tuple[DatasetArrays, int]:
     return arrays, bad
 
 
+class _ShardBytes:
+    """A shard's bytes by slices. Not a memory map: a file that shrinks meanwhile gives fewer bytes instead of ending the process by SIGBUS."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        return os.pread(self._file.fileno(), min(part.stop, self._size) - part.start, part.start)
+
+
 Members = dict[str, tuple[int, int]]  # "image", "json", "txt" -> offset, bytes
 
 
-def _group_members(archive: mmap.mmap | bytes) -> tuple[dict[str, Members], list[str], int]:
+def _group_members(archive: Buffer) -> tuple[dict[str, Members], list[str], int]:
     """Members by key in order of first appearance, faults found on the way, and how many samples they
     cost."""
     samples: dict[str, Members] = {}
@@ -184,7 +197,7 @@ def _group_members(archive: mmap.mmap | bytes) -> tuple[dict[str, Members], list
     return samples, faults, lost + len(repeated)
 
 
-def _read_sample(archive: mmap.mmap | bytes, members: Members) -> dict[str, Any]:
+def _read_sample(archive: Buffer, members: Members) -> dict[str, Any]:
     """One row of the columns. errors: BadSample."""
     if "image" not in members:
         raise BadSample("has no image (.jpg, .jpeg, .png or .webp)")
@@ -305,20 +318,50 @@ def _number_labels(values: Iterable[object]) -> Labels:
 def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
     try:
         with open(cache, "rb") as stored, np.load(stored, allow_pickle=False) as file:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
+                return None  # ours are not compressed, so that they never need more memory than they have bytes
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT or meta["shards"] != state:
                 return None
             arrays = DatasetArrays(
                 shard_names=[name for name, _, _ in state],
+                shard_states=[known[1:] for known in state],
                 **{name: file[name] for name in _ARRAYS},
                 keys=StringTable(file["key_data"], file["key_offsets"]),
                 texts=TextTable(StringTable(file["text_data"], file["text_offsets"]), file["text_index"]),
                 labels={name: Labels(file[name], meta["labels"][name]) for name in LABELS},
-                problems=meta["problems"],
+                problems=[str(problem) for problem in meta["problems"]],
             )
-            return arrays, meta["bad"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            _check(arrays)
+            return arrays, int(meta["bad"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RecursionError, NotImplementedError, zipfile.BadZipFile):
         return None  # absent, of an older format or damaged: build anew
+
+
+def _check(arrays: DatasetArrays) -> None:
+    """Raises ValueError where arrays of a cache do not fit one another or the shards, whoever wrote it."""
+    count = len(arrays.product_ids)
+    columns = {name: getattr(arrays, name) for name in _ARRAYS} | {name: labels.codes for name, labels in arrays.labels.items()}
+    columns["text_index"] = arrays.texts.index
+    for name, column in columns.items():
+        if column.shape != (count,) or column.dtype.kind != "i":
+            raise ValueError(f"{name} is {column.dtype} {column.shape}")
+    for table in (arrays.keys, arrays.texts.distinct):
+        table.check()
+    if len(arrays.keys) != count:
+        raise ValueError(f"{len(arrays.keys)} keys for {count} samples")
+    names = {name: len(labels.names) for name, labels in arrays.labels.items()}
+    if not all(isinstance(name, str) for labels in arrays.labels.values() for name in labels.names):
+        raise ValueError("labels are not strings")
+    ends = {"shard": len(arrays.shard_names), "text_index": len(arrays.texts.distinct), **names}
+    for name, end in ends.items():
+        if count and not (columns[name].min() >= (-1 if name in names else 0) and columns[name].max() < end):
+            raise ValueError(f"{name} has values outside 0 to {end - 1}")
+    sizes = np.array([size for size, _ in arrays.shard_states], np.int64)[arrays.shard]
+    for kind in ("image", "json"):
+        offset, length = columns[f"{kind}_offset"], columns[f"{kind}_bytes"]
+        if count and not (offset.min() >= 0 and length.min() >= 0 and (length <= sizes).all() and (offset <= sizes - length).all()):
+            raise ValueError(f"{kind} members lie outside the shards")
 
 
 def _save(cache: Path, state: list[list], arrays: DatasetArrays, bad: int) -> bool:

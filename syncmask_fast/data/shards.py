@@ -14,6 +14,7 @@ and anything else, which `ShardIndex.record` gives back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -205,6 +206,15 @@ class ShardIndex:
     def __repr__(self) -> str:
         return f"ShardIndex({str(self.folder)!r}, samples={len(self)}, shards={len(self.shards)})"
 
+    def fingerprint(self) -> str:
+        """A mark of keys, texts, products and sizes of images: the same wherever the shards lie, another when they are made anew otherwise."""
+        arrays = self._arrays
+        digest = hashlib.sha256()
+        texts = arrays.texts.distinct
+        for part in (arrays.keys.data, arrays.keys.offsets, texts.data, texts.offsets, arrays.texts.index, arrays.product_ids, arrays.image_bytes):
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
+
     def jpeg(self, i: int) -> bytes:
         """The encoded image of sample i, as stored."""
         arrays = self._arrays
@@ -214,11 +224,13 @@ class ShardIndex:
         """The JSON record of sample i as stored; `text` is there too where it came from a .txt member."""
         arrays = self._arrays
         size = int(arrays.json_bytes[i])
-        record = (
-            json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
-        )
-        record["text"] = self.texts[i]
-        return record
+        try:
+            record = json.loads(self._read(int(arrays.shard[i]), int(arrays.json_offset[i]), size)) if size else {}
+            return record | {"text": self.texts[i]}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.shard_of(i)}: the record of {self.key(i)!a} is no longer what was indexed ({error}): delete the cached index and start again"
+            ) from None
 
     def key(self, i: int) -> str:
         """The key of sample i: its members' name without extension."""
@@ -229,12 +241,24 @@ class ShardIndex:
         return self.shards[int(self._arrays.shard[i])]
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """errors: UserError where the shard is no longer what was indexed; OSError where the disk fails twice."""
         # pread, not mmap: it lets other threads run while the disk is slow, and where a file shrinks it
         # gives less instead of ending the process by SIGBUS.
-        file = self._files.get(shard) or self._open_shard(shard)
-        data = os.pread(file.descriptor, size, offset)
-        if len(data) != size:
-            raise UserError(f"{self.shards[shard]} changed while it was read; start again")
+        for last in (False, True):
+            file = self._files.get(shard) or self._open_shard(shard)
+            try:
+                data = os.pread(file.descriptor, size, offset)
+                now = os.fstat(file.descriptor)
+            except OSError:  # a network file system may have given the file a new handle
+                if last:
+                    raise
+                self._files.pop(shard, None)
+            else:
+                break
+        if len(data) != size or [now.st_size, now.st_mtime_ns] != self._arrays.shard_states[shard]:
+            raise UserError(
+                f"{self.shards[shard]} was changed while the run read it: let nothing write there, and start again"
+            )
         return data
 
     def _open_shard(self, shard: int) -> _OpenFile:
@@ -245,7 +269,7 @@ class ShardIndex:
                 file = self._files[shard] = _OpenFile(self.shards[shard])
             except OSError as error:
                 raise UserError(
-                    f"{self.shards[shard]} cannot be opened any more ({error.strerror}); start again"
+                    f"{self.shards[shard]} cannot be opened any more ({error.strerror}): put it back and start again"
                 ) from None
             return file
 

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import WordPiece
 
 from syncmask_fast.data.caches import cache_places, write_aside
-from syncmask_fast.data.text_table import TextTable
+from syncmask_fast.data.text_table import TextTable, check_offsets
 from syncmask_fast.data.wordpiece import learn_pieces
+from syncmask_fast.durable import sha256
 from syncmask_fast.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _CHUNK = 4096  # texts encoded in one parallel call
 
 
@@ -197,13 +198,13 @@ class TokenCache:
         places = cache_places(Path(folder_for_cache), f".tokens-{_fingerprint(tokenizer, table, max_tokens)}")
         for place in places:
             if place.is_dir():
-                arrays = _load_arrays(place, len(table.distinct))
+                arrays = _load_arrays(place, len(table.distinct), tokenizer.get_vocab_size())
                 if arrays is not None:
                     return cls(table.index, *arrays)
                 shutil.rmtree(place, ignore_errors=True)
         built = _tokenise(tokenizer, table.distinct, max_tokens)
         place = write_aside(places, lambda aside: _save_arrays(aside, built))
-        arrays = _load_arrays(place, len(table.distinct)) if place is not None else None
+        arrays = _load_arrays(place, len(table.distinct), tokenizer.get_vocab_size()) if place is not None else None
         return cls(table.index, *(arrays or built))
 
     def __len__(self) -> int:
@@ -236,6 +237,7 @@ Arrays = tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]  # ids int32 [total], spans int32 [total, 2], offsets int64 [texts + 1]
 _FILES = ("ids.npy", "spans.npy", "offsets.npy")
+_SUMS = "sha256.json"
 
 
 def _tokenise(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> Arrays:
@@ -266,14 +268,20 @@ def _fingerprint(tokenizer: Tokenizer, table: TextTable, max_tokens: int) -> str
 def _save_arrays(folder: Path, arrays: Arrays) -> None:
     for name, array in zip(_FILES, arrays, strict=True):
         np.save(folder / name, array, allow_pickle=False)
+    (folder / _SUMS).write_text(json.dumps({name: sha256(folder / name) for name in _FILES}))
 
 
-def _load_arrays(folder: Path, count: int) -> Arrays | None:
-    """The memory-mapped arrays, or None where they are missing or do not fit together."""
+def _load_arrays(folder: Path, count: int, vocabulary: int) -> Arrays | None:
+    """The memory-mapped arrays, or None where they are missing or are not what `_tokenise` gives, whoever wrote them."""
     try:
+        if json.loads((folder / _SUMS).read_text()) != {name: sha256(folder / name) for name in _FILES}:
+            return None
         ids, spans, offsets = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in _FILES)
-    except (OSError, ValueError, EOFError):
+        if ids.dtype != np.int32 or ids.ndim != 1 or spans.dtype != np.int32 or spans.shape != (len(ids), 2) or len(offsets) != count + 1:
+            return None
+        # A text has [CLS] and [SEP] at least.
+        if check_offsets(offsets, len(ids)).min() < 2 or ids.min() < 0 or ids.max() >= vocabulary or spans.min() < 0:
+            return None
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, RecursionError):
         return None
-    return (
-        (ids, spans, offsets) if len(offsets) == count + 1 and offsets[-1] == len(ids) == len(spans) else None
-    )
+    return ids, spans, offsets

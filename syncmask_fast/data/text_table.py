@@ -7,6 +7,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
+def check_offsets(offsets: np.ndarray, end: int) -> np.ndarray:
+    """The lengths, int64 [N], that offsets int64 [N + 1] from 0 to `end` leave between them. errors: ValueError where they do not rise so."""
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
+        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, or do not go from 0 to {end}")
+    lengths = np.diff(offsets)
+    if len(lengths) and (offsets.min() < 0 or offsets.max() > end or lengths.min() < 0):
+        raise ValueError("offsets do not rise")
+    return lengths
+
+
 class StringTable(Sequence[str]):
     """Strings as one UTF-8 array uint8 [bytes] and offsets int64 [N + 1]; strings are made when asked for."""
 
@@ -20,6 +30,16 @@ class StringTable(Sequence[str]):
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(item) for item in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def check(self) -> None:
+        """Raises ValueError where data or offsets, read from a file, are not those of a table."""
+        steps = check_offsets(self.offsets, len(self.data))
+        if self.data.dtype != np.uint8 or self.data.ndim != 1:
+            raise ValueError(f"strings are {self.data.dtype} {self.data.shape}")
+        self.data.tobytes().decode()  # UnicodeDecodeError is a ValueError
+        starts = self.offsets[:-1][steps > 0]
+        if (self.data[starts] & 0xC0 == 0x80).any():
+            raise ValueError("a string begins within a letter")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

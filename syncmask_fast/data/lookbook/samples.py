@@ -108,7 +108,7 @@ class _Worker:
             str(index),
             str(of),
         ]
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 (this module itself)
             command,
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
@@ -120,7 +120,7 @@ class _Worker:
 
     def _read(self) -> None:
         pipe = self._process.stdout
-        assert pipe is not None
+        assert pipe is not None  # noqa: S101 (for type checkers)
         while not self._stopped:
             product = _read_product(pipe)
             self._products.put(product)

@@ -1,0 +1,100 @@
+"""Kills a run at random moments, starts it again each time, and compares its end with that of a run that was never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from syncmask_fast.checkpoint import NUMBERS, checkpoints
+from tests.faults.launcher import Launcher
+from tests.helpers import SPEED
+
+SMALL = [
+    "tiny", "--image.size", "48", "--image.patch", "16", "--image.width", "32", "--image.depth", "2", "--image.heads", "2", "--text.width", "32",
+    "--text.heads", "2", "--text.layers", "1", "--text.fusion-layers", "2", "--embed", "16", "--batch-size", "16", "--loss.queue", "32",
+    "--loss.align", "0.2", "--mask.ramp", "0.2", "0.6", "--eval.draws", "1", "--log-every", "2", "--threads", "1", "--device", "cpu",
+]  # fmt: skip
+MOMENTS = ("while starting", "within a step", "within a checkpoint")
+
+
+def arguments(data: Path, out: Path, steps: int, save_every: int = 2) -> list[str]:
+    return [*SMALL, "--steps", str(steps), "--save-every", str(save_every), "--data", str(data), "--out", str(out)]
+
+
+def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0) -> Counter[str]:
+    """Starts a run and kills it by SIGKILL, `kills` times, then lets it end. Returns how many kills fell into which moment.
+
+    The moment of each kill is drawn: some time after the start, after the next row of metrics.jsonl, or while a checkpoint is being written.
+    After each kill the newest checkpoint must not be older than the one before.
+    """
+    draw = random.Random(seed)
+    log, moments, newest = out.with_suffix(".log"), Counter(), 0
+    while moments.total() < kills:
+        pid = launcher.start(argv, log)
+        wanted = draw.choice(MOMENTS)
+        _wait_for(wanted, out, pid, draw)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        code = launcher.wait()
+        if code == 0:
+            raise AssertionError(f"the run was over after {moments.total()} of {kills} kills: give it more steps")
+        assert code == -signal.SIGKILL, f"it ended with {code} instead: {log.read_text()[-2000:]}"
+        moments[wanted] += 1
+        found = [int(path.name[-8:]) for path in checkpoints(out / "checkpoints")]
+        assert max(found, default=0) >= newest, f"checkpoint {newest} was lost"
+        newest = max(found, default=0)
+    code = launcher.run(argv, log)
+    assert code == 0, log.read_text()[-2000:]
+    return moments
+
+
+def _wait_for(moment: str, out: Path, pid: int, draw: random.Random) -> None:
+    """Returns at the moment, or when the process is gone, which `kill_often` then finds."""
+    metrics, folder = out / "metrics.jsonl", out / "checkpoints"
+    if moment == "while starting":
+        time.sleep(draw.uniform(0, 0.5))
+        return
+    first = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    partial = set(folder.glob(".step-*"))
+    while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        if moment == "within a step" and metrics.exists() and metrics.stat().st_mtime_ns != first and metrics.stat().st_size:
+            time.sleep(draw.uniform(0, 0.3))
+            return
+        if moment == "within a checkpoint" and set(folder.glob(".step-*")) - partial:
+            time.sleep(draw.uniform(0, 0.01))
+            return
+        time.sleep(0.0005)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs do not share, to the last bit: metrics, checkpoints (weights, teacher, optimiser, queue, bank, plan), model, results."""
+    found = []
+    learnt = [
+        [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, other)
+    ]
+    if learnt[0] != learnt[1]:
+        found.append("metrics.jsonl")
+    last = [checkpoints(out / "checkpoints")[-1] for out in (one, other)]
+    numbers = [json.loads((path / "state.json").read_text()) for path in last]
+    found += [name for name in NUMBERS if numbers[0][name] != numbers[1][name]]
+    files = [*sorted(path.name for path in last[0].glob("*.safetensors"))]
+    for a, b in [(last[0] / name, last[1] / name) for name in files] + [(one / "model/model.safetensors", other / "model/model.safetensors")]:
+        ours, theirs = load_file(a), load_file(b)
+        same_names = ours.keys() == theirs.keys()
+        found += [f"{a.name}: names"] if not same_names else []
+        found += [
+            f"{a.name}: {name}" for name in ours if same_names and not torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8))
+        ]
+    if json.loads((one / "results.json").read_text()) != json.loads((other / "results.json").read_text()):
+        found.append("results.json")
+    return found

@@ -361,7 +361,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     elif kind is float:
         fits = type(value) in (int, float) and not math.isnan(value) and abs(value) < 1e30 or value in (math.inf, -math.inf)
     elif kind is int:
-        fits = type(value) is int and abs(value) < 2**31
+        fits = type(value) is int and abs(value) < 2**63
     elif kind is Path:
         fits, value = isinstance(value, str) and "\0" not in value, Path(value) if isinstance(value, str) else value
     else:

@@ -280,7 +280,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
     make_tar(tmp_path / "x.tar", samples(3))
     first = ShardIndex.open(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(shard_index, "_build", lambda shards: pytest.fail("the cache was not used"))
+        patch.setattr(shard_index, "_build", lambda *_: pytest.fail("the cache was not used"))
         again = ShardIndex.open(tmp_path)
     assert list(again.texts) == list(first.texts)
     assert again.record(2) == first.record(2)
@@ -290,7 +290,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
     os.utime(tmp_path / "y.tar", ns=(1, 1))
     built = []
     build = shard_index._build
-    monkeypatch.setattr(shard_index, "_build", lambda shards: built.append(1) or build(shards))
+    monkeypatch.setattr(shard_index, "_build", lambda *shards: built.append(1) or build(*shards))
     ShardIndex.open(tmp_path)
     assert built == [1]
     cache = tmp_path / shard_index.CACHE_NAME
@@ -313,7 +313,7 @@ def test_read_only_folder_uses_the_users_cache(tmp_path, monkeypatch):
     assert len(ShardIndex.open(tmp_path)) == 3
     assert len(list(user.iterdir())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
-    monkeypatch.setattr(shard_index, "_build", lambda shards: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(shard_index, "_build", lambda *_: pytest.fail("the cache was not used"))
     assert len(ShardIndex.open(tmp_path)) == 3
 
 
@@ -353,7 +353,7 @@ def test_shard_that_shrinks_is_a_user_error(tmp_path):
     make_tar(tmp_path / "x.tar", samples(3))
     index = ShardIndex.open(tmp_path)
     os.truncate(tmp_path / "x.tar", 600)
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="was changed while the run read it"):
         index.jpeg(2)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from syncmask_fast.checkpoint import NUMBERS, checkpoints
 from tests.faults.launcher import Launcher
@@ -30,10 +31,11 @@ def arguments(data: Path, out: Path, steps: int, save_every: int = 2) -> list[st
     return [*SMALL, "--steps", str(steps), "--save-every", str(save_every), "--data", str(data), "--out", str(out)]
 
 
-def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0) -> Counter[str]:
+def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0, reach: int = 1) -> Counter[str]:
     """Starts a run and kills it by SIGKILL, `kills` times, then lets it end. Returns how many kills fell into which moment.
 
-    The moment of each kill is drawn: some time after the start, after the next row of metrics.jsonl, or while a checkpoint is being written.
+    The moment of each kill is drawn: some time after the start, some time after rows of metrics.jsonl were written, or while a checkpoint is being
+    written; which of the next `reach` writes of rows, or of the next `reach` checkpoints, is drawn too.
     After each kill the newest checkpoint must not be older than the one before.
     """
     draw = random.Random(seed)
@@ -41,7 +43,7 @@ def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed:
     while moments.total() < kills:
         pid = launcher.start(argv, log)
         wanted = draw.choice(MOMENTS)
-        _wait_for(wanted, out, pid, draw)
+        _wait_for(wanted, out, pid, draw, draw.randint(1, reach))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         code = launcher.wait()
@@ -57,22 +59,31 @@ def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed:
     return moments
 
 
-def _wait_for(moment: str, out: Path, pid: int, draw: random.Random) -> None:
+def _wait_for(moment: str, out: Path, pid: int, draw: random.Random, times: int) -> None:
     """Returns at the moment, or when the process is gone, which `kill_often` then finds."""
-    metrics, folder = out / "metrics.jsonl", out / "checkpoints"
     if moment == "while starting":
         time.sleep(draw.uniform(0, 0.5))
         return
-    first = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    partial = set(folder.glob(".step-*"))
-    while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
-        if moment == "within a step" and metrics.exists() and metrics.stat().st_mtime_ns != first and metrics.stat().st_size:
-            time.sleep(draw.uniform(0, 0.3))
-            return
-        if moment == "within a checkpoint" and set(folder.glob(".step-*")) - partial:
-            time.sleep(draw.uniform(0, 0.01))
-            return
+    metrics, folder = out / "metrics.jsonl", out / "checkpoints"
+
+    def now() -> object:
+        if moment == "within a checkpoint":
+            return frozenset(folder.glob(".step-*"))
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    seen = now()
+    while times and Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        found = now()
+        if (found - seen) if isinstance(found, frozenset) else found > seen:
+            times -= 1
+        seen = found
         time.sleep(0.0005)
+    time.sleep(draw.uniform(0, 0.01 if moment == "within a checkpoint" else 0.3))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike torch.equal: NaN is NaN, and 0 is not -0."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -92,9 +103,7 @@ def differences(one: Path, other: Path) -> list[str]:
         ours, theirs = load_file(a), load_file(b)
         same_names = ours.keys() == theirs.keys()
         found += [f"{a.name}: names"] if not same_names else []
-        found += [
-            f"{a.name}: {name}" for name in ours if same_names and not torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8))
-        ]
+        found += [f"{a.name}: {name}" for name in ours if same_names and not same_bits(ours[name], theirs[name])]
     if json.loads((one / "results.json").read_text()) != json.loads((other / "results.json").read_text()):
         found.append("results.json")
     return found

@@ -42,17 +42,18 @@ def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
 
     data, whole, killed = folder / "lookbook", folder / "whole", folder / "killed"
     draw_lookbook(data, products=22, eval_products=12, size=48, workers=1)
-    steps = max(10, 3 * kills)
+    steps = max(20, 4 * kills)
     with Launcher() as launcher:
         begin = time.perf_counter()
         if launcher.run(arguments(data, whole, steps), whole.with_suffix(".log")):
             return [whole.with_suffix(".log").read_text()[-2000:]]
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
-        moments = kill_often(launcher, arguments(data, killed, steps), killed, kills, seed)
+        moments = kill_often(launcher, arguments(data, killed, steps), killed, kills, seed, reach=4)
         found = differences(whole, killed)
         print(f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, {time.perf_counter() - begin:.0f} s with the kills)\n")
-        print("| moment | kills |\n|---|---|")
+        again = killed.with_suffix(".log").read_text().count("going on from")
+        print(f"{again} of the {kills + 1} starts went on from a checkpoint\n\n| moment | kills |\n|---|---|")
         for moment, count in moments.items():
             print(f"| {moment} | {count} |")
         print(f"\ndifferences from the run that was never stopped: {', '.join(found) or 'none, to the last bit'}\n", flush=True)

@@ -26,7 +26,7 @@ TEXT = TextConfig(vocabulary=101, width=WIDTH, heads=HEADS, layers=1, fusion_lay
 
 def config(**changes: object) -> TrainConfig:
     base = small_config()
-    return dataclasses.replace(base, text=TEXT, mask=dataclasses.replace(base.mask, layer=1), **changes)
+    return dataclasses.replace(base, **{"text": TEXT, "mask": dataclasses.replace(base.mask, layer=1), **changes})
 
 
 def vit(size: int = 36) -> nn.Module:
@@ -155,9 +155,10 @@ def test_albef_checkpoint(kind: str, tmp_path: Path):
 def test_a_model_of_ours(tmp_path: Path):
     """Another seed's model, for pictures of another size and shorter texts."""
     torch.manual_seed(1)
-    saved = SyncMaskModel(config(), small_tokenizer())
+    tokenizer = small_tokenizer()
+    base = config(weights=str(tmp_path), text=dataclasses.replace(TEXT, vocabulary=tokenizer.get_vocab_size()))
+    saved = SyncMaskModel(base, tokenizer)
     saved.save_pretrained(tmp_path)
-    base = config(weights=str(tmp_path))
     changed = dataclasses.replace(base, image=dataclasses.replace(base.image, size=36), text=dataclasses.replace(base.text, max_tokens=10))
     model = SyncMaskModel(changed)
     [report] = start_weights(model)

@@ -37,11 +37,11 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize(("masking", "presence", "stem"), CASES)
+@pytest.mark.parametrize(("masking", "presence", "stem", "mim_copy"), CASES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "huge"])
-def test_a_step_that_is_not_finite_changes_nothing(masking: str, presence: float, stem: str, bad: str):
+def test_a_step_that_is_not_finite_changes_nothing(masking: str, presence: float, stem: str, mim_copy: str, bad: str):
     """Not finite from the picture on, or in the gradient alone; without asking the device."""
-    config = config_of(masking, presence, stem)
+    config = config_of(masking, presence, stem, mim_copy)
     state = state_of(config, torch.device("cpu"))
     one_step(config, state, iter([small_batch(config, seed=3)]), 100, 1)  # so that the optimiser has a state
     poisoned = small_batch(config, seed=4)
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_changes_nothing(masking: str, presence: float
 
 def test_the_first_step_of_all():
     """There is no state of the optimiser to go back to: it is as if the run began one step later."""
-    config = config_of("random", 0.0, "patch")
+    config = config_of("random", 0.0, "patch", "replace")
     skipped, clean = (state_of(config, torch.device("cpu")) for _ in range(2))
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[:] = torch.nan
@@ -71,7 +71,7 @@ def test_the_first_step_of_all():
 
 
 def test_one_bad_part_of_an_accumulated_step_skips_it_all():
-    config = config_of("random", 0.0, "patch")
+    config = config_of("random", 0.0, "patch", "replace")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=3))
     state = state_of(config, torch.device("cpu"))
     batches = [small_batch(config, seed=n) for n in range(3)]
@@ -86,7 +86,7 @@ def test_one_bad_part_of_an_accumulated_step_skips_it_all():
 
 def test_a_good_step_is_the_one_of_before():
     """The guard costs not a bit: the same as without it."""
-    config = config_of("sync", 0.0, "patch")
+    config = config_of("sync", 0.0, "patch", "replace")
     guarded = state_of(config, torch.device("cpu"))
     plain = copy.deepcopy(guarded)
     plain.optimizer = train.make_optimizer(plain.model, config.optim)

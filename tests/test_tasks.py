@@ -166,3 +166,6 @@ def test_triplets_that_do_not_fit(data: Path, tmp_path: Path):
         (tmp_path / "triplets.json").write_text(content)
         with pytest.raises(UserError, match=r"triplets\.json"):
             open_triplets(whole)
+    (tmp_path / "triplets.json").write_text(r'[{"class": "bag", "candidate": "x", "target": "y", "captions": ["\ud800"]}]')
+    with pytest.raises(UserError, match=r"triplets\.json has a text that is not valid Unicode"):
+        open_triplets(whole)

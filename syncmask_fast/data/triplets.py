@@ -57,11 +57,14 @@ def open_triplets(split: Split) -> Triplets:
         found = _load(path)
         classes = [str(item["class"]) for item in found]
         captions = [" and ".join(item["captions"]) for item in found]
+        "".join(classes + captions).encode()
         pictures = [[number[item[end]] for item in found] for end in ("candidate", "target")]
         listed = _load(index.folder / GALLERIES) if (index.folder / GALLERIES).is_file() else {}
         galleries = {name: np.array([number[key] for key in keys], np.int64) for name, keys in listed.items()}
     except KeyError as error:
         raise UserError(f"{path} does not fit the shards beside it ({error} is missing): pack the data again.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path} has a text that is not valid Unicode: pack the data again.") from None
     except (TypeError, AttributeError):
         raise UserError(f"{path} is not a list of class, candidate, target and captions: pack the data again.") from None
     triplets = Triplets(classes, *(np.array(x, np.int64) for x in pictures), captions, galleries)

@@ -80,8 +80,8 @@ def soak_full_disk(launcher: Launcher, folder: Path, data: Path, whole: Path, st
         print(f"## Disk full ({f'tmpfs of {size:,} bytes' if mounted else f'no file beyond {limit:,} bytes'})\n")
         print(f"{warned} of {steps // 2} checkpoints could not be written, each with a line that says so; the run ended with code {code}:\n")
         print(f"    {said[-1]}\n\nthen, with room: code {again}, differences: {', '.join(found) or 'none, to the last bit'}\n", flush=True)
-        silent = not warned or code != 2 or any("Traceback" in line for line in said)
-        return [f"disk full: {name}" for name in found] + ["disk full: no line said so"] * silent
+        silent = not warned or code not in (0, 2) or any("Traceback" in line for line in said)
+        return [f"disk full: {name}" for name in found] + ["disk full: no line said so, or the run ended in another way"] * silent
     finally:
         if mounted:
             subprocess.run([shutil.which("umount"), disk], check=True)

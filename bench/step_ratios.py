@@ -9,15 +9,12 @@ The table goes to bench/results/step_ratios-PRESET-PRECISION-ALLOCATOR.json, or 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import importlib.util
-import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,20 +26,6 @@ for _name in ("harness", "test_step"):
     sys.modules[f"bench_{_name}"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[f"bench_{_name}"])
 harness, cases = sys.modules["bench_harness"], sys.modules["bench_test_step"]
-
-
-def stepper(provider: str, preset: str, batch_size: int, precision: str, device: torch.device) -> Callable[[], None]:
-    """A function that does the provider's next step."""
-    config = cases.configuration(preset, batch_size, precision)
-    if provider == cases.VISIBLE:
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
-    ways = cases.WAYS.get(provider)
-    state = cases.make_state(config, device, ways)
-    batches = itertools.cycle(cases.make_batches(config, device))
-    if ways is None:
-        cases.prepare_device(config, state.model, state.teacher, device)
-        return lambda: cases.one_step(config, state, batches, cases.STEPS, 1)
-    return lambda: cases.baseline.baseline_step(config, state, next(batches), ways, sync_share=1.0, alpha=config.loss.alpha, seed=0)
 
 
 def main() -> None:
@@ -57,7 +40,7 @@ def main() -> None:
     providers = [name for name in cases.PROVIDERS if given.each or not name.startswith(("ours but", cases.VISIBLE))]
     if given.precision == "float32":
         providers = [name for name in providers if name not in ("parents-same", "ours but float32")]
-    steppers = {name: stepper(name, given.preset, given.batch, given.precision, device) for name in providers}
+    steppers = {name: cases.stepper(name, given.preset, given.batch, given.precision, device)[2] for name in providers}
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for number in range(given.rounds + 1):
         for name in providers:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def make_state(config: TrainConfig, device: torch.device, ways=None) -> TrainSta
     return TrainState(model, make_teacher(model), optimizer, queue, bank, torch.arange(config.batch_size), step=STEPS - 1)
 
 
+def stepper(provider: str, preset: str, batch_size: int, precision: str, device: torch.device) -> tuple[TrainState, list[Batch], Callable]:
+    """The provider's state, the batches it takes in turn, and a function that does its next step."""
+    config = configuration(preset, batch_size, precision)
+    if provider == VISIBLE:
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
+    ways = WAYS.get(provider)
+    state, made = make_state(config, device, ways), make_batches(config, device)
+    batches = itertools.cycle(made)
+    if ways is not None:
+        return state, made, lambda: baseline.baseline_step(config, state, next(batches), ways, sync_share=1.0, alpha=config.loss.alpha, seed=0)
+    prepare_device(config, state.model, state.teacher, device)
+    return state, made, lambda: one_step(config, state, batches, STEPS, 1)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", range(4))
 def test_step(case, provider, device, benchmark, measured):
@@ -92,23 +107,7 @@ def test_step(case, provider, device, benchmark, measured):
     if provider.startswith(("ours but", VISIBLE)) and CASES[device.type][case] not in EACH_SWITCH_AT:
         pytest.skip("each switch is measured for one case of a preset")
     measured.require_green("baseline")
-    config = configuration(preset, batch_size, precision)
-    if provider == VISIBLE:
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
-    ways = WAYS.get(provider)
-    state = make_state(config, device, ways)
-    made = make_batches(config, device)
-    batches = itertools.cycle(made)
-    if ways is None:
-        prepare_device(config, state.model, state.teacher, device)
-
-        def step() -> None:
-            one_step(config, state, batches, STEPS, 1)
-    else:
-
-        def step() -> None:
-            baseline.baseline_step(config, state, next(batches), ways, sync_share=1.0, alpha=config.loss.alpha, seed=0)
-
+    state, made, step = stepper(provider, preset, batch_size, precision, device)
     if device.type == "cuda":
         try:
             step()

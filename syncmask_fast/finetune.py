@@ -30,6 +30,7 @@ from syncmask_fast.data.splits import Split, cut_validation, open_splits
 from syncmask_fast.data.text import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
 from syncmask_fast.durable import write_json
+from syncmask_fast.epochs import epochs_of_batches, plan
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import RERANK, choose_device, evaluate_task, print_results
 from syncmask_fast.losses import Queue, contrastive_loss
@@ -38,9 +39,7 @@ from syncmask_fast.step import Losses, Momentum, training_losses
 from syncmask_fast.train import (
     FineTuning,
     draw_default_lookbook,
-    epochs_of_batches,
     keep_freed_memory,
-    plan,
     run_folder,
     start_run,
     train,

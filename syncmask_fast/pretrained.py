@@ -52,11 +52,13 @@ class LoadReport:
 
 
 def start_weights(model: SyncMaskModel) -> list[LoadReport]:
-    """Fills a new model with the weights that its configuration names: `weights`, or else `image.pretrained` and `text.name`.
+    """Fills a new model with the weights that its configuration names: `task.model`, `weights`, or else `image.pretrained` and `text.name`.
 
     errors: UserError where they cannot be had, do not fit, or give less than the share `min_loaded`.
     """
     config = model.config
+    if config.task.model is not None:  # heads that it does not have start anew
+        return [] if config.task.scratch else [load_saved(model, config.task.model, config.min_loaded)]
     if config.weights is not None and Path(config.weights).is_dir():
         return [load_saved(model, config.weights, config.min_loaded)]
     if config.weights is not None:

@@ -24,7 +24,6 @@ from syncmask_fast.attention import attention_kind
 from syncmask_fast.checkpoint import FeatureBank, TrainState, load_checkpoint, load_newest
 from syncmask_fast.config import PRESETS, TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import Batch, Loader
-from syncmask_fast.data.plan import epoch_order, rank_share
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.text import TokenCache, load_tokenizer, train_tokenizer
 from syncmask_fast.distributed import (
@@ -34,7 +33,6 @@ from syncmask_fast.distributed import (
     Silent,
     check_batch_size,
     check_equal,
-    in_step,
     one_complains,
     process_group,
     rank_device,
@@ -42,6 +40,7 @@ from syncmask_fast.distributed import (
     share_bounds,
 )
 from syncmask_fast.durable import write_json
+from syncmask_fast.epochs import epochs_of_batches, plan
 from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
 from syncmask_fast.flops import peak_flops, step_flops
@@ -50,7 +49,7 @@ from syncmask_fast.losses import Queue
 from syncmask_fast.masking import sync_share
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
-from syncmask_fast.parts import Part, share_batch_norms
+from syncmask_fast.parts import share_batch_norms
 from syncmask_fast.pretrained import start_weights
 from syncmask_fast.safekeeping import CHECKPOINTS, save, save_model, stop_at_bad_batch, stop_on_signal, vocabulary_mark, where_to_go_on
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
@@ -60,20 +59,8 @@ LOOKBOOK = Path("data/lookbook")
 BFLOAT16_WIDTH = 128  # on the CPU, conversions cost narrower models more than products win (docs/step.md)
 SYNC_SAMPLES = 128  # evaluation samples on which synchrony is followed during training
 MAY_CHANGE = {
-    "out",
-    "resume",
-    "steps",
-    "epochs",
-    "save_every",
-    "log_every",
-    "max_skipped",
-    "device",
-    "threads",
-    "loader",
-    "eval",
-    "compile",
-    "checkpointing",
-}
+    "out", "resume", "steps", "epochs", "save_every", "log_every", "max_skipped", "device", "threads", "loader", "eval", "compile", "checkpointing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -192,12 +179,8 @@ def train(
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
     check_batch_size(config.batch_size, group.ranks, config.loss.negatives)
-    start = SyncMaskModel.from_pretrained(config.task.model) if config.task.model else None
-    known = config.text.name or (config.weights if config.weights and Path(config.weights).is_dir() else None)
-    if start is not None:
-        tokenizer = start.tokenizer
-    else:
-        tokenizer = load_tokenizer(known) if known else train_tokenizer(train_split.index.texts, config.text.vocabulary)
+    known = config.task.model or config.text.name or (config.weights if config.weights and Path(config.weights).is_dir() else None)
+    tokenizer = load_tokenizer(str(known)) if known else train_tokenizer(train_split.index.texts, config.text.vocabulary)
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocabulary=tokenizer.get_vocab_size()))
     with group.in_turn():
         tokens = TokenCache.open(train_split.index.folder, tokenizer, train_split.index.texts, config.text.max_tokens)
@@ -207,9 +190,7 @@ def train(
     going_on = group.first_says_object(where_to_go_on(config, out))
     if going_on is not None and not group.first and not going_on.exists():
         raise UserError(f"{going_on} is not on the machine of rank {group.rank}: give an --out in a folder that all machines share.")
-    if start is not None and not config.task.scratch:
-        take_over(model, start)
-    elif going_on is None:
+    if going_on is None:
         for report in start_weights(model):
             print(report)
     model.to(device)
@@ -294,13 +275,6 @@ def train(
         save_model(state.teacher, out / "model")
 
 
-def take_over(model: SyncMaskModel, start: SyncMaskModel) -> None:
-    """Copies the weights of a trained model; what only one of both has is a task's own head, which starts anew."""
-    ours = model.state_dict()
-    fitting = {name: value for name, value in start.state_dict().items() if name in ours and value.shape == ours[name].shape}
-    model.load_state_dict(fitting, strict=False)
-
-
 def keep_best(out: Path, model: SyncMaskModel, step: int, tuning: FineTuning) -> dict[str, float]:
     """Validates the model and saves it as the run's if it is the best so far; returns the metrics.
 
@@ -380,62 +354,6 @@ def one_step(
     undo.unless(finite)
     update_teacher(state.teacher, state.model, config.optim.ema, state.step, finite)
     return mean._replace(total=mean.total.where(finite, torch.nan)), None if losses else flops
-
-
-def epochs_of_batches(
-    config: TrainConfig,
-    state: TrainState,
-    loader: Loader,
-    split: Split,
-    product_ids: np.ndarray,
-    log: MetricsLog | Silent | None = None,
-    group: Group = ALONE,
-) -> Iterator[Batch]:
-    """Batches without end: each epoch by its plan, from where the state stands; the plan of the next epoch is made when one ends.
-
-    `samples` and `product_ids` of the batches are places in the training split and product numbers from 0. Of each batch a rank loads its own rows.
-    """
-    device, size = state.model.device, config.batch_size
-    place = np.zeros(len(split.index), np.int64)
-    place[split.samples] = np.arange(len(split))
-    position = np.zeros(len(split), np.int64)
-    width = max(np.diff(share_bounds(size, group.ranks)))
-
-    def rows_of(batch: Batch) -> tuple[int, np.ndarray]:
-        """The number of a batch in the epoch; the position and the text's length of each of its rows. On the host, which then need not wait."""
-        at = position[place[batch.sample_numbers]]
-        return int(at[0]) // size, np.stack([at, np.array(batch.lengths)], 1)
-
-    while True:
-        order = state.order.numpy()
-        position[order] = np.arange(len(order))
-        mine, positions = rank_share(order, size, group.rank, group.ranks)
-        done = int(np.searchsorted(positions, state.position))
-        for batch, rows in in_step(loader.epoch(split.samples[mine], state.epoch, positions, done), rows_of, width, group):
-            positions_of_all, lengths = np.concatenate(rows).T
-            state.position = (int(positions_of_all[0]) // size + 1) * size
-            if len(lengths) < 2:
-                continue
-            places = order[positions_of_all]
-            samples, products = (torch.from_numpy(x).to(device, non_blocking=True) for x in (places, product_ids[places]))
-            bounds = [0, *np.cumsum([len(x) for x in rows]).tolist()]
-            part = Part(group, bounds, lengths.tolist(), products, samples)
-            yield dataclasses.replace(batch, samples=samples[part.rows], product_ids=products[part.rows], part=part)
-        state.epoch, state.position = state.epoch + 1, 0
-        begin = time.perf_counter()
-        state.order = torch.from_numpy(plan(config, state, product_ids, group))
-        if log is not None:
-            log.planned(state.epoch, time.perf_counter() - begin)
-
-
-def plan(config: TrainConfig, state: TrainState, product_ids: np.ndarray, group: Group = ALONE) -> np.ndarray:
-    """The order of the state's epoch, from the features that the teacher gave in the epoch before; the same on all ranks."""
-    known = bool(state.bank.seen.float().mean() > 0.5)
-    return epoch_order(
-        config.seed, state.epoch, product_ids, batch_size=config.batch_size, kind=config.batching,
-        image_feats=state.bank.images if known else None, text_feats=state.bank.texts if known else None,
-        margin=config.group.margin, search_space=config.group.search_space, group=group,
-    )  # fmt: skip
 
 
 def use_bfloat16(config: TrainConfig, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from syncmask_fast.data.splits import cut_validation, open_splits
 from syncmask_fast.data.text import train_tokenizer
 from syncmask_fast.errors import UserError
 from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.train import take_over
+from syncmask_fast.pretrained import start_weights
 from tests.helpers import SPEED, small_config, small_lookbook
 
 FOUR = ["--steps", "4", "--batch-size", "8", "--save-every", "2", "--log-every", "2", "--threads", "1", "--device", "cpu", "--validation", "0.3"]
@@ -95,11 +95,11 @@ def test_the_validation_part_has_its_own_products(data: Path):
 
 def test_start_weights_are_taken_over_and_heads_start_anew(start: Path):
     theirs = SyncMaskModel.from_pretrained(start)
-    config = small_config(text=theirs.config.text, task=TaskConfig("category", labels=("bag", "hat")))
+    config = small_config(text=theirs.config.text, task=TaskConfig("category", start, labels=("bag", "hat")))
     torch.manual_seed(5)
     model = SyncMaskModel(config, theirs.tokenizer)
     head = model.label_head.weight.clone()
-    take_over(model, theirs)
+    start_weights(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in theirs.state_dict().items())
     assert torch.equal(model.label_head.weight, head)
 

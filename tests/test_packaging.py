@@ -30,7 +30,7 @@ LAYERS = [
     {"masking", "checkpoint", "pretrained"},
     {"step"},
     {"flops", "log", "evaluate"},
-    {"examples", "safekeeping"},
+    {"epochs", "examples", "safekeeping"},
     {"train", "pack", "search"},
     {"finetune"},
     {"ablate"},

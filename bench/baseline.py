@@ -136,7 +136,7 @@ def baseline_losses(
     itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
     presence = itc.new_tensor(torch.nan)
     if config.loss.presence:
-        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, seed)
+        presence = _presence_loss(model, config, batch, images, layout, seed)
 
     if negatives is None:
         negatives = drawn_negatives(image_feats.detach(), text_feats.detach(), batch.product_ids, config, ways, seed)

@@ -63,6 +63,9 @@ class TextConfig:
     """Layers with cross-attention to the image."""
     max_tokens: int = 128
     """Texts are cut to this many word pieces, [CLS] and [SEP] included."""
+    mlm_steps: int = 0
+    """Where neither --text.name nor --weights gives the text encoder a start: steps of MLM on the texts alone before the training, which stand for
+    what a BERT has learnt (our choice). They are not counted in --steps."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +291,8 @@ class TrainConfig:
             raise UserError(f"--text.max-tokens is {self.text.max_tokens}, but must be 3 or more: [CLS], a word, [SEP].")
         if self.loss.queue < 0:
             raise UserError(f"--loss.queue is {self.loss.queue}, but must be 0 or more.")
+        if self.text.mlm_steps < 0:
+            raise UserError(f"--text.mlm-steps is {self.text.mlm_steps}, but must be 0 or more.")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}, but must be 0 or more.")
         low, high = self.mask.ramp
@@ -304,7 +309,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             batch_size=64,
             embed=128,
             image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),
-            text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96),
+            text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96, mlm_steps=300),
             augment=AugmentConfig(word_drop=0.1),
             mask=MaskConfig(token_ratio=0.2, patch_ratio=0.1, token_score="mass", layer=1, ramp=(0.82, 0.92)),
             loss=LossConfig(align=0.8, queue=0, alpha=0.0, presence=1.0, cuts=0.25),

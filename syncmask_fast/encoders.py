@@ -296,6 +296,13 @@ class FusionEncoder(nn.Module):
         pack.prepare()
         return run_blocks(self.layers, x, pack, images, checkpointing=self.checkpointing)
 
+    def read(self, x: Tensor, layout: Layout) -> Tensor:
+        """[T, C] features of packed text features x [T, C] without any image: computed as by a BERT: no cross-attention."""
+        layout.prepare()
+        for layer in self.layers:
+            x = layer.feed_forward(layer.attention(x, layout))
+        return x
+
     def cross_projections(self, x: Tensor, pack: FusionPack, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
         pack.prepare()

@@ -8,7 +8,7 @@ What counts is the products that the objectives need, two FLOPs for each multipl
     image encoder           B images, and B masked copies and the collages for the student; S = 1 + P rows each, copies of which only the visible
                             patches are encoded 1 + V. Pixels have no gradient, so that a single projection of patches costs 2 x forward, and
                             masked copies share it
-    text encoder            T tokens, and T of the masked copies for the student
+    text encoder            T tokens, and for the student T of the masked copies and T of the presence loss's mixed texts
     fusion encoder          4 T tokens, as many as the true, the masked and both kinds of negative texts have on average; keys and values once
                             for each image and layer; the teacher up to the layer whose attention is read
     heads                   MLM at masked words, MIM at masked patches
@@ -55,8 +55,8 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
     collages = len(collage_rows(loss.cuts, b))
     if loss.presence:
         compared = 1 + min(loss.presence_images, b - 1)
-        student += self_attention + 2 * width**2 * tokens + keys + compared * 2 * tokens * s * width
-        student += collages * (image + 4 * s * image_width * width + 4 * tokens / b * s * width)
+        student += text + self_attention + 2 * width**2 * tokens + keys + compared * 2 * tokens * s * width
+        student += collages * (image + 4 * s * image_width * width + 2 * tokens / b * s * width)
     stems = b + collages if not model.image.conv_stem else b * (1 + masking) + collages
     student += stems * stem * (1 if model.image.conv_stem else 2 / 3)
     if fuse:

@@ -111,6 +111,8 @@ def patch_pixels(pixels: Tensor, patch: int, chosen: Tensor) -> Tensor:
 def presence_loss(
     q: Tensor,
     k: Tensor,
+    mixed: Tensor,
+    swapped: Tensor,
     token_ids: Tensor,
     words: Tensor,
     shifts: Sequence[int],
@@ -119,31 +121,42 @@ def presence_loss(
 ) -> Tensor:
     """Teaches a cross-attention to look at the patches of images that show a word, and at [CLS] in images that do not (our choice).
 
-    q, k:      [B, H, T, D] queries of the texts' tokens and [B, H, 1+P, D] keys of their images, [CLS] first.
-    token_ids: int64 [B, T], padded; words: bool [B, T], the real words among them.
-    shifts:    text n is compared with its own image and with image n + shift (modulo B) for each shift.
-    rows:      of the B pairs those whose texts are counted; q and words are of these alone.
-    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: false
-               for an image whose own text has no such token, true for a text's own image. Where a share r of the compared texts lacks the token, the
-               label of the own image is (1 + r) / 2, so that a word in no way tied to images has log-odds 0, however common it is; one that every
-               text has cannot be told from such a word. Words that their own image does not show have that label like the others; the images of
-               other products that do show them are what tells them apart.
+    q, k:      [B, H, T, D] queries of the mixed texts' tokens and [B, H, 1+P, D] keys of the images, [CLS] first.
+    mixed:     int64 [B, T], tokens of the mixed texts; swapped: bool [B, T], those that are from text n + shifts[0] (modulo B), not from text n.
+    token_ids: int64 [B, T], padded: the images' own texts; words: bool [B, T], the real words of the mixed texts.
+    shifts:    mixed text n is compared with image n, image n + shifts[0], and image n + shift for each further shift.
+    rows:      of the B pairs those whose mixed texts are counted; q, mixed, swapped and words are of these alone.
+    returns:   binary cross-entropy of "the attention lies on a patch", whose log-odds are logsumexp over patches minus the logit of [CLS]: true for
+               the image of the text that a word is from, false for an image whose own text has no such token. Of the latter the image of the other
+               text of the mixture counts as much as all further ones together. Where a share r of them lacks the token, the label of the word's own
+               image is (1 + r) / 2, so that a word in no way tied to images has log-odds 0, however common it is; one that every text has cannot be
+               told from such a word. Words that their own image does not show have that label like the others; the images of other products that
+               do show them are what tells them apart.
     """
     scale, rows = q.shape[-1] ** -0.5, rows or slice(0, len(k))
-    own_ids = token_ids[rows]
 
     def log_odds(keys: Tensor) -> Tensor:
         logits = (q @ keys.transpose(-1, -2)).float() * scale
         return logits[..., 1:].logsumexp(-1) - logits[..., 0]
 
-    surprise, lacking = q.new_zeros(words.shape, dtype=torch.float32), torch.zeros_like(words, dtype=torch.float32)
-    for shift in shifts:
-        absent = only_here(own_ids, words, rolled(token_ids, shift, rows)) / len(shifts)
-        surprise = surprise + absent * F.softplus(log_odds(rolled(k, shift, rows))).mean(1)
-        lacking = lacking + absent
-    own = log_odds(k[rows])
-    surprise = surprise + ((1 + lacking) * F.softplus(-own).mean(1) + (1 - lacking) * F.softplus(own).mean(1)) / 2
-    return (surprise * words).sum() / add_up(((1 + lacking) * words).sum()).clamp(min=1)
+    def negative(shift: int) -> tuple[Tensor, Tensor, Tensor]:
+        there = log_odds(rolled(k, shift, rows))
+        return there, F.softplus(there).mean(1), lacking(mixed, rolled(token_ids, shift, rows)).float()
+
+    own, own_false, own_lacks = negative(0)
+    other, other_false, other_lacks = negative(shifts[0])
+    home = torch.where(swapped[:, None], other, own)
+    surprise = torch.where(swapped, own_false * own_lacks, other_false * other_lacks)
+    lacks = torch.where(swapped, own_lacks, other_lacks)
+    further = shifts[1:]
+    for shift in further:
+        _, false, lack = negative(shift)
+        surprise = surprise + false * lack / len(further)
+        lacks = lacks + lack / len(further)
+    if further:
+        surprise, lacks = surprise / 2, lacks / 2
+    surprise = surprise + ((1 + lacks) * F.softplus(-home).mean(1) + (1 - lacks) * F.softplus(home).mean(1)) / 2
+    return (surprise * words).sum() / add_up(((1 + lacks) * words).sum()).clamp(min=1)
 
 
 def rolled(x: Tensor, shift: int, rows: slice) -> Tensor:
@@ -152,19 +165,19 @@ def rolled(x: Tensor, shift: int, rows: slice) -> Tensor:
     return x[begin : begin + n] if begin + n <= len(x) else torch.cat([x[begin:], x[: begin + n - len(x)]])
 
 
-def only_here(token_ids: Tensor, words: Tensor, other_ids: Tensor) -> Tensor:
-    """bool [B, T]: the words whose token the other text does not have. token_ids, other_ids: int64 [B, T], padded; words: bool [B, T]."""
-    return words & (token_ids[:, :, None] != other_ids[:, None, :]).all(2)
+def lacking(token_ids: Tensor, other_ids: Tensor) -> Tensor:
+    """bool [B, T]: which tokens the other text does not have. token_ids, other_ids: int64 [B, T], padded."""
+    return (token_ids[:, :, None] != other_ids[:, None, :]).all(2)
 
 
 def collage_loss(q: Tensor, k: Tensor, own: Tensor, words: Tensor, add_up: Callable[[Tensor], Tensor] = _here) -> Tensor:
     """Teaches a cross-attention where in an image a word is, by images that are put together from those of two texts (our choice).
 
-    q:       [M, H, T, D] queries of one of the two texts; k: [M, H, P, D] keys of the patches of the collage.
-    own:     bool [M, P], the patches that are from the text's own image; words: bool [M, T], the words that the other text does not have.
+    q:       [M, H, T, D] queries of a mixture of the two texts; k: [M, H, P, D] keys of the patches of the collage.
+    own:     bool [M, T, P], the patches that are from the image of the text that a word is from; words: bool [M, T], those that count.
     returns: binary cross-entropy of "of the attention on patches, the word's lies on its own image's".
     """
     logits = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    own = own[:, None, None, :]
+    own = own[:, None]
     log_odds = logits.masked_fill(~own, -torch.inf).logsumexp(-1) - logits.masked_fill(own, -torch.inf).logsumexp(-1)
     return (F.softplus(-log_odds).mean(1) * words).sum() / add_up(words.sum()).clamp(min=1)

@@ -151,7 +151,7 @@ def training_losses(
     missing = itc.new_tensor(torch.nan)
     total, presence = weight.itc * itc, missing
     if weight.presence:
-        presence = _presence_loss(model, config, batch, images, texts[: layout.total], layout, seed)
+        presence = _presence_loss(model, config, batch, images, layout, seed, multiple)
         total = total + weight.presence * presence
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
@@ -201,16 +201,24 @@ def collage_rows(ratio: float, of: int) -> list[int]:
     return [n for n in range(of) if int((n + 1) * ratio + 0.5) > int(n * ratio + 0.5)]
 
 
-def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, layout: Layout, seed: int) -> Tensor:
-    """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any."""
+def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, layout: Layout, seed: int, multiple: int = 1) -> Tensor:
+    """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any.
+
+    Both ask with mixed texts, in each of which about half of the words are another text's, so that a word can only be told by itself.
+    """
     generator = torch.Generator().manual_seed(seed)  # of the host, which then knows the shifts
     part = part_of(batch)
     near = negatives_from(part, config)
+    shifts = (1 + torch.randperm(near.total - 1, generator=generator)[: config.loss.presence_images]).tolist() or [0]
+    words, token_ids = maskable(layout), near.gather(layout.pad(batch.token_ids))
+    other = losses.rolled(near.gather(words), shifts[0], near.rows)
+    drawn = torch.rand(part.total, words.shape[1], generator=generator)[part.rows].to(images.device, non_blocking=True)
+    swapped = words & other & (drawn < 0.5)
+    mixed = torch.where(swapped, losses.rolled(token_ids, shifts[0], near.rows), token_ids[near.rows])
+    texts = encode_texts(model, layout.unpad(mixed), layout, multiple)
     q, k, _ = model.fusion.cross_projections(texts, pack_pairs(layout), images, 1)
-    q, words = layout.pad(q).transpose(1, 2), maskable(layout)
-    token_ids, k = near.gather(layout.pad(batch.token_ids)), near.gather(k.transpose(1, 2))
-    shifts = (1 + torch.randperm(near.total - 1, generator=generator)[: config.loss.presence_images]).tolist()
-    loss = losses.presence_loss(q, k, token_ids, words, shifts, near.rows, part.sum)
+    q, k = layout.pad(q).transpose(1, 2), near.gather(k.transpose(1, 2))
+    loss = losses.presence_loss(q, k, mixed, swapped, token_ids, words, shifts, near.rows, part.sum)
     collages = collage_rows(config.loss.cuts, part.total)
     if not collages:
         return loss
@@ -218,8 +226,7 @@ def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, imag
     # Rows of the whole batch that each rank makes collages of, and their partners in the batch that negatives are from.
     own = [[n for n in collages if begin <= n < end] for begin, end in zip(part.bounds, part.bounds[1:], strict=False)]
     mine, begin, offset = own[part.group.rank], part.rows.start, part.rows.start - near.rows.start
-    shift = shifts[0] if shifts else 0  # a pair that is alone on its rank is its own partner, from whom no word tells it apart
-    partners = [[(n - offset + shift) % near.total for n in rows] for rows in (own if near is part else [mine])]
+    partners = [[(n - offset + shifts[0]) % near.total for n in rows] for rows in (own if near is part else [mine])]
     numbers = [n - begin for n in mine], partners[near.group.rank]
     at, their = (torch.tensor(rows, dtype=torch.int64).to(images.device, non_blocking=True) for rows in numbers)
     inside = random_rectangles(len(collages), model.image.grid, generator)[[collages.index(n) for n in mine]].to(images.device, non_blocking=True)
@@ -227,10 +234,9 @@ def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, imag
     pixels = torch.where(model.image.to_pixels(inside), batch.pixels[at], near.fetch(batch.pixels, partners))
     _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
     k = k[:, 1:].transpose(1, 2)
-    first_ids, first_words, second_ids, second_words = token_ids[near.rows][at], words[at], token_ids[their], near.gather(words)[their]
-    here, there = losses.only_here(first_ids, first_words, second_ids), losses.only_here(second_ids, second_words, first_ids)
-    ours, theirs = losses.collage_loss(q[at], k, inside, here, part.sum), losses.collage_loss(near.fetch(q, partners), k, ~inside, there, part.sum)
-    return loss + (ours + theirs) / 2
+    lacks_own, lacks_their = losses.lacking(mixed[at], token_ids[near.rows][at]), losses.lacking(mixed[at], token_ids[their])
+    return loss + losses.collage_loss(q[at], k, torch.where(swapped[at][:, :, None], ~inside[:, None], inside[:, None]),
+        words[at] & torch.where(swapped[at], lacks_own, lacks_their), part.sum)
 
 
 def _fusion_losses(

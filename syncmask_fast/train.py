@@ -53,6 +53,7 @@ from syncmask_fast.parts import share_batch_norms
 from syncmask_fast.pretrained import start_weights
 from syncmask_fast.safekeeping import CHECKPOINTS, save, save_model, stop_at_bad_batch, stop_on_signal, vocabulary_mark, where_to_go_on
 from syncmask_fast.step import Losses, make_teacher, training_losses, update_teacher
+from syncmask_fast.text_start import read_texts
 from syncmask_fast.undo import Undo
 
 LOOKBOOK = Path("data/lookbook")
@@ -194,6 +195,8 @@ def train(
         for report in start_weights(model):
             print(report)
     model.to(device)
+    if going_on is None and not known and config.text.mlm_steps and group.first:
+        read_texts(model, tokens, train_split.samples, config, use_bfloat16(config, device))
     group.copy_from_first([*model.parameters(), *model.buffers()])
     teacher = make_teacher(model)
     share_batch_norms(model, group)

@@ -28,9 +28,9 @@ STEPS, SAVED = 20, 5
 # second epoch's plan is made from features.
 SETTINGS = (
     "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
-    " --text.fusion-layers 2 --embed 16 --batch-size 16 --loss.queue 32 --loss.alpha 0.4 --loss.align 0.2 --mask.ramp 0.2 0.3 --optim.lr 1e-5"
-    f" --optim.muon-lr 1e-4 --precision float32 --steps {STEPS} --save-every {SAVED} --log-every 2 --threads 1 --device cpu --loader torchvision"
-    " --eval.holdout 0"
+    " --text.fusion-layers 2 --text.mlm-steps 2 --embed 16 --batch-size 16 --loss.queue 32 --loss.alpha 0.4 --loss.align 0.2"
+    f" --mask.ramp 0.2 0.3 --optim.lr 1e-5 --optim.muon-lr 1e-4 --precision float32 --steps {STEPS} --save-every {SAVED} --log-every 2"
+    " --threads 1 --device cpu --loader torchvision --eval.holdout 0"
 ).split()
 OBJECTIVES = {"loss", "loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_presence"}
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.losses import Queue, collage_loss, contrastive_loss, matching_loss, only_here, patch_loss, patch_pixels, presence_loss, word_loss
+from syncmask_fast.losses import Queue, collage_loss, contrastive_loss, lacking, matching_loss, patch_loss, patch_pixels, presence_loss, word_loss
 
 IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
 QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
@@ -144,12 +144,14 @@ def test_patch_pixels_and_loss(generator: torch.Generator):
     assert patch_loss(predicted, found).item() == pytest.approx(((predicted - found).double() ** 2).mean().item(), rel=1e-5)
 
 
-def test_presence_loss_is_that_of_a_plain_loop(generator: torch.Generator):
+@pytest.mark.parametrize("shifts", [[1, 2], [3], [2, 1, 3]])
+def test_presence_loss_is_that_of_a_plain_loop(shifts: list[int], generator: torch.Generator):
     b, h, t, p, d = 4, 2, 5, 3, 7
     q, k = torch.randn(b, h, t, d, generator=generator), torch.randn(b, h, 1 + p, d, generator=generator)
     token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3], [2, 11, 7, 3, 0], [2, 8, 8, 7, 3]])
+    swapped = torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
+    mixed = torch.where(swapped, token_ids.roll(-shifts[0], 0), token_ids)
     words = token_ids > 3
-    shifts = [1, 2]
 
     def surprise(n: int, image: int, word: int, shows: bool) -> float:
         value = 0.0
@@ -160,20 +162,25 @@ def test_presence_loss_is_that_of_a_plain_loop(generator: torch.Generator):
 
     values, shares = [], []
     for n, word in words.nonzero().tolist():
-        others = [(n + shift) % b for shift in shifts]
-        lacking = [other for other in others if token_ids[n, word] not in token_ids[other]]
-        label = (1 + len(lacking) / 2) / 2
-        value = label * surprise(n, n, word, True) + (1 - label) * surprise(n, n, word, False)
-        values.append(value + sum(surprise(n, other, word, False) for other in lacking) / 2)
-        shares.append(len(lacking) / 2)
-    assert set(shares) == {0, 0.5, 1}
-    assert presence_loss(q, k, token_ids, words, shifts).item() == pytest.approx(sum(values) / sum(1 + share for share in shares), rel=1e-5)
+        pair = [n, (n + shifts[0]) % b]
+        home, against = reversed(pair) if swapped[n, word] else pair
+        further = [(n + shift) % b for shift in shifts[1:]]
+        compared = {against: 0.5 if further else 1.0} | {image: 0.5 / len(further) for image in further}
+        lacking = {image: weight for image, weight in compared.items() if mixed[n, word] not in token_ids[image]}
+        share = sum(lacking.values())
+        label = (1 + share) / 2
+        value = label * surprise(n, home, word, True) + (1 - label) * surprise(n, home, word, False)
+        values.append(value + sum(weight * surprise(n, image, word, False) for image, weight in lacking.items()))
+        shares.append(share)
+    assert {0, 1} <= set(shares)
+    found = presence_loss(q, k, mixed, swapped, token_ids, words, shifts).item()
+    assert found == pytest.approx(sum(values) / sum(1 + share for share in shares), rel=1e-5)
 
 
 def test_presence_loss_without_another_image(generator: torch.Generator):
     q, k = torch.randn(1, 1, 3, 4, generator=generator), torch.randn(1, 1, 3, 4, generator=generator)
-    loss = presence_loss(q, k, torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]]), [])
-    assert loss.isfinite()
+    token_ids, words = torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]])
+    assert presence_loss(q, k, token_ids, torch.zeros_like(words), token_ids, words, [0]).isfinite()
 
 
 def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
@@ -183,10 +190,12 @@ def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
     with torch.no_grad():
         log_odds += torch.linspace(-3, 3, 9)
     q = torch.ones(4, 1, 4, 1)
+    swapped = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    mixed = torch.where(swapped, token_ids.roll(-1, 0), token_ids)
     descent = torch.optim.SGD([log_odds], lr=4.0)
     for _ in range(200):
         k = torch.stack([torch.zeros(4, 1, 1), torch.ones(4, 1, 1)], 2)
-        loss = presence_loss(q * log_odds[token_ids][:, None, :, None], k, token_ids, token_ids > 3, [1, 2, 3])
+        loss = presence_loss(q * log_odds[mixed][:, None, :, None], k, mixed, swapped, token_ids, token_ids > 3, [1, 2, 3])
         descent.zero_grad()
         loss.backward()
         descent.step()
@@ -197,16 +206,16 @@ def test_collage_loss_is_that_of_a_plain_loop(generator: torch.Generator):
     m, h, t, p, d = 3, 2, 4, 6, 5
     q, k = torch.randn(m, h, t, d, generator=generator), torch.randn(m, h, p, d, generator=generator)
     own = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    own = torch.stack([own, ~own, own, ~own], 1)
     words = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
     values = []
     for n, i in words.nonzero().tolist():
         weights = [(q[n, g, i].double() @ k[n, g].double().T / d**0.5).softmax(0) for g in range(h)]
-        values.append(-sum(math.log(w[own[n]].sum()) for w in weights) / h)
+        values.append(-sum(math.log(w[own[n, i]].sum()) for w in weights) / h)
     assert collage_loss(q, k, own, words).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
-def test_only_here():
+def test_lacking():
     token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3]])
-    words = token_ids > 3
-    assert only_here(token_ids, words, token_ids.flip(0)).tolist() == [[False, False, True, False, False], [False, False, True, True, False]]
-    assert not only_here(token_ids, words, token_ids).any()
+    assert lacking(token_ids, token_ids.flip(0)).tolist() == [[False, False, True, False, True], [False, False, True, True, False]]
+    assert not lacking(token_ids, token_ids).any()

@@ -29,7 +29,7 @@ LAYERS = [
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},
     {"step"},
-    {"flops", "log", "evaluate"},
+    {"flops", "log", "evaluate", "text_start"},
     {"epochs", "examples", "safekeeping"},
     {"train", "pack", "search"},
     {"finetune"},

@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 BATCH = 16
 SMALL = (
     "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
-    f" --text.fusion-layers 2 --embed 16 --batch-size {BATCH} --loss.queue 32 --save-every 3 --log-every 2 --threads 1 --device cpu"
+    f" --text.fusion-layers 2 --text.mlm-steps 2 --embed 16 --batch-size {BATCH} --loss.queue 32"
+    " --save-every 3 --log-every 2 --threads 1 --device cpu"
 ).split()
 SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
 KEYS = {"step", "epoch", *(SPEED - {"plan_s"}), "lr", "loss", "loss_itc", "loss_presence"}

@@ -228,6 +228,10 @@ class TokenCache:
         places = np.repeat(starts - cu_seqlens[:-1], self.lengths[samples]) + np.arange(cu_seqlens[-1])
         return self._ids[places].astype(np.int64), cu_seqlens
 
+    def distinct(self, samples: np.ndarray) -> np.ndarray:
+        """int64 [D]: one of the samples for each different text among them."""
+        return samples[np.unique(self._index[samples], return_index=True)[1]]
+
     def _range(self, i: int) -> slice:
         text = self._index[i]
         return slice(int(self._offsets[text]), int(self._offsets[text + 1]))

@@ -21,8 +21,9 @@ from tests.helpers import SPEED
 
 SMALL = [
     "tiny", "--image.size", "48", "--image.patch", "16", "--image.width", "32", "--image.depth", "2", "--image.heads", "2", "--text.width", "32",
-    "--text.heads", "2", "--text.layers", "1", "--text.fusion-layers", "2", "--embed", "16", "--batch-size", "16", "--loss.queue", "32",
-    "--loss.align", "0.2", "--mask.ramp", "0.2", "0.6", "--eval.draws", "1", "--log-every", "2", "--threads", "1", "--device", "cpu",
+    "--text.heads", "2", "--text.layers", "1", "--text.fusion-layers", "2", "--text.mlm-steps", "2", "--embed", "16", "--batch-size", "16",
+    "--loss.queue", "32", "--loss.align", "0.2", "--mask.ramp", "0.2", "0.6", "--eval.draws", "1", "--log-every", "2", "--threads", "1",
+    "--device", "cpu",
 ]  # fmt: skip
 MOMENTS = ("while starting", "within a step", "within a checkpoint")
 

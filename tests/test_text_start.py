@@ -1,0 +1,90 @@
+"""MLM on the texts alone: what it changes, what it leaves, that it learns, and when a run does it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from syncmask_fast.attention import Layout
+from syncmask_fast.data.text import TokenCache
+from syncmask_fast.losses import word_loss
+from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.text_start import read_texts
+from syncmask_fast.train import main
+from tests.helpers import small_config, small_lookbook, small_tokenizer
+from tests.test_step import small_model
+from tests.test_train import SIX, SMALL
+
+
+def templates(count: int) -> list[str]:
+    """Texts in which the word before the last tells the last one."""
+    rng = np.random.default_rng(0)
+    pairs = {"dress": "star", "coat": "moon", "skirt": "zip", "bag": "pocket"}
+    return [f"{rng.choice(['red', 'navy', 'green'])} {rng.choice(['cotton', 'wool'])} {thing} with {pairs[thing]}"
+            for thing in rng.choice(list(pairs), count)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+    return TokenCache.open(tmp_path_factory.mktemp("texts"), small_tokenizer(), templates(60), 24)
+
+
+@torch.no_grad()
+def last_word_loss(model: SyncMaskModel, tokens: TokenCache) -> float:
+    """Nats of the last words, which are masked."""
+    ids, starts = tokens.gather(np.arange(len(tokens)))
+    token_ids, layout = torch.from_numpy(ids), Layout.of(np.diff(starts).tolist(), "cpu")
+    at = layout.starts[1:].long() - 2
+    masked = token_ids.index_fill(0, at, model.mask_id)
+    read = model.fusion.read(model.text(masked, layout), layout)
+    return float(word_loss(model.word_head(read[at], model.text.words.weight), token_ids[at]))
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_it_learns_what_the_other_words_tell(texts: TokenCache, bfloat16: bool, capsys: pytest.CaptureFixture[str]):
+    config = small_config(batch_size=16)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, mlm_steps=150), optim=dataclasses.replace(config.optim, muon_lr=0.01))
+    model = small_model(config)
+    before, start = copy.deepcopy(model.state_dict()), last_word_loss(model, texts)
+    read_texts(model, texts, np.arange(len(texts)), config, bfloat16)
+    assert start > np.log(4)
+    assert last_word_loss(model, texts) < 0.7  # one of four words by frequency alone: 1.39
+    assert "150 steps" in capsys.readouterr().out
+    kept = ("image.", "image_proj", "text_proj", "match_head", "patch_head", "log_temperature")
+    for name, value in model.state_dict().items():
+        same = torch.equal(value, before[name])
+        if name.startswith(kept) or ".cross." in name:
+            assert same, name
+        elif name.endswith("weight"):
+            assert not same, name
+
+
+def test_it_reads_each_text_of_the_given_samples_and_no_other(tmp_path: Path):
+    tokens = TokenCache.open(tmp_path, small_tokenizer(), ["red bag", "navy coat", "red bag", "green skirt", "navy coat"], 24)
+    assert sorted(tokens.distinct(np.array([0, 1, 2, 4]))) == [0, 1]
+    assert tokens.distinct(np.array([4, 2])).tolist() in ([4, 2], [2, 4])
+    model = small_model(small_config())
+    green = small_tokenizer().token_to_id("green")
+    config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, mlm_steps=1))
+    read_texts(model, tokens, np.array([0, 1, 2]), config)
+    red = small_tokenizer().token_to_id("red")
+    assert model.word_head.bias[red] > model.word_head.bias[green] + 0.5  # its frequency among what was read
+
+
+def test_a_run_reads_once_and_the_same_each_time(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]):
+    flags = ["tiny", *SMALL, *SIX, "--data", str(small_lookbook(tmp_path_factory))]
+    losses = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        main([*flags, "--out", str(out)])
+        assert capsys.readouterr().out.count("text alone: MLM") == 1
+        losses.append((out / "metrics.jsonl").read_text().splitlines()[0].split('"loss": ')[1].split(",")[0])
+    assert losses[0] == losses[1]
+    main([*flags, "--out", str(tmp_path / "a")])  # finished: nothing is read anew
+    main([*flags, "--out", str(tmp_path / "c"), "--weights", str(tmp_path / "a" / "model")])
+    main([*flags, "--out", str(tmp_path / "d"), "--text.mlm-steps", "0"])
+    assert "text alone" not in capsys.readouterr().out

@@ -93,6 +93,11 @@ def _lift(name: str, key: str) -> Column:
     return Column(name, lambda results: results[f"{key}/precision"] / results[f"{key}/shuffled"] if results.get(f"{key}/shuffled") else None)
 
 
+def _picture_gain(results: Results) -> float | None:
+    right, other = (results.get(f"mlm/words-in-view/{name}") for name in ("nats", "nats-with-another-picture"))
+    return None if right is None or other is None else other - right
+
+
 COLUMNS = (
     _metric("retrieval R@1, 101 candidates", "retrieval/mean/101-candidate/R@1"),
     _metric("retrieval R@10, 101 candidates", "retrieval/mean/101-candidate/R@10"),
@@ -102,6 +107,7 @@ COLUMNS = (
     _metric("category accuracy, image", "category/image/accuracy"),
     _metric("subcategory accuracy, image+text", "subcategory/image+text/accuracy"),
     _metric("subcategory accuracy, image", "subcategory/image/accuracy"),
+    Column("nats that the picture saves at masked words in view", _picture_gain),
     _metric("words AUC", "sync/words/auc"),
     _lift("words in view, times shuffled", "sync/words"),
     _lift("patches on target, times shuffled", "sync/patches"),

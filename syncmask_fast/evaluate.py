@@ -23,9 +23,10 @@ from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_evaluation
 from syncmask_fast.data.text import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
-from syncmask_fast.encoders import pack_by_image
+from syncmask_fast.encoders import pack_by_image, pack_pairs
 from syncmask_fast.errors import UserError, run_command
-from syncmask_fast.masking import Masks, sync_masks
+from syncmask_fast.losses import word_loss
+from syncmask_fast.masking import Masks, count, sync_masks
 from syncmask_fast.model import SyncMaskModel
 
 BATCH = 128
@@ -262,6 +263,35 @@ def evaluate_sync(model: SyncMaskModel, data: SyncData) -> dict[str, float]:
     return {f"sync/{name}": value for name, value in sync.sync_metrics(data.truths, masks, data.partner).items()}
 
 
+@torch.inference_mode()
+def evaluate_reading(model: SyncMaskModel, data: SyncData) -> dict[str, float]:
+    """MLM at masked words that the picture shows: nats a word, with the right picture and with that of another sample (`SyncData.partner`).
+
+    Of each text `token_ratio` of the words are masked, as in training, or all that are in view where they are fewer. What the other picture costs
+    beyond the right one is what the model reads off pictures; the rest is told by the other words.
+    """
+    truths, rng = dict(zip(data.samples.tolist(), data.truths, strict=True)), np.random.default_rng(0)
+    nats, words = np.zeros(2), 0
+    shown, others = (evaluation_batches(data.split, data.tokens, model.config, model.device, at) for at in (data.samples, data.samples[data.partner]))
+    for batch, other in zip(shown, others, strict=True):
+        if not torch.equal(batch.positions, other.positions):
+            raise UserError(f"{data.split.index.folder} has images that cannot be read: mend or remove them first.")
+        masks = []
+        for sample in batch.samples.tolist():
+            visible = truths[sample].visible
+            masks.append(np.zeros(len(visible) + 2, bool))
+            masks[-1][1 + rng.permutation(np.flatnonzero(visible))[: count(model.config.mask.token_ratio, len(visible))]] = True
+        hidden = torch.from_numpy(np.concatenate(masks)).to(model.device)
+        layout, at = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), hidden.nonzero()[:, 0]
+        text, pack = model.text(batch.token_ids.masked_fill(hidden, model.mask_id), layout), pack_pairs(layout)
+        for number, pixels in enumerate((batch.pixels, other.pixels)):
+            fused = model.fusion(text, pack, model.image(pixels))[at]
+            nats[number] += float(word_loss(model.word_head(fused, model.text.words.weight), batch.token_ids[at])) * len(at)
+        words += len(at)
+    names = ("mlm/words-in-view/nats", "mlm/words-in-view/nats-with-another-picture")
+    return dict(zip(names, (nats / max(words, 1)).tolist(), strict=True))
+
+
 def compare_rules(model: SyncMaskModel, data: SyncData) -> list[dict[str, float | str | int]]:
     """The synchrony of every word rule and every patch rule in every fusion layer: a row for each layer and pair of rules."""
     from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
@@ -350,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = SyncData.of(split, tokens, model.config.image.size // model.config.image.patch)
         if data is None:
             raise UserError(f"{command.data} has no attributes in its records: synchrony needs drawn truth, such as the lookbook's.")
-        results = compare_rules(model, data) if command.every_rule else evaluate_sync(model, data)
+        results = compare_rules(model, data) if command.every_rule else evaluate_sync(model, data) | evaluate_reading(model, data)
     if isinstance(results, dict):
         print_results(results)
     else:

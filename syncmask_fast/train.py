@@ -42,7 +42,7 @@ from syncmask_fast.distributed import (
 from syncmask_fast.durable import write_json
 from syncmask_fast.epochs import epochs_of_batches, plan
 from syncmask_fast.errors import UserError, run_command
-from syncmask_fast.evaluate import SyncData, choose_device, evaluate_retrieval, evaluate_sync, print_results
+from syncmask_fast.evaluate import SyncData, choose_device, evaluate_reading, evaluate_retrieval, evaluate_sync, print_results
 from syncmask_fast.flops import peak_flops, step_flops
 from syncmask_fast.log import MetricsLog
 from syncmask_fast.losses import Queue
@@ -388,7 +388,7 @@ def finish(config: TrainConfig, out: Path, device: torch.device, eval_split: Spl
         results |= evaluate_retrieval(model, eval_split, tokens)
         truth = SyncData.of(eval_split, tokens, model.config.image.size // model.config.image.patch)
         if truth is not None:
-            results |= evaluate_sync(model, truth)
+            results |= evaluate_sync(model, truth) | evaluate_reading(model, truth)
         print_results(results)
     results = {name: value for name, value in results.items() if not math.isnan(value)}  # what could not be measured is left out
     write_json(out / "results.json", results)

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from syncmask_fast import retrieval
+from syncmask_fast.attention import Layout
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.splits import open_evaluation
 from syncmask_fast.data.text import TokenCache, train_tokenizer
+from syncmask_fast.encoders import pack_pairs
 from syncmask_fast.errors import UserError
-from syncmask_fast.evaluate import SyncData, embed, evaluate_sync, main, match_scores, teacher_masks
+from syncmask_fast.evaluate import SyncData, embed, evaluate_reading, evaluate_sync, main, match_scores, teacher_masks
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
 from tests.helpers import small_config, small_lookbook
@@ -100,7 +102,31 @@ def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
         assert 0 < results[f"sync/{name}"] < 100
     assert 35 < results["sync/words/auc"] < 65  # of an untrained model
     model, split, tokens = opened
-    assert evaluate_sync(model, SyncData.of(split, tokens, 4)) == pytest.approx(results)
+    truth = SyncData.of(split, tokens, 4)
+    assert evaluate_sync(model, truth) | evaluate_reading(model, truth) == pytest.approx(results)
+
+
+def test_reading_is_the_loss_of_words_in_view_with_either_picture(opened):
+    """Sample by sample through the model's own parts."""
+    model, split, tokens = opened
+    data, rng, nats = SyncData.of(split, tokens, 4, 40), np.random.default_rng(0), []
+    size, ratio = model.config.image.size, model.config.mask.token_ratio
+    for n, i in enumerate(data.samples):
+        visible = data.truths[n].visible
+        at = 1 + rng.permutation(np.flatnonzero(visible))[: max(1, int(ratio * len(visible) + 0.5))]
+        token_ids = torch.from_numpy(tokens.ids(i).astype(np.int64))
+        layout = Layout.of([len(token_ids)], "cpu")
+        text = model.text(token_ids.index_fill(0, torch.from_numpy(at), model.mask_id), layout)
+        for shown in (i, data.samples[data.partner[n]]):
+            pixels = torch.from_numpy(decode_image(split.index.jpeg(shown), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            fused = model.fusion(text, pack_pairs(layout), model.image(pixels))
+            chances = model.word_head(fused, model.text.words.weight).double().log_softmax(-1)
+            nats += [(n, shown == i, -chances[at[j], token_ids[at[j]]].item()) for j in range(len(at))]
+    found = evaluate_reading(model, data)
+    for name, right in (("nats", True), ("nats-with-another-picture", False)):
+        assert found[f"mlm/words-in-view/{name}"] == pytest.approx(np.mean([value for _, which, value in nats if which == right]), rel=1e-3)
+    assert len({round(value, 6) for value in found.values()}) == 2
+    assert not np.array_equal(data.samples, data.samples[data.partner])
 
 
 def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):

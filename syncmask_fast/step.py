@@ -234,9 +234,9 @@ def _presence_loss(model: SyncMaskModel, config: TrainConfig, batch: Batch, imag
     pixels = torch.where(model.image.to_pixels(inside), batch.pixels[at], near.fetch(batch.pixels, partners))
     _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
     k = k[:, 1:].transpose(1, 2)
-    lacks_own, lacks_their = losses.lacking(mixed[at], token_ids[near.rows][at]), losses.lacking(mixed[at], token_ids[their])
-    return loss + losses.collage_loss(q[at], k, torch.where(swapped[at][:, :, None], ~inside[:, None], inside[:, None]),
-        words[at] & torch.where(swapped[at], lacks_own, lacks_their), part.sum)
+    lacks_first, lacks_second = (losses.lacking(mixed[at], ids) for ids in (token_ids[near.rows][at], token_ids[their]))
+    telling = words[at] & torch.where(swapped[at], lacks_first, lacks_second)
+    return loss + losses.collage_loss(q[at], k, swapped[at][:, :, None] ^ inside[:, None], telling, part.sum)
 
 
 def _fusion_losses(

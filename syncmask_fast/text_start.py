@@ -33,15 +33,15 @@ def read_texts(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray, co
     rng = np.random.default_rng([config.seed, len(texts)])
     generator = torch.Generator(device).manual_seed(config.seed)
     mask = dataclasses.replace(config.mask, token_ratio=TOKEN_RATIO)
-    steps, queue, losses = config.text.mlm_steps, np.empty(0, np.int64), []
+    steps, left, losses = config.text.mlm_steps, np.empty(0, np.int64), []
     counts = np.bincount(tokens.gather(texts)[0], minlength=config.text.vocabulary)
     with torch.no_grad():  # nothing is learnt sooner than how frequent words are
         model.word_head.bias.copy_(torch.from_numpy(np.log((counts + 1) / (counts + 1).sum())))
     optimizer = make_optimizer(model, config.optim)
     for step in range(steps):
-        if len(queue) < size:
-            queue = np.concatenate([queue, rng.permutation(texts)])
-        batch, queue = queue[:size], queue[size:]
+        if len(left) < size:
+            left = np.concatenate([left, rng.permutation(texts)])
+        batch, left = left[:size], left[size:]
         ids, starts = tokens.gather(batch)
         layout = Layout.of(np.diff(starts).tolist(), device)
         token_ids = torch.from_numpy(ids).to(device)

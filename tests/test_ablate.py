@@ -52,6 +52,13 @@ def test_table_has_mean_and_spread():
     assert [row["seeds"] for row in rows] == ["3", "1"]
 
 
+def test_what_the_picture_saves_is_a_difference_of_nats():
+    name = "nats that the picture saves at masked words in view"
+    losses = {"mlm/words-in-view/nats": 2.5, "mlm/words-in-view/nats-with-another-picture": 3.25}
+    assert table({("random", "hard", 0): losses})[0][name] == "0.75"
+    assert name not in table({("random", "hard", 0): {"mlm/words-in-view/nats": 2.5}})[0]
+
+
 def test_every_rule_is_in_the_grid():
     grid = Ablation(every_rule=True)
     assert grid.maskings("random") == ["random", "sync"]

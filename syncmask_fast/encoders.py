@@ -297,7 +297,7 @@ class FusionEncoder(nn.Module):
         return run_blocks(self.layers, x, pack, images, checkpointing=self.checkpointing)
 
     def read(self, x: Tensor, layout: Layout) -> Tensor:
-        """[T, C] features of packed text features x [T, C] without any image: computed as by a BERT: no cross-attention."""
+        """[T, C] features of packed text features x [T, C] without any image, as a BERT computes them: no cross-attention."""
         layout.prepare()
         for layer in self.layers:
             x = layer.feed_forward(layer.attention(x, layout))

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from syncmask_fast import train
+from syncmask_fast import step, train
 from syncmask_fast.checkpoint import TrainState
 from syncmask_fast.errors import UserError
 from syncmask_fast.train import main, one_step
@@ -39,8 +39,11 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("masking", "presence", "stem", "mim_copy"), CASES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "huge"])
-def test_a_step_that_is_not_finite_changes_nothing(masking: str, presence: float, stem: str, mim_copy: str, bad: str):
-    """Not finite from the picture on, or in the gradient alone; without asking the device."""
+def test_a_step_that_is_not_finite_changes_nothing(
+    masking: str, presence: float, stem: str, mim_copy: str, bad: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Not finite from the picture on, or in the gradient alone; the way that CUDA takes, without asking the device."""
+    monkeypatch.setattr(step, "takes_packed", lambda device: True)
     config = config_of(masking, presence, stem, mim_copy)
     state = state_of(config, torch.device("cpu"))
     one_step(config, state, iter([small_batch(config, seed=3)]), 100, 1)  # so that the optimiser has a state
@@ -92,9 +95,9 @@ def test_a_good_step_is_the_one_of_before():
     plain.optimizer = train.make_optimizer(plain.model, config.optim)
     for seed in (1, 2):
         one_step(config, guarded, iter([small_batch(config, seed=seed)]), 100, 1)
-    step, teach = type(plain.optimizer).step, train.update_teacher
+    update, teach = type(plain.optimizer).step, train.update_teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(plain.optimizer), "step", lambda self, finite: step(self))
+        patch.setattr(type(plain.optimizer), "step", lambda self, finite: update(self))
         patch.setattr(train, "update_teacher", lambda *arguments: teach(*arguments[:4]))
         for seed in (1, 2):
             one_step(config, plain, iter([small_batch(config, seed=seed)]), 100, 1)

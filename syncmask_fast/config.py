@@ -305,7 +305,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "What two CPU cores train in minutes.",
         TrainConfig(
             preset="tiny",
-            steps=480,
+            steps=420,
             batch_size=64,
             embed=128,
             image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),

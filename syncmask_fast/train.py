@@ -195,7 +195,7 @@ def train(
         for report in start_weights(model):
             print(report)
     model.to(device)
-    if going_on is None and not known and config.text.mlm_steps and group.first:
+    if going_on is None and not (known or config.weights) and config.text.mlm_steps and group.first:
         read_texts(model, tokens, train_split.samples, config, use_bfloat16(config, device))
     group.copy_from_first([*model.parameters(), *model.buffers()])
     teacher = make_teacher(model)

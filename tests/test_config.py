@@ -77,6 +77,7 @@ def test_unknown_setting_is_named():
         ("--mask.layer", 7),
         ("--text.max-tokens", 2),
         ("--loss.queue", -1),
+        ("--text.mlm-steps", -1),
         ("--mask.ramp", (0.5, 0.2)),
         ("--mask.ramp", (-0.1, 0.2)),
         ("--mask.ramp", (0.5, 1.2)),

@@ -15,6 +15,25 @@ INLINE Lanes load(const float* from) {
 
 INLINE void store(float* to, Lanes x) { __builtin_memcpy(to, &x, sizeof x); }
 
+INLINE Lanes higher(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is NaN
+
+// exp(x) for x <= 0 to 1e-7 of its value, NaN for NaN, and 0 below e^-78 (1e-34): divided by a sum of up to
+// thousands it would be a denormal number, which processors are slow with. After Cephes' expf.
+INLINE Lanes exp_of_negative(Lanes x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Lanes shifted = x * 1.44269504088896341f + kRound;
+  const Lanes n = shifted - kRound;
+  const Lanes f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Lanes y = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * (f * f) + f + 1.0f;
+  const Ints power = ((Ints)shifted + 127) << 23;  // the integer in the low bits as an exponent
+  return x < -78.0f ? Lanes{} : y * (Lanes)power;
+}
+
 // Elements of a0 b0 a1 b1 ...: of the lower halves, of the upper halves.
 template <int... i>
 INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high, std::integer_sequence<int, i...>) {

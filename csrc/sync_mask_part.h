@@ -11,25 +11,6 @@
 constexpr int kVectors = SYNCMASK_VECTORS;
 constexpr int kSums = SYNCMASK_SUMS;
 
-INLINE Lanes higher(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is NaN
-
-// exp(x) for x <= 0 to 1e-7 of its value, NaN for NaN, and 0 below e^-78 (1e-34): divided by a sum of up to
-// thousands it would be a denormal number, which processors are slow with. After Cephes' expf.
-INLINE Lanes exp_of_negative(Lanes x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Lanes shifted = x * 1.44269504088896341f + kRound;
-  const Lanes n = shifted - kRound;
-  const Lanes f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Lanes y = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * f + 8.3334519073e-3f;
-  y = y * f + 4.1665795894e-2f;
-  y = y * f + 1.6666665459e-1f;
-  y = y * f + 5.0000001201e-1f;
-  y = y * (f * f) + f + 1.0f;
-  const Ints power = ((Ints)shifted + 127) << 23;  // the integer in the low bits as an exponent
-  return x < -78.0f ? Lanes{} : y * (Lanes)power;
-}
-
 // Lane i of the result: the sum or the maximum over the lanes of x[i], in one tree for every i.
 template <bool kMaximum>
 INLINE Lanes reduce(Lanes (&x)[kLanes]) {

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function; on CUDA the fastest of xformers and PyTorch's `varlen_attn`, on the CPU PyTorch's SDPA.
+"""Attention over packed sequences: one function; on CUDA the fastest of xformers and PyTorch's `varlen_attn`, on the CPU our kernel, or PyTorch's SDPA.
 
 Tokens of many sequences lie behind each other in one [total, ...] tensor. A `Layout` says where each sequence begins. Sequences of one
 length may stay dense, [N, L, ...], and then need no layout.
@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from syncmask_fast.kernels import packed_attention as ours
 
 
 class Layout:
@@ -103,7 +105,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k
     runs:     what `attention_kind` names.
     compiled: on the CPU with what is around it, if `Layout.prepare` came before; on CUDA the graph breaks here.
     """
-    return _attention_cuda(q, k, v, q_layout, k_layout) if q.is_cuda else _attention_padded(q, k, v, q_layout, k_layout)
+    if q.is_cuda:
+        return _attention_cuda(q, k, v, q_layout, k_layout)
+    if attention_kind(q.device, q.dtype) == "padded" or (k_layout is not None and k_layout.gaps):
+        return _attention_padded(q, k, v, q_layout, k_layout)
+    return _attention_packed(q, k, v, q_layout, k_layout)
+
+
+def _attention_packed(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
+    one = [x if layout is not None else x.flatten(0, 1) for x, layout in ((q, q_layout), (k, k_layout), (v, k_layout))]
+    starts = [layout.starts if layout is not None else _dense_starts(len(x), x.shape[1], x.device) for x, layout in ((q, q_layout), (k, k_layout))]
+    return ours.packed_attention(*one, *starts).view(q.shape)
 
 
 @torch.compiler.disable  # the blocks around it are compiled, not the choice of the kernel
@@ -120,19 +132,20 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, 
     if k_layout is not None:
         k, v = k_layout.pad(k), v if v is k else k_layout.pad(v)
     with torch.autocast(q.device.type, enabled=False):
-        # PyTorch's CPU attention is nine times slower in bfloat16.
+        # PyTorch's CPU attention is nine times as slow in bfloat16.
         heads_first = ((x if q.is_cuda else x.float()).transpose(1, 2) for x in (q_dense, k, v))
         out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).to(q.dtype)
     return out if q_layout is None else q_layout.unpad(out)
 
 
 def attention_kind(device: torch.device, dtype: torch.dtype) -> str:
-    """What attention in `dtype` runs on: "xformers" or "varlen" (packed as they are), the faster of those that work here, or "padded" (SDPA).
+    """What attention in `dtype` runs on: "packed" (our kernel, on the CPU alone), "xformers" or "varlen" (the faster of those that work here), or
+    "padded" (SDPA).
 
     On CUDA the first call in a dtype tries them, which takes some milliseconds and waits for the device.
     """
     if device.type != "cuda":
-        return "padded"
+        return "packed" if dtype in ours.DTYPES and ours.runs_here() else "padded"
     if dtype not in _chosen:
         seconds = {kind: _seconds(run, device, dtype) for kind, run in _PACKED.items()}
         best = min(seconds, key=lambda kind: seconds[kind])
@@ -141,9 +154,10 @@ def attention_kind(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def takes_packed(device: torch.device) -> bool:
-    """Whether attention, in the precision of now, takes packed sequences as they are; otherwise it pads, and the host must know their lengths."""
+    """Whether to leave the rows of packed sequences unknown to the host: on CUDA, where reading them back would wait, unless attention pads."""
     autocast = torch.is_autocast_enabled(device.type)
-    return attention_kind(device, torch.get_autocast_dtype(device.type) if autocast else torch.float32) != "padded"
+    dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+    return device.type == "cuda" and attention_kind(device, dtype) != "padded"
 
 
 def block_diagonal_mask(blocks: int, q_layout: Layout | int, k_layout: Layout | int):

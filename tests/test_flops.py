@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from syncmask_fast.attention import Layout
 from syncmask_fast.flops import peak_flops, step_flops
@@ -14,6 +14,18 @@ from syncmask_fast.losses import Queue
 from syncmask_fast.step import make_teacher, training_losses
 from tests.helpers import small_batch, small_config
 from tests.test_step import SEED, small_model
+
+
+@register_flop_formula(torch.ops.syncmask.packed_attention, get_raw=True)
+def attention_flops(q, k, v, q_starts, k_starts, *scale, out_val=None) -> int:
+    """q k^T, and the weights times v."""
+    return 4 * int((q_starts.diff() * k_starts.diff()).sum()) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(torch.ops.syncmask.packed_attention_backward, get_raw=True)
+def attention_backward_flops(grad, q, k, v, out, log_sums, q_starts, k_starts, *scale, out_val=None) -> int:
+    """Two products for each of the forward pass; what is computed again does not count."""
+    return 2 * attention_flops(q, k, v, q_starts, k_starts)
 
 
 @pytest.mark.parametrize("fuse", [True, False])

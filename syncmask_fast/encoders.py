@@ -34,6 +34,13 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, checkpo
     return x
 
 
+def in_working_precision(x: Tensor) -> Tensor:
+    """On the CPU, x in the dtype of autocast where it is on, so that residuals and norms stay in it and nothing is converted back and forth between
+    layers. (CUDA's autocast has norms in float32 whatever they are given.)"""
+    on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if on else x
+
+
 class ImageAttention(timm.layers.Attention):
     """timm's self-attention, through our attention function."""
 
@@ -81,7 +88,7 @@ class ImageEncoder(nn.Module):
         returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
         """
         if patch_mask is None:
-            patches = self.vit.patch_embed(pixels)
+            patches = self._embed(pixels)
         else:
             patches, masked = self._embed_with_copy(pixels, patch_mask)
             patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
@@ -105,15 +112,19 @@ class ImageEncoder(nn.Module):
     def _embed_with_copy(self, pixels: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Patches [B, P, C] of images, and of their masked copies, in which the visible patches show nothing of the masked ones."""
         if not self.conv_stem:
-            patches = self.vit.patch_embed(pixels)
+            patches = self._embed(pixels)
             return patches, patches
         # Its convolutions look beyond a patch: what is hidden is taken out of the picture.
-        return self.vit.patch_embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
+        return self._embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """[B, P, C]; several convolutions are about twice as fast on pixels whose channels lie side by side."""
+        return self.vit.patch_embed(pixels.contiguous(memory_format=torch.channels_last) if self.conv_stem else pixels)
 
     def _run(self, x: Tensor) -> Tensor:
         """The blocks on embedded patches behind their [CLS] and registers; leaves the registers out."""
         vit = self.vit
-        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(x), checkpointing=self.checkpointing))
+        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(in_working_precision(x)), checkpointing=self.checkpointing))
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
@@ -222,7 +233,7 @@ class TextEncoder(nn.Module):
     def forward(self, token_ids: Tensor, layout: Layout) -> Tensor:
         """[T, C] features of packed token ids [T]."""
         layout.prepare()
-        x = self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type)
+        x = in_working_precision(self.norm(self.words(token_ids) + self.positions(layout.position) + self.token_type))
         return run_blocks(self.layers, x, layout, checkpointing=self.checkpointing)
 
 

@@ -2,33 +2,37 @@
 
 Each way is a switch of `Ways`. With all of them off this is the trainer's step; with one on, that step with one idea taken out of it; with all
 on, what someone gets who follows the papers. With the same masks and negatives the losses are the same for any switches
-(`tests/test_baseline.py`). Left as the trainer has them: attention itself (PyTorch's fused one), the loss of the contrastive queue, Muon, and no
-dropout, so that the comparison is rather too kind to the baseline.
+(`tests/test_baseline.py`), but for dropout, which is random. Left as the trainer has them: the loss of the contrastive queue, and Muon.
 
 Shape letters: B pairs, L tokens of the longest text, T tokens of all texts, P patches, C width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncmask_fast import losses, ops
-from syncmask_fast.attention import Layout, attention
+from syncmask_fast import encoders, losses, ops
+from syncmask_fast.attention import Layout, attention_padded
 from syncmask_fast.checkpoint import TrainState
 from syncmask_fast.config import OptimConfig, TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.encoders import FusionPack, pack_by_image, pack_pairs
+from syncmask_fast.encoders import CrossAttention, FeedForward, FusionPack, SelfAttention, pack_by_image, pack_pairs
 from syncmask_fast.kernels.sync_mask import _patch_score_of_head, _token_score_of_head
 from syncmask_fast.masking import Masks, _highest, blend, count, maskable, random_masks
 from syncmask_fast.model import SyncMaskModel
 from syncmask_fast.optimizer import Optimizer, make_optimizer
 from syncmask_fast.step import Losses, Momentum, _mim_target, _presence_loss, draw_negatives, update_teacher
 from syncmask_fast.train import use_bfloat16
+
+DROPOUT = 0.1  # of BERT's attention weights, and of what its attention and feed-forward give; ALBEF keeps both
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,59 @@ class Ways:
     """The teacher moves parameter by parameter."""
     plain_adamw: bool = False
     """AdamW as it comes, neither fused nor told to be."""
+    fused_attention: bool = False
+    """PyTorch's attention, for which texts are padded and all is float32, instead of our kernel on the CPU."""
+    written_attention: bool = False
+    """Attention written out, padded: scores, softmax, and weights times values, each a tensor."""
+    dropout: bool = False
+    """BERT's dropout in the student's text and fusion layers."""
+    wide_residuals: bool = False
+    """Autocast as it comes: residuals and norms in float32, converted for each product."""
+    planar_pixels: bool = False
+    """A convolutional stem on pixels whose channels lie one after the other."""
     float32: bool = False
     """No autocast on CUDA, nor on a CPU where the trainer takes bfloat16."""
 
     @classmethod
     def all(cls) -> Ways:
         return cls(*(True for _ in dataclasses.fields(cls)))
+
+
+@contextlib.contextmanager
+def parents_layers(model: SyncMaskModel, ways: Ways) -> Iterator[None]:
+    """The model's layers compute in these ways."""
+    with contextlib.ExitStack() as changes:
+        if ways.written_attention or ways.dropout:  # weights that nobody sees cannot be dropped
+            changes.enter_context(mock.patch.object(encoders, "attention", lambda *of: written_attention(*of, dropout=ways.dropout)))
+        elif ways.fused_attention:
+            changes.enter_context(mock.patch.object(encoders, "attention", attention_padded))
+        if ways.wide_residuals:
+            changes.enter_context(mock.patch.object(encoders, "in_working_precision", lambda x: x))
+        if ways.planar_pixels:
+            changes.enter_context(mock.patch.object(encoders.ImageEncoder, "_embed", lambda image, pixels: image.vit.patch_embed(pixels)))
+        if ways.dropout:
+            for part in (*model.text.modules(), *model.fusion.modules()):
+                last = part.proj if isinstance(part, SelfAttention | CrossAttention) else part.down if isinstance(part, FeedForward) else None
+                if last is not None:
+                    changes.callback(last.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove)
+            changes.callback(model.text.norm.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove)
+        yield
+
+
+def written_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None, *, dropout: bool = False
+) -> Tensor:
+    """`syncmask_fast.attention.attention` as papers write it. dropout: of the weights, where texts take part and gradients are wanted."""
+    queries = (q if q_layout is None else q_layout.pad(q)).transpose(1, 2)
+    keys, values = (x if k_layout is None else k_layout.pad(x) for x in (k, v))
+    scores = queries @ keys.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
+    if k_layout is not None:
+        scores = scores.masked_fill(~k_layout.valid[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    if dropout and torch.is_grad_enabled() and not (q_layout is None and k_layout is None):
+        weights = F.dropout(weights, DROPOUT)
+    out = (weights.to(v.dtype) @ values.transpose(1, 2)).transpose(1, 2)
+    return out if q_layout is None else q_layout.unpad(out)
 
 
 class Padded(Layout):
@@ -192,7 +243,7 @@ def teacher_masks(teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout:
     texts = last.attention(texts, pack.texts)
     q, k, v = last.cross.project(texts, images)
     if ways.full_teacher:
-        seen = attention(q, k, v, pack.images).flatten(1)
+        seen = encoders.attention(q, k, v, pack.images).flatten(1)
         texts = last.feed_forward(last.cross.norm(texts + last.cross.proj(seen)))
         for layer in teacher.fusion.layers[mask.layer :]:
             texts = layer(texts, pack, images)
@@ -214,9 +265,7 @@ def teacher_masks(teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout:
     return Masks(_highest(word_score.masked_fill(~words, -torch.inf), n), patches, word_score, patch_score)
 
 
-def drawn_negatives(
-    images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def drawn_negatives(images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each image a text, and for each text an image: `step.draw_negatives` twice, or sample by sample. images, texts: unit vectors [B, E]."""
     margin = config.group.margin if config.batching == "semi_hard" else -torch.inf
     draw = sample_by_sample if ways.loops else draw_negatives
@@ -250,10 +299,9 @@ def baseline_optimizer(model: nn.Module, config: OptimConfig, ways: Ways) -> Opt
 def baseline_step(config: TrainConfig, state: TrainState, batch: Batch, ways: Ways, *, sync_share: float, alpha: float, seed: int) -> Losses:
     """One optimiser step on a batch; `state.optimizer` is of `baseline_optimizer`."""
     device = batch.pixels.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device) and not ways.float32):
-        found, momentum = baseline_losses(
-            state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed
-        )
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device) and not ways.float32)
+    with autocast, parents_layers(state.model, ways):
+        found, momentum = baseline_losses(state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed)
     found.total.backward()
     state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
     state.bank.store(batch.samples, *momentum)

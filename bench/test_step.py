@@ -30,8 +30,10 @@ baseline = sys.modules["bench_baseline"] = importlib.util.module_from_spec(_spec
 _spec.loader.exec_module(baseline)
 
 SWITCHES = [field.name for field in dataclasses.fields(baseline.Ways)]
-# "parents" is what someone gets who follows the papers; "parents-same" is the same in the trainer's precision.
+# "parents" is what someone gets who follows the papers; "parents-same" is the same in the trainer's precision; "parents-kind" has PyTorch's fused
+# attention and no dropout besides.
 WAYS = {"parents": baseline.Ways.all(), "parents-same": dataclasses.replace(baseline.Ways.all(), float32=False)}
+WAYS["parents-kind"] = dataclasses.replace(WAYS["parents-same"], written_attention=False, dropout=False, fused_attention=True)
 WAYS |= {f"ours but {name}": baseline.Ways(**{name: True}) for name in SWITCHES}
 VISIBLE = "ours, visible copy"  # the same step with `--loss.mim-copy visible`
 PROVIDERS = ["ours", VISIBLE, *WAYS]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from syncmask_fast import _native
-from syncmask_fast.kernels import common
 
 DTYPES = torch.float32, torch.bfloat16
 

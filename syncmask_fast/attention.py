@@ -1,4 +1,4 @@
-"""Attention over packed sequences: one function; on CUDA the fastest of xformers and PyTorch's `varlen_attn`, on the CPU our kernel, or PyTorch's SDPA.
+"""Attention over packed sequences: one function; on CUDA the fastest of xformers and PyTorch's `varlen_attn`, on the CPU our own.
 
 Tokens of many sequences lie behind each other in one [total, ...] tensor. A `Layout` says where each sequence begins. Sequences of one
 length may stay dense, [N, L, ...], and then need no layout.
@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k
     if q.is_cuda:
         return _attention_cuda(q, k, v, q_layout, k_layout)
     if attention_kind(q.device, q.dtype) == "padded" or (k_layout is not None and k_layout.gaps):
-        return _attention_padded(q, k, v, q_layout, k_layout)
+        return attention_padded(q, k, v, q_layout, k_layout)
     return _attention_packed(q, k, v, q_layout, k_layout)
 
 
@@ -123,14 +123,15 @@ def _attention_cuda(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_
     kind = attention_kind(q.device, q.dtype)
     if kind != "padded" and not (k_layout is not None and k_layout.gaps):
         return _PACKED[kind](q, k, v, q_layout, k_layout)
-    return _attention_padded(q, k, v, q_layout, k_layout)
+    return attention_padded(q, k, v, q_layout, k_layout)
 
 
-def _attention_padded(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None, k_layout: Layout | None) -> Tensor:
+def attention_padded(q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None) -> Tensor:
+    """`attention` by PyTorch's SDPA on padded sequences, which runs everywhere."""
     mask = None if k_layout is None else k_layout.valid[:, None, None, :]
     q_dense = q if q_layout is None else q_layout.pad(q)
     if k_layout is not None:
-        k, v = k_layout.pad(k), v if v is k else k_layout.pad(v)
+        k, v = k_layout.pad(k), k_layout.pad(v)
     with torch.autocast(q.device.type, enabled=False):
         # PyTorch's CPU attention is nine times as slow in bfloat16.
         heads_first = ((x if q.is_cuda else x.float()).transpose(1, 2) for x in (q_dense, k, v))

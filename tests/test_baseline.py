@@ -22,6 +22,7 @@ _spec.loader.exec_module(baseline)
 
 NAMES = [field.name for field in dataclasses.fields(baseline.Ways)]
 WAYS = {"none": baseline.Ways(), **{name: baseline.Ways(**{name: True}) for name in NAMES}, "all": baseline.Ways.all()}
+SAME = {name: dataclasses.replace(ways, dropout=False) for name, ways in WAYS.items() if name != "dropout"}  # which is random
 PARTS = ("total", "itc", "itm", "mlm", "mim", "presence")
 
 
@@ -31,7 +32,7 @@ def configuration(presence: float, **mask):
     return dataclasses.replace(config, loss=loss, mask=dataclasses.replace(config.mask, **mask))
 
 
-@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("ways", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("presence", [0.0, 1.0])
 def test_same_losses_and_gradients_as_the_trainer(presence: float, ways):
     config = configuration(presence)
@@ -47,7 +48,8 @@ def test_same_losses_and_gradients_as_the_trainer(presence: float, ways):
         feats = model.project_images(model.image(batch.pixels)), model.project_texts(model.text(batch.token_ids, layout), layout)
     draw = batch.product_ids, config.group.margin, config.loss.temperature
     negatives = (*draw_negatives(*feats, *draw, SEED), *draw_negatives(*reversed(feats), *draw, SEED + 1))
-    theirs, their_momentum = baseline.baseline_losses(model, teacher, batch, queue, config, ways, negatives=negatives, **draws)
+    with baseline.parents_layers(model, ways):
+        theirs, their_momentum = baseline.baseline_losses(model, teacher, batch, queue, config, ways, negatives=negatives, **draws)
     theirs.total.backward()
 
     for name in PARTS:
@@ -57,6 +59,33 @@ def test_same_losses_and_gradients_as_the_trainer(presence: float, ways):
     for name, parameter in model.named_parameters():
         scale = gradients[name].abs().max()
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-4 * scale + 1e-6, name
+
+
+def test_dropout_takes_a_tenth_of_the_students_texts_and_nothing_else():
+    config = configuration(0.0)
+    model, batch = small_model(config), small_batch(config)
+    layout = baseline.Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    plain, image = model.text(batch.token_ids, layout), model.image(batch.pixels)
+    seen = []
+    with baseline.parents_layers(model, WAYS["dropout"]):
+        for part in (model.text.norm, model.text.layers[0].attention.proj, model.text.layers[0].feed_forward.down):
+            part.register_forward_hook(lambda _, given, out: seen.append(out == 0))
+        dropped = [model.text(batch.token_ids, layout) for _ in range(20)]
+        assert torch.allclose(model.image(batch.pixels), image, atol=1e-5)
+    assert not torch.allclose(dropped[0], dropped[1], atol=1e-3)
+    assert (torch.stack(dropped).mean(0) - plain).norm() < (dropped[0] - plain).norm() / 2
+    for n in range(3):
+        assert torch.cat(seen[n::3]).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert torch.allclose(model.text(batch.token_ids, layout), plain)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_written_attention(dropout: bool, generator: torch.Generator):
+    queries, keys = (baseline.Layout.of(lengths) for lengths in ([3, 5, 1], [4, 2, 7]))
+    q, k, v = (torch.randn(rows, 2, 8, generator=generator) for rows in (9, 13, 13))
+    found = [baseline.written_attention(q, k, v, queries, keys, dropout=dropout) for _ in range(400 if dropout else 1)]
+    assert torch.allclose(torch.stack(found).mean(0), baseline.encoders.attention(q, k, v, queries, keys), atol=0.1 if dropout else 1e-5)
+    assert not dropout or not found[0].equal(found[1])
 
 
 @pytest.mark.parametrize("layer", [1, 2])

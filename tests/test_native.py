@@ -47,6 +47,16 @@ for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5,
             options = dict(k=k, temperature=temperature, backend="cpp")
             ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, **options)
             ops.mine_semi_hard(anchors.T.contiguous().T, candidates[:1].expand(m, d), ids, other_ids, positive, **options)
+from syncmask_fast.kernels.crop_resize import crop_resize
+ones = torch.ones(3)
+for height, width, (x, y, w, h), size in [
+    (1, 1, (0, 0, 1, 1), 1), (1, 1, (0, 0, 1, 1), 37), (5, 300, (0, 0, 300, 5), 1), (61, 53, (52, 60, 1, 1), 19), (61, 53, (7, 0, 46, 61), 31),
+    (97, 101, (3, 5, 98, 92), 16), (13, 11, (2, 1, 9, 12), 127),
+]:
+    image, out = torch.randint(256, (height, width, 3), dtype=torch.uint8), torch.empty(3, size, size)
+    for flip in (False, True):
+        crop_resize(image, x, y, w, h, flip, 1.0, 1.0, 1.0, ones, ones, out)
+        crop_resize(image, x, y, w, h, flip, 1.1, 0.9, 0.5, ones, ones, out)
 print("ran")
 """
 

@@ -3,7 +3,8 @@
 torchvision: Pillow decodes, torchvision resizes, numpy does the rest. Runs everywhere; all other ways must equal it. (torchvision's own readers
              are deprecated (0.29), and its PNG reader ends the process by a segmentation fault on a PNG with zeroed bytes in the middle.)
 native:      simplejpeg (libjpeg-turbo) decodes into memory that is used again, and csrc/crop_resize.cpp does all the rest in one go.
-             What simplejpeg refuses goes to Pillow, which alone decides what is damaged.
+             What simplejpeg refuses goes to Pillow, so that the same images are damaged; a broken header that libjpeg-turbo reads and Pillow
+             does not is the one exception.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torchvision.transforms.v2 import functional
 from syncmask_fast import _native
 from syncmask_fast.data.augment import CropParams
 from syncmask_fast.data.decoding import check_crop
-from syncmask_fast.data.images import check_image, decode_image, image_format
+from syncmask_fast.data.images import MAX_PIXELS, decode_image, image_format
 from syncmask_fast.kernels.crop_resize import LARGEST_SIDE, crop_resize
 
 KEPT_BYTES = 1 << 24  # of a decoded image, for each thread; a larger image gets fresh memory
+CONVERTED = ("YCbCr", "Gray", "RGB")  # what simplejpeg converts to RGB as Pillow does: CMYK it does not
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as DALI and torchvision have it
 
 
@@ -75,21 +77,23 @@ class NativeRenderer(TorchvisionRenderer):
 
 
 class JpegDecoder:
-    """Decodes as `decode_image` does and with the same errors, JPEGs faster, into memory of the thread that the next call overwrites."""
+    """Decodes as `decode_image` does and with the same errors, JPEGs faster, into memory of the thread that the next call overwrites.
+    The bytes are the same. errors: ImportError where simplejpeg is missing."""
 
     def __init__(self) -> None:
         import simplejpeg
 
-        self._decode, self._thread = simplejpeg.decode_jpeg, threading.local()
+        self._read_header, self._decode, self._thread = simplejpeg.decode_jpeg_header, simplejpeg.decode_jpeg, threading.local()
 
     def __call__(self, encoded: bytes) -> np.ndarray:
-        if image_format(encoded) != "jpg":
-            return decode_image(encoded)
-        width, height = check_image(encoded)
-        try:
-            return self._decode(encoded, "RGB", buffer=self._memory(3 * width * height), strict=True)
-        except ValueError:  # colours that it does not convert (CMYK), or damage
-            return decode_image(encoded)
+        if image_format(encoded) == "jpg":
+            try:
+                height, width, colours, _ = self._read_header(encoded)
+                if colours in CONVERTED and height * width <= MAX_PIXELS:
+                    return self._decode(encoded, "RGB", buffer=self._memory(3 * width * height), strict=True)
+            except ValueError:  # damage, of which Pillow may read some
+                pass
+        return decode_image(encoded)
 
     def _memory(self, size: int) -> np.ndarray:
         if size > KEPT_BYTES:

@@ -366,7 +366,7 @@ def test_pixels_hang_on_position_alone(plain, backend):
 )
 @pytest.mark.parametrize(
     ("backend", "mean_limit", "limit"),
-    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("native", 0.004, 0.06, marks=needs_native)],
+    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("native", 0.006, 0.06, marks=needs_native)],
 )
 def test_backends_agree(plain, augment, backend, mean_limit, limit):
     """On the normalised scale of -1 to 1, where one 8-bit step is 0.015 with this std. Measured for DALI: a mean difference of 0.001 (eval) to 0.002

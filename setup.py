@@ -29,7 +29,9 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/group_semi_hard.cpp", "csrc/mine_semi_hard.cpp", "csrc/packed_attention.cpp", "csrc/sync_mask.cpp"]
+SOURCES = [
+    f"csrc/{name}.cpp" for name in ("crop_resize", "group_semi_hard", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
+]
 CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built
 TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with

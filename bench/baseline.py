@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncmask_fast import encoders, losses, ops
+from syncmask_fast import encoders, linear, losses, ops
 from syncmask_fast.attention import Layout, attention_padded
 from syncmask_fast.checkpoint import TrainState
 from syncmask_fast.config import OptimConfig, TrainConfig
@@ -65,6 +65,8 @@ class Ways:
     """Autocast as it comes: residuals and norms in float32, converted for each product."""
     planar_pixels: bool = False
     """A convolutional stem on pixels whose channels lie one after the other."""
+    plain_linear: bool = False
+    """PyTorch's linear layers."""
     float32: bool = False
     """No autocast on CUDA, nor on a CPU where the trainer takes bfloat16."""
 
@@ -83,6 +85,8 @@ def parents_layers(model: SyncMaskModel, ways: Ways) -> Iterator[None]:
             changes.enter_context(mock.patch.object(encoders, "attention", attention_padded))
         if ways.wide_residuals:
             changes.enter_context(mock.patch.object(encoders, "in_working_precision", lambda x: x))
+        if ways.plain_linear:
+            changes.enter_context(mock.patch.object(linear, "linear", F.linear))
         if ways.planar_pixels:
             changes.enter_context(mock.patch.object(encoders.ImageEncoder, "_embed", lambda image, pixels: image.vit.patch_embed(pixels)))
         if ways.dropout:

@@ -220,7 +220,9 @@ class TrainConfig:
     """torch.compile of the encoders' blocks. auto: on CUDA."""
     checkpointing: bool = False
     """Compute what is inside the encoders' blocks anew in the backward pass instead of keeping it: about a third more work, far less memory."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    loader: Literal["auto", "native", "dali", "torchvision"] = "auto"
+    """What makes pixels of images. native: compiled; dali: decodes on the GPU where there is one; torchvision: runs everywhere.
+    auto: native on the CPU, dali on CUDA, and the next of these where that cannot run."""
     threads: int | None = None
     """Threads that decode images; unset is one for each core, at most 16."""
     embed: int = 256

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from syncmask_fast import linear
 from syncmask_fast.attention import Layout
 from syncmask_fast.config import TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import HALF
@@ -48,7 +49,7 @@ class WordHead(nn.Module):
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
         """Logits [n, vocabulary] of fused features x [n, C] with word embeddings [vocabulary, C]."""
-        return F.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
+        return linear.linear(self.norm(F.gelu(self.dense(x))), words, self.bias)
 
 
 class PatchHead(nn.Module):
@@ -104,6 +105,7 @@ class SyncMaskModel(nn.Module):
             nn.init.zeros_(self.query_proj.bias)
         for part in (self.image, self.text, self.fusion, self.image_proj, self.text_proj, self.match_head, self.word_head, self.patch_head):
             part.apply(_init_scratch)
+        linear.take_over(self)
 
     @property
     def mask_id(self) -> int:

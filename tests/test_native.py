@@ -54,6 +54,16 @@ for queries, keys, h, d in [([], [], 1, 1), ([1, 0], [0, 1], 1, 1), ([3, 70], [1
         q, k, v = (torch.randn(h, sum(n), d).to(dtype).requires_grad_() for n in (queries, keys, keys))
         parts = q.transpose(0, 1), k.transpose(0, 1), v[:1].expand_as(v).transpose(0, 1)
         packed_attention(*parts, Layout.of(queries).starts, Layout.of(keys).starts).sum().backward()
+from syncmask_fast.kernels.crop_resize import crop_resize
+ones = torch.ones(3)
+for height, width, (x, y, w, h), size in [
+    (1, 1, (0, 0, 1, 1), 1), (1, 1, (0, 0, 1, 1), 37), (5, 300, (0, 0, 300, 5), 1), (61, 53, (52, 60, 1, 1), 19), (61, 53, (7, 0, 46, 61), 31),
+    (97, 101, (3, 5, 98, 92), 16), (13, 11, (2, 1, 9, 12), 127),
+]:
+    image, out = torch.randint(256, (height, width, 3), dtype=torch.uint8), torch.empty(3, size, size)
+    for flip in (False, True):
+        crop_resize(image, x, y, w, h, flip, 1.0, 1.0, 1.0, ones, ones, out)
+        crop_resize(image, x, y, w, h, flip, 1.1, 0.9, 0.5, ones, ones, out)
 print("ran")
 """
 

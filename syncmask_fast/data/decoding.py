@@ -1,4 +1,4 @@
-"""What the two decoders (`decode_torch`, `decode_dali`) take and give."""
+"""What the decoders (`decode_threads`, `decode_dali`) take and give."""
 
 from __future__ import annotations
 

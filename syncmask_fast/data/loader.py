@@ -1,6 +1,6 @@
 """The loader: an epoch's order in, batches on the device out. A pure function of (seed, epoch, position).
 
-Threads read the shards and check the images ahead, the decoder (DALI or torchvision) works further ahead, and
+Threads read the shards and check the images ahead, the decoder (compiled, DALI or torchvision) works further ahead, and
 the consumer's thread only collects. What an image gets (crop, flip, colours) hangs on its position in the
 epoch alone, so batches are the same for any number of threads, and an epoch can be entered at any place.
 """
@@ -32,6 +32,7 @@ __all__ = ["Batch", "Loader", "decode_image"]
 
 MAX_BAD_IMAGES = 32  # beyond this many, a share of more than 1 % ends the run
 HALF = (0.5, 0.5, 0.5)
+BACKENDS = ("auto", "native", "dali", "torchvision")
 _log = logging.getLogger("syncmask_fast")
 
 
@@ -61,7 +62,7 @@ class Loader:
     size:       width and height of the pixels; the aspect ratio of crops is not kept.
     augment:    random crop, flip and colours; None resizes the whole image (evaluation).
     seed:       0 or more; see `crop_params`.
-    backend:    "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
+    backend:    "native", "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
                 rounding.
     threads:    for decoding; None takes the cores that this process may use, at most 16.
     prefetch:   batches whose bytes are read ahead.
@@ -105,7 +106,7 @@ class Loader:
         self.skipped: list[tuple[int, str]] = []
         self._refused: set[int] = set()
         self._current: Iterator[Batch] | None = None
-        self.backend = choose_backend(backend)
+        self.backend = choose_backend(backend, self.device)
         jitter = augment is not None and max(augment.brightness, augment.contrast, augment.saturation) > 0
         threads = threads or min(
             16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -249,33 +250,47 @@ class Loader:
         return tensors
 
 
-def choose_backend(backend: str) -> str:
-    """ "dali" or "torchvision"; "auto" takes DALI where it can be imported.
+def choose_backend(backend: str, device: torch.device) -> str:
+    """ "native", "dali" or "torchvision". "auto" takes the first that runs here: DALI before the compiled way on CUDA, where it
+    decodes on the GPU, and after it on the CPU.
 
-    errors: UserError for an unknown name, or for "dali" where it cannot be imported.
+    errors: UserError for an unknown name, or for one that does not run here.
     """
-    if backend not in ("auto", "dali", "torchvision"):
-        raise UserError(f"backend {backend} is not known; choose auto, dali or torchvision")
-    if backend == "torchvision":
-        return backend
-    from syncmask_fast.data.decode_dali import dali_problem
+    if backend not in BACKENDS:
+        raise UserError(f"backend {backend} is not known; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
+    if backend == "auto":
+        order = ("dali", "native") if device.type == "cuda" else ("native", "dali")
+        return next((name for name in order if backend_problem(name) is None), "torchvision")
+    problem = backend_problem(backend)
+    if problem is not None:
+        raise UserError(f"the loader cannot use {backend} here ({problem}); or choose torchvision, which runs everywhere")
+    return backend
 
-    problem = dali_problem()
-    if problem is None:
-        return "dali"
+
+def backend_problem(backend: str) -> str | None:
+    """Why a backend cannot be used here and how to get it, or None if it can."""
     if backend == "dali":
-        raise UserError(
-            f"DALI cannot be used here ({problem}); install nvidia-dali-cuda130 or choose torchvision"
-        )
-    return "torchvision"
+        from syncmask_fast.data.decode_dali import dali_problem
+
+        problem = dali_problem()
+        return problem and f"{problem}; to have it, `pip install nvidia-dali-cuda130`"
+    if backend == "native":
+        from syncmask_fast.data.render import native_problem
+
+        return native_problem()
+    return None
 
 
-def make_decoder(backend: str, **options) -> Decoder:
-    """The decoder of a chosen backend. options: see `TorchDecoder`."""
+def make_decoder(
+    backend: str, *, mean: tuple[float, ...], std: tuple[float, ...], jitter: bool, batch_size: int, size: int, device: torch.device, threads: int
+) -> Decoder:
+    """The decoder of a chosen backend. jitter: whether colours change; the others as in `Loader`."""
+    options = dict(batch_size=batch_size, size=size, device=device, threads=threads)
     if backend == "dali":
         from syncmask_fast.data.decode_dali import DaliDecoder
 
-        return DaliDecoder(**options)
-    from syncmask_fast.data.decode_torch import TorchDecoder
+        return DaliDecoder(mean=mean, std=std, jitter=jitter, **options)
+    from syncmask_fast.data.decode_threads import ThreadedDecoder
+    from syncmask_fast.data.render import NativeRenderer, TorchvisionRenderer
 
-    return TorchDecoder(**options)
+    return ThreadedDecoder({"native": NativeRenderer, "torchvision": TorchvisionRenderer}[backend](mean, std), **options)

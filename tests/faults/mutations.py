@@ -21,9 +21,10 @@ from PIL import Image
 from syncmask_fast.checkpoint import FeatureBank, TrainState, load_newest, save_checkpoint
 from syncmask_fast.config import to_json
 from syncmask_fast.data.augment import AugmentConfig, crop_params
-from syncmask_fast.data.decode_torch import TorchDecoder
 from syncmask_fast.data.decoding import ImageJob
 from syncmask_fast.data.images import check_image, decode_image
+from syncmask_fast.data.loader import make_decoder
+from syncmask_fast.data.render import native_problem
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.text import TokenCache
@@ -189,7 +190,7 @@ class Picture(Kind):
         kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
         self.images = [picture(kind, **options) for kind, options in kinds]
         pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "jitter": True, "device": torch.device("cpu"), "threads": 1}
-        self.decoder = TorchDecoder(batch_size=1, size=16, **pixels)
+        self.decoder = make_decoder("torchvision" if native_problem() else "native", batch_size=1, size=16, **pixels)
 
     def mutant(self, draw: random.Random) -> bytes:
         return edited(draw.choice(self.images), random_edits(draw))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from syncmask_fast.data import decode_torch
+from syncmask_fast.data import render
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.errors import UserError
-from tests.test_loader import GOOD, both, by_sample, dataset, needs_dali, open_loader, picture
+from tests.test_loader import GOOD, by_sample, dataset, every_backend, needs_dali, open_loader, picture
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_disk_that_fails_once_and_for_good(data, monkeypatch: pytest.MonkeyPatch
 
 def test_worker_that_dies_costs_its_image(data, monkeypatch: pytest.MonkeyPatch):
     before, _ = all_batches(data)
-    real = decode_torch.decode_image
+    real = render.decode_image
     index = data[0]
 
     def dying(encoded: bytes) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_worker_that_dies_costs_its_image(data, monkeypatch: pytest.MonkeyPatch)
             raise MemoryError
         return real(encoded)
 
-    monkeypatch.setattr(decode_torch, "decode_image", dying)
+    monkeypatch.setattr(render, "decode_image", dying)
     after, skipped = all_batches(data)
     assert after.keys() == before.keys() - {7}
     assert all(torch.equal(before[n], after[n]) for n in after)
@@ -151,7 +151,7 @@ def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path
     assert before.keys() == found[0].keys()
 
 
-@both
+@every_backend
 def test_pictures_of_20_000_pixels(tmp_path: Path, backend: str):
     """A strip of 20,000 is a picture like others; a square would take 1.2 GB and is left out before it is decoded."""
     images = [GOOD, picture(20_000, 30), huge_square(), GOOD]
@@ -168,7 +168,7 @@ def huge_square() -> bytes:
     return bytes(data)
 
 
-@both
+@every_backend
 def test_picture_that_is_smaller_than_its_header_says(tmp_path: Path, backend: str):
     """A second frame header: the crop is drawn for the first size, the decoder gives the other."""
     small = picture(40, 30)

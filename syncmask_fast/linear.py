@@ -1,0 +1,53 @@
+"""Linear layers on the CPU in bfloat16: the bias within the product, and weight gradients as plain products.
+
+PyTorch copies the bias into every row before the product, and takes a weight's gradient by a product of a transposed matrix, for which oneDNN needs
+twice the time of a plain one. Elsewhere (CUDA, float32) these layers are PyTorch's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncmask_fast.kernels.transpose import transpose
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[..., O] of x [..., I], weight [O, I] and bias [O]; within the CPU's autocast to bfloat16, x and the result in that."""
+    if x.is_cuda or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.bfloat16(), weight, bias)
+
+
+def take_over(model: nn.Module) -> None:
+    """Makes every `torch.nn.Linear` with a bias in the model a `Linear`; parameters and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is not None:
+            module.__class__ = Linear
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        low = weight.bfloat16()
+        ctx.save_for_backward(x, low)
+        ctx.dtypes = weight.dtype, bias.dtype
+        return torch.ops.mkldnn._linear_pointwise(x, low, bias.bfloat16(), "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_x = grad @ weight if ctx.needs_input_grad[0] else None
+        rows, grads = x.flatten(0, -2).contiguous(), grad.flatten(0, -2).contiguous()
+        # The narrower of the two is transposed.
+        of_weight = transpose(transpose(rows) @ grads) if rows.shape[1] < grads.shape[1] else transpose(grads) @ rows
+        of_bias = (grads.new_ones(1, len(grads)) @ grads)[0]
+        return of_x, of_weight.to(ctx.dtypes[0]), of_bias.to(ctx.dtypes[1])

@@ -1,0 +1,67 @@
+"""The CPU's bfloat16 linear layers against PyTorch's, and the exchange of rows and columns that they use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from syncmask_fast.kernels.transpose import transpose
+from syncmask_fast.linear import Linear, linear, take_over
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (7, 13), (33, 65), (64, 200), (131, 8), (300, 37)], ids=str)
+def test_transpose(shape, generator):
+    x = torch.randn(shape, generator=generator).bfloat16()
+    found = transpose(x)
+    assert found.equal(x.t())
+    assert found.is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [(1,), (37,), (3, 5, 11)], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (8, 24), (24, 8), (17, 101)])
+def test_as_near_to_float64_as_pytorchs(rows, inputs, outputs, generator):
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((*rows, inputs), (outputs, inputs), (outputs,)))
+    given = torch.randn(*rows, outputs, generator=generator)
+    results = []
+    for function, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64)):
+        leaves = [y.to(dtype).requires_grad_() for y in (x, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            found = function(*leaves)
+        assert found.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+        results.append((found, *torch.autograd.grad(found, leaves, given.to(found.dtype))))
+    assert [y.dtype for y in results[0][1:]] == [torch.float32] * 3
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert ours.shape == exact.shape
+        error = (ours - exact).norm() / exact.norm()
+        assert error < 0.01
+        assert error < 1.5 * (theirs - exact).norm() / exact.norm() + 1e-3
+
+
+def test_pytorchs_own_where_nothing_is_gained(generator):
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((5, 3), (4, 3), (4,)))
+    assert linear(x, weight, bias).equal(F.linear(x, weight, bias))
+    with torch.autocast("cpu", torch.float16):
+        assert linear(x, weight, bias).equal(F.linear(x, weight, bias))
+
+
+def test_layers_are_taken_over_with_their_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False), torch.nn.LayerNorm(2))
+    before = dict(model.named_parameters())
+    take_over(model)
+    assert [type(part) for part in model] == [Linear, torch.nn.Linear, torch.nn.LayerNorm]
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        model[0](torch.randn(2, 3)).sum().backward()
+    assert model[0].weight.grad.dtype == torch.float32
+
+
+def test_frozen_weights_and_inputs(generator):
+    layer = Linear(6, 5)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 6, generator=generator, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad.allclose(torch.full((5,), 4.0))
+    assert x.grad.allclose(layer.weight.bfloat16().float().sum(0).expand(4, 6), rtol=0.02, atol=0.02)

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops", "distributed"},
     {"parts"},
     {"data"},
-    {"config", "attention", "retrieval", "composed", "recognition", "sync", "sources"},
+    {"config", "attention", "linear", "retrieval", "composed", "recognition", "sync", "sources"},
     {"encoders", "report"},
     {"model", "losses", "optimizer"},
     {"masking", "checkpoint", "pretrained"},

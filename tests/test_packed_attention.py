@@ -94,7 +94,9 @@ def test_same_bits_for_any_number_of_threads(threads, generator):
 def test_attention_takes_it_for_dense_and_packed_sequences(generator, monkeypatch):
     layout = Layout.of([4, 1, 6])
     images, texts = torch.randn(3, 10, 2, 16, generator=generator), torch.randn(11, 2, 16, generator=generator)
-    cases = [(images, images, images), (texts, images, images, layout, None), (images, texts, texts, None, layout), (texts, texts, texts, layout, layout)]
+    cases = [
+        (images, images, images), (texts, images, images, layout, None), (images, texts, texts, None, layout), (texts, texts, texts, layout, layout)
+    ]
     for case in cases:
         assert torch.allclose(attention(*case), attention_padded(*case), atol=1e-6)
     monkeypatch.setattr("syncmask_fast.attention.attention_padded", lambda *case: pytest.fail("padded"))

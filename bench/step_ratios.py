@@ -1,9 +1,9 @@
 """The step against the parents' way, idea by idea, in turns: a round runs every provider once, and ratios are taken within a round.
 
-    python bench/step_ratios.py [tiny|base] [--batch 64] [--precision float32|bfloat16] [--rounds 8] [--each]
+    python bench/step_ratios.py [tiny|base] [--batch 64] [--precision float32|bfloat16] [--vocabulary 30522] [--rounds 8] [--each | --only ...]
 
 `test_step.py` measures one provider after the other, and on a machine whose clock moves, what is measured minutes apart cannot be compared.
-The table goes to bench/results/step_ratios-PRESET-PRECISION-ALLOCATOR.json, or to $OUT.
+The table goes to bench/results/step_ratios-PRESET[-VOCABULARY]-PRECISION-ALLOCATOR.json, or to $OUT.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, help="instead of the preset's")
     parser.add_argument("--each", action="store_true", help="every idea by itself too")
+    parser.add_argument("--only", nargs="+", default=[], help="these providers beside ours: as many as fit the memory")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     providers = [name for name in cases.PROVIDERS if given.each or not name.startswith(("ours but", cases.VISIBLE))]
     if given.precision == "float32":
         providers = [name for name in providers if name not in ("parents-same", "ours but float32")]
-    steppers = {name: cases.stepper(name, given.preset, given.batch, given.precision, device)[2] for name in providers}
+    providers = ["ours", *given.only] if given.only else providers
+    steppers = {name: cases.stepper(name, given.preset, given.batch, given.precision, device, given.vocabulary)[2] for name in providers}
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for number in range(given.rounds + 1):
         for name in providers:
@@ -65,11 +68,13 @@ def main() -> None:
         "preset": given.preset,
         "batch": given.batch,
         "precision": given.precision,
+        "vocabulary": given.vocabulary,
         "rounds": given.rounds,
         **harness.machine(device),
         "date": now,
     }
-    path = harness.results_folder() / f"step_ratios-{given.preset}-{given.precision}-{harness.allocator()}.json"
+    case = f"{given.preset}-{given.vocabulary}" if given.vocabulary else given.preset
+    path = harness.results_folder() / f"step_ratios-{case}-{given.precision}-{harness.allocator()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | {"providers": rows}, indent=1) + "\n")
     print(f"written: {path}")

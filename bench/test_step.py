@@ -47,12 +47,11 @@ STEPS, ROUNDS = 1000, {("tiny", "cpu"): 10, ("base", "cpu"): 2, ("tiny", "cuda")
 TEXT_TOKENS = 12, 50
 
 
-def configuration(preset: str, batch_size: int, precision: str) -> TrainConfig:
-    """A preset as it stands, but for a tokenizer from elsewhere."""
+def configuration(preset: str, batch_size: int, precision: str, vocabulary: int | None = None) -> TrainConfig:
+    """A preset as it stands, but for a tokenizer from elsewhere, and a vocabulary of another size where one is given."""
     config = PRESETS[preset][1]
-    return dataclasses.replace(
-        config, batch_size=batch_size, precision=precision, text=dataclasses.replace(config.text, name=None), steps=STEPS, epochs=None
-    )
+    text = dataclasses.replace(config.text, name=None, vocabulary=vocabulary or config.text.vocabulary)
+    return dataclasses.replace(config, batch_size=batch_size, precision=precision, text=text, steps=STEPS, epochs=None)
 
 
 def make_batches(config: TrainConfig, device: torch.device, count: int = 4) -> list[Batch]:
@@ -84,9 +83,11 @@ def make_state(config: TrainConfig, device: torch.device, ways=None) -> TrainSta
     return TrainState(model, make_teacher(model), optimizer, queue, bank, torch.arange(config.batch_size), step=STEPS - 1)
 
 
-def stepper(provider: str, preset: str, batch_size: int, precision: str, device: torch.device) -> tuple[TrainState, list[Batch], Callable]:
+def stepper(
+    provider: str, preset: str, batch_size: int, precision: str, device: torch.device, vocabulary: int | None = None
+) -> tuple[TrainState, list[Batch], Callable]:
     """The provider's state, the batches it takes in turn, and a function that does its next step."""
-    config = configuration(preset, batch_size, precision)
+    config = configuration(preset, batch_size, precision, vocabulary)
     if provider == VISIBLE:
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
     ways = WAYS.get(provider)

@@ -36,7 +36,8 @@ WAYS = {"parents": baseline.Ways.all(), "parents-same": dataclasses.replace(base
 WAYS["parents-kind"] = dataclasses.replace(WAYS["parents-same"], written_attention=False, dropout=False, fused_attention=True)
 WAYS |= {f"ours but {name}": baseline.Ways(**{name: True}) for name in SWITCHES}
 VISIBLE = "ours, visible copy"  # the same step with `--loss.mim-copy visible`
-PROVIDERS = ["ours", VISIBLE, *WAYS]
+COMPILED = "ours, compiled"  # with `--compile on`, which is auto's choice on CUDA anyway
+PROVIDERS = ["ours", VISIBLE, COMPILED, *WAYS]
 # Preset, batch size, precision. On the CPU a base step takes many seconds; on a card the largest batch is to fill it.
 CASES = {
     "cpu": [(preset, batch, precision) for preset, batch in (("tiny", 64), ("base", 8)) for precision in ("float32", "bfloat16")],
@@ -90,6 +91,8 @@ def stepper(
     config = configuration(preset, batch_size, precision, vocabulary)
     if provider == VISIBLE:
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_copy="visible"))
+    if provider == COMPILED:
+        config = dataclasses.replace(config, compile="on")
     ways = WAYS.get(provider)
     state, made = make_state(config, device, ways), make_batches(config, device)
     batches = itertools.cycle(made)
@@ -107,7 +110,7 @@ def test_step(case, provider, device, benchmark, measured):
     preset, batch_size, precision = CASES[device.type][case]
     if precision == "float32" and provider in ("parents-same", "ours but float32"):
         pytest.skip("the same as another provider")
-    if provider.startswith(("ours but", VISIBLE)) and CASES[device.type][case] not in EACH_SWITCH_AT:
+    if provider.startswith(("ours but", "ours,")) and CASES[device.type][case] not in EACH_SWITCH_AT:
         pytest.skip("each switch is measured for one case of a preset")
     measured.require_green("baseline")
     state, made, step = stepper(provider, preset, batch_size, precision, device)

@@ -38,6 +38,7 @@ WAYS |= {f"ours but {name}": baseline.Ways(**{name: True}) for name in SWITCHES}
 VISIBLE = "ours, visible copy"  # the same step with `--loss.mim-copy visible`
 COMPILED = "ours, compiled"  # with `--compile on`, which is auto's choice on CUDA anyway
 PROVIDERS = ["ours", VISIBLE, COMPILED, *WAYS]
+ONLY_ON_CPU = {COMPILED, "ours but wide_residuals", "ours but plain_linear"}  # what a GPU has anyway, or never has
 # Preset, batch size, precision. On the CPU a base step takes many seconds; on a card the largest batch is to fill it.
 CASES = {
     "cpu": [(preset, batch, precision) for preset, batch in (("tiny", 64), ("base", 8)) for precision in ("float32", "bfloat16")],
@@ -108,6 +109,8 @@ def test_step(case, provider, device, benchmark, measured):
     if case >= len(CASES[device.type]):
         pytest.skip("no such case on this device")
     preset, batch_size, precision = CASES[device.type][case]
+    if device.type == "cuda" and provider in ONLY_ON_CPU:
+        pytest.skip("no difference on CUDA")
     if precision == "float32" and provider in ("parents-same", "ours but float32"):
         pytest.skip("the same as another provider")
     if provider.startswith(("ours but", "ours,")) and CASES[device.type][case] not in EACH_SWITCH_AT:

@@ -38,6 +38,21 @@ def test_as_near_to_float64_as_pytorchs(rows, inputs, outputs, generator):
         assert error < 1.5 * (theirs - exact).norm() / exact.norm() + 1e-3
 
 
+@pytest.mark.slow
+def test_compiled(generator):
+    layer, results = Linear(24, 40), []
+    x, given = torch.randn(37, 24, generator=generator), torch.randn(37, 40, generator=generator).bfloat16()
+    for function in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = function(x)
+        found.backward(given)
+        results.append((found, layer.weight.grad, layer.bias.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert eager.dtype == compiled.dtype
+        assert torch.allclose(eager.float(), compiled.float(), rtol=0.02, atol=0.02)
+
+
 def test_pytorchs_own_where_nothing_is_gained(generator):
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((5, 3), (4, 3), (4,)))
     assert linear(x, weight, bias).equal(F.linear(x, weight, bias))

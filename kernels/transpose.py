@@ -10,7 +10,7 @@ from syncmask_fast import _native
 
 @torch.library.custom_op("syncmask::transpose", mutates_args=())
 def transpose(x: Tensor) -> Tensor:
-    """[C, R], contiguous, of x [R, C]: csrc/transpose.cpp for contiguous bfloat16 on the CPU where it is compiled, PyTorch otherwise."""
+    """[C, R], contiguous, of contiguous bfloat16 x [R, C]. csrc/transpose.cpp has the CPU's kernel; this body runs where there is none."""
     return x.t().clone(memory_format=torch.contiguous_format)
 
 

@@ -79,11 +79,11 @@ class Layout:
         return self.sequence * self.longest + self.position
 
     def prepare(self) -> None:
-        """On the CPU computes what `attention` needs of this layout, so that compiled code finds it there.
+        """Where the CPU's attention pads, computes what it needs of this layout, so that compiled code finds it there.
 
         Before Python 3.12 a `cached_property` takes a lock, which cannot be traced; after it, the first use would be a graph of its own.
         """
-        if not self.starts.is_cuda:
+        if not self.starts.is_cuda and (self.gaps or not ours.runs_here()):
             self.valid, self._padded_row  # noqa: B018
 
     def pad(self, packed: Tensor) -> Tensor:

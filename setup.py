@@ -30,20 +30,13 @@ except ImportError:  # setuptools before 70.1
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = [
-    f"csrc/{name}.cpp" for name in ("crop_resize", "group_semi_hard", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
+    f"csrc/{name}.cpp"
+    for name in ("crop_resize", "group_semi_hard", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
 ]
 CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built
 TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unused-parameter",
-]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 
 class NotBuilt(Exception):
@@ -77,18 +70,14 @@ def compile_library(sources: list[str], target: Path) -> None:
     if not sys.platform.startswith("linux"):
         raise NotBuilt("which are for Linux")
     torch = find_torch()
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))), None
-    )
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++"))), None)
     if compiler is None:
         raise NotBuilt("because no C++ compiler was found (install g++, or set CXX)")
     include, library = torch / "include", torch / "lib"
     files = [str(ROOT / source) for source in sources]
     parts = sorted(file for file in ROOT.joinpath("csrc").iterdir() if file.suffix in (".cpp", ".h"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in parts)).hexdigest()[:12]
-    version = subprocess.run(
-        [compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True
-    ).stdout
+    version = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
     stamp = f"csrc {digest}, torch {torch_version(torch)} headers, {Path(compiler).name} {version.strip()}"
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DSYNCMASK_BUILD_STAMP="{stamp}"']
     # -ltorch_cpu -lc10: torch's libraries are not loaded globally, so the symbols need a file to come from.
@@ -131,7 +120,7 @@ def cuda_flags(nvcc: str, torch: Path) -> list[str]:
         raise NotBuilt(f"because {nvcc} compiles for none of {', '.join(CUDA_TARGETS)}")
     codes = [f"arch=compute_{number},code=sm_{number}" for number in targets]
     codes.append(f"arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags = ["-std=c++17", "-O3", "--decode-threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch / "include")]
     return [*flags, *defines, *(word for code in codes for word in ("-gencode", code))]
 
@@ -148,15 +137,11 @@ def find_torch() -> Path:
     An isolated build hides it from this process by PYTHONPATH; a fresh interpreter that ignores that sees it.
     """
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
-    run = subprocess.run(
-        [sys.executable, "-E", "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir()
-    )
+    run = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
     origin = run.stdout.strip()
     folder = Path(origin).parent if origin else None
     if folder is None or not (folder / "include/torch/csrc/stable/library.h").is_file():
-        raise NotBuilt(
-            "because torch 2.10 or later is not installed here yet (install torch, then this again)"
-        )
+        raise NotBuilt("because torch 2.10 or later is not installed here yet (install torch, then this again)")
     return folder
 
 

@@ -19,18 +19,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncmask_fast import encoders, linear, losses, ops
-from syncmask_fast.attention import Layout, attention_padded
-from syncmask_fast.checkpoint import TrainState
+from syncmask_fast import ops
 from syncmask_fast.config import OptimConfig, TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.encoders import CrossAttention, FeedForward, FusionPack, SelfAttention, pack_by_image, pack_pairs
 from syncmask_fast.kernels.sync_mask import _patch_score_of_head, _token_score_of_head
-from syncmask_fast.masking import Masks, _highest, blend, count, maskable, random_masks
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.optimizer import Optimizer, make_optimizer
-from syncmask_fast.step import Losses, Momentum, _mim_target, _presence_loss, draw_negatives, update_teacher
+from syncmask_fast.model import encoders, linear
+from syncmask_fast.model.attention import PackedLayout, sdpa_padded
+from syncmask_fast.model.encoders import (
+    CrossAttention,
+    FeedForward,
+    FusionBatch,
+    SelfAttention,
+    group_by_image,
+    one_to_one,
+)
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective import losses
+from syncmask_fast.objective.masking import Masks, _highest, blend, count, maskable, random_masks
+from syncmask_fast.objective.pretraining import (
+    Features,
+    Losses,
+    _mim_target,
+    _presence_loss,
+    sample_hard_negatives,
+    update_teacher,
+)
 from syncmask_fast.train import use_bfloat16
+from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.training.optimizer import Optimizer, make_optimizer
 
 DROPOUT = 0.1  # of BERT's attention weights, and of what its attention and feed-forward give; ALBEF keeps both
 
@@ -80,26 +96,44 @@ def parents_layers(model: SyncMaskModel, ways: Ways) -> Iterator[None]:
     """The model's layers compute in these ways."""
     with contextlib.ExitStack() as changes:
         if ways.written_attention or ways.dropout:  # weights that nobody sees cannot be dropped
-            changes.enter_context(mock.patch.object(encoders, "attention", lambda *of: written_attention(*of, dropout=ways.dropout)))
+            changes.enter_context(
+                mock.patch.object(encoders, "attention", lambda *of: written_attention(*of, dropout=ways.dropout))
+            )
         elif ways.fused_attention:
-            changes.enter_context(mock.patch.object(encoders, "attention", attention_padded))
+            changes.enter_context(mock.patch.object(encoders, "attention", sdpa_padded))
         if ways.wide_residuals:
-            changes.enter_context(mock.patch.object(encoders, "in_working_precision", lambda x: x))
+            changes.enter_context(mock.patch.object(encoders, "to_autocast_dtype", lambda x: x))
         if ways.plain_linear:
             changes.enter_context(mock.patch.object(linear, "linear", F.linear))
         if ways.planar_pixels:
-            changes.enter_context(mock.patch.object(encoders.ImageEncoder, "_embed", lambda image, pixels: image.vit.patch_embed(pixels)))
+            changes.enter_context(
+                mock.patch.object(encoders.ImageEncoder, "_embed", lambda image, pixels: image.vit.patch_embed(pixels))
+            )
         if ways.dropout:
             for part in (*model.text.modules(), *model.fusion.modules()):
-                last = part.proj if isinstance(part, SelfAttention | CrossAttention) else part.down if isinstance(part, FeedForward) else None
+                last = (
+                    part.proj
+                    if isinstance(part, SelfAttention | CrossAttention)
+                    else part.down
+                    if isinstance(part, FeedForward)
+                    else None
+                )
                 if last is not None:
                     changes.callback(last.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove)
-            changes.callback(model.text.norm.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove)
+            changes.callback(
+                model.text.norm.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove
+            )
         yield
 
 
 def written_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_layout: Layout | None = None, k_layout: Layout | None = None, *, dropout: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_layout: PackedLayout | None = None,
+    k_layout: PackedLayout | None = None,
+    *,
+    dropout: bool = False,
 ) -> Tensor:
     """`syncmask_fast.attention.attention` as papers write it. dropout: of the weights, where texts take part and gradients are wanted."""
     queries = (q if q_layout is None else q_layout.pad(q)).transpose(1, 2)
@@ -114,7 +148,7 @@ def written_attention(
     return out if q_layout is None else q_layout.unpad(out)
 
 
-class Padded(Layout):
+class Padded(PackedLayout):
     """Sequences in slots of one length, so that padding is computed like tokens; attention leaves padded keys out.
 
     lengths: int32 [N], tokens of each; longest: rows of a slot.
@@ -127,26 +161,26 @@ class Padded(Layout):
         super().__init__(slots, longest, len(lengths) * longest)
         self.lengths = lengths
 
-    def __add__(self, other: Layout) -> Padded:
-        return Padded(torch.cat([self.lengths, other.lengths]), self.longest)
+    def __add__(self, other: PackedLayout) -> Padded:
+        return Padded(torch.cat([self.lengths, other.lengths]), self.max_seqlen)
 
     def pad(self, packed: Tensor) -> Tensor:
-        return packed.unflatten(0, (len(self), self.longest))
+        return packed.unflatten(0, (len(self), self.max_seqlen))
 
     def unpad(self, padded: Tensor) -> Tensor:
         return padded.flatten(0, 1)
 
 
-def pack_padded(source: Layout, sequences: Tensor, images: Tensor, n_images: int) -> FusionPack:
-    """`pack_by_image` for padded sequences."""
-    longest, order = source.longest, torch.argsort(images, stable=True)
+def pack_padded(source: PackedLayout, sequences: Tensor, images: Tensor, n_images: int) -> FusionBatch:
+    """`group_by_image` for padded sequences."""
+    longest, order = source.max_seqlen, torch.argsort(images, stable=True)
     place = torch.arange(longest, device=images.device)
     slots = torch.arange(len(order), device=images.device)
     queries = images.bincount(minlength=n_images).tolist()
-    return FusionPack(
+    return FusionBatch(
         (sequences[order, None] * longest + place).flatten(),
         Padded(source.lengths[sequences[order]], longest),
-        Layout.of([n * longest for n in queries], images.device),
+        PackedLayout.of([n * longest for n in queries], images.device),
         torch.empty_like(order).index_copy_(0, order, slots * longest),
     )
 
@@ -163,32 +197,34 @@ def baseline_losses(
     alpha: float,
     seed: int,
     negatives: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Losses, Momentum]:
-    """All losses of a batch, as `syncmask_fast.step.training_losses` has them.
+) -> tuple[Losses, Features]:
+    """All losses of a batch, as `syncmask_fast.objective.pretraining.pretraining_losses` has them.
 
-    negatives: what `draw_negatives` gives for images, then for texts, instead of a draw of its own.
+    negatives: what `sample_hard_negatives` gives for images, then for texts, instead of a draw of its own.
     """
     b = len(batch.lengths)
-    layout, token_ids = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), batch.token_ids
+    layout, token_ids = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), batch.token_ids
     if ways.padding:
         token_ids = layout.pad(token_ids).flatten()  # 0 is [PAD]
-        layout = Padded(layout.lengths, layout.longest)
+        layout = Padded(layout.lengths, layout.max_seqlen)
         batch = dataclasses.replace(batch, token_ids=token_ids)
     generator = torch.Generator(batch.pixels.device).manual_seed(seed)
 
     with torch.no_grad():
         teacher_images, teacher_texts = teacher.image(batch.pixels), teacher.text(token_ids, layout)
-        momentum = Momentum(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
+        momentum = Features(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
         masks = random_masks(layout, model.image.patches, config.mask, generator)
-        masks = blend(teacher_masks(teacher, teacher_images, teacher_texts, layout, config, ways), masks, sync_share, generator)
+        masks = blend(
+            teacher_masks(teacher, teacher_images, teacher_texts, layout, config, ways), masks, sync_share, generator
+        )
     patches = count(config.mask.patch_ratio, model.image.patches)
 
-    images, masked_images = model.image(batch.pixels, masks.patches).chunk(2)
-    hidden = layout.unpad(masks.words)
+    images, masked_images = model.image(batch.pixels, masks.patch_mask).chunk(2)
+    hidden = layout.unpad(masks.token_mask)
     source = layout + layout
     texts = model.text(torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), source)
     image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
-    itc = losses.contrastive_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
+    itc = losses.itc_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
     presence = itc.new_tensor(torch.nan)
     if config.loss.presence:
         presence = _presence_loss(model, config, batch, images, layout, seed)
@@ -197,11 +233,14 @@ def baseline_losses(
         negatives = drawn_negatives(image_feats.detach(), text_feats.detach(), batch.product_ids, config, ways, seed)
     negative_text, has_text, negative_image, has_image = negatives
     each = torch.arange(b, device=images.device)
-    pack_up = pack_padded if ways.padding else pack_by_image
+    pack_up = pack_padded if ways.padding else group_by_image
     if ways.project_again:
         other = torch.stack([images[i] for i in negative_image.tolist()]) if ways.loops else images[negative_image]
         passes = [(each, images), (torch.cat([negative_text, each]), torch.cat([images, other])), (each + b, images)]
-        packs = [(pack_up(source, of, torch.arange(len(of), device=of.device), len(of)), looked_at) for of, looked_at in passes]
+        packs = [
+            (pack_up(source, of, torch.arange(len(of), device=of.device), len(of)), looked_at)
+            for of, looked_at in passes
+        ]
         fused = [(model.fusion(texts[pack.rows], pack, looked_at), pack) for pack, looked_at in packs]
         cls = torch.cat([x[pack.first] for x, pack in fused[:2]])
         masked, starts = fused[2][0], fused[2][1].first
@@ -210,17 +249,17 @@ def baseline_losses(
         pack = pack_up(source, of, looks_at, b)
         masked = model.fusion(texts[pack.rows], pack, images)
         cls, starts = masked[pack.first[: 3 * b]], pack.first[3 * b :]
-    itm = losses.matching_loss(
-        model.match_head(cls),
+    itm = losses.itm_loss(
+        model.itm_head(cls),
         torch.arange(3 * b, device=cls.device) < b,
         torch.cat([torch.ones_like(has_text), has_text, has_image]).float(),
     )
-    mlm = word_loss(model, masked, starts[layout.sequence] + layout.position, token_ids, hidden, ways)
+    mlm = mlm_loss(model, masked, starts[layout.segment_ids] + layout.position_ids, token_ids, hidden, ways)
 
-    chosen = masks.patches.nonzero()[:, 1].view(b, patches)
+    chosen = masks.patch_mask.nonzero()[:, 1].view(b, patches)
     rebuilt = masked_images.gather(1, 1 + chosen[..., None].expand(-1, -1, masked_images.shape[2]))
-    predicted = model.patch_head(rebuilt, texts[: layout.total], layout)
-    mim = losses.patch_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
+    predicted = model.mim_head(rebuilt, texts[: layout.total], layout)
+    mim = losses.mim_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
 
     weight = config.loss
     total = weight.itc * itc + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
@@ -229,18 +268,24 @@ def baseline_losses(
     return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
 
 
-def word_loss(model: SyncMaskModel, fused: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, ways: Ways) -> Tensor:
+def mlm_loss(
+    model: SyncMaskModel, fused: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, ways: Ways
+) -> Tensor:
     """MLM of the masked texts' fused features, whose token t stands in row rows[t]; hidden: bool [T]."""
     words = model.text.words.weight
     if ways.full_head:
-        return F.cross_entropy(model.word_head(fused[rows], words).float(), token_ids.masked_fill(~hidden, -100), ignore_index=-100)
+        return F.cross_entropy(
+            model.mlm_head(fused[rows], words).float(), token_ids.masked_fill(~hidden, -100), ignore_index=-100
+        )
     at = hidden.nonzero()[:, 0]
-    return losses.word_loss(model.word_head(fused[rows[at]], words), token_ids[at])
+    return losses.mlm_loss(model.mlm_head(fused[rows[at]], words), token_ids[at])
 
 
-def teacher_masks(teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout: Layout, config: TrainConfig, ways: Ways) -> Masks:
+def teacher_masks(
+    teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout: PackedLayout, config: TrainConfig, ways: Ways
+) -> Masks:
     """`masking.sync_masks`, with or without the layers that nobody reads and the map that nobody needs."""
-    pack, mask = pack_pairs(layout), config.mask
+    pack, mask = one_to_one(layout), config.mask
     for layer in teacher.fusion.layers[: mask.layer - 1]:
         texts = layer(texts, pack, images)
     last = teacher.fusion.layers[mask.layer - 1]
@@ -254,33 +299,51 @@ def teacher_masks(teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout:
     q, k, v, words = layout.pad(q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), maskable(layout)
     if not ways.maps:
         needed = v if mask.token_score == "output" else None
-        return Masks(*ops.sync_mask(
-            q, k, words, v=needed, token_ratio=mask.token_ratio, patch_ratio=mask.patch_ratio, token_score=mask.token_score,
-            patch_score=mask.patch_score,
-        ))  # fmt: skip
+        return Masks(
+            *ops.sync_mask(
+                q,
+                k,
+                words,
+                v=needed,
+                token_ratio=mask.token_ratio,
+                patch_ratio=mask.patch_ratio,
+                token_score=mask.token_score,
+                patch_score=mask.patch_score,
+            )
+        )
     heads = q.shape[1]
     weights = ((q @ k.mT).float() * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)
-    word_score = _token_score_of_head(weights, v.float().flatten(0, 1), mask.token_score).unflatten(0, (-1, heads)).mean(1)
-    patch_score = _patch_score_of_head(weights, words.repeat_interleave(heads, 0), mask.patch_score).unflatten(0, (-1, heads)).mean(1)
+    token_score = (
+        _token_score_of_head(weights, v.float().flatten(0, 1), mask.token_score).unflatten(0, (-1, heads)).mean(1)
+    )
+    patch_score = (
+        _patch_score_of_head(weights, words.repeat_interleave(heads, 0), mask.patch_score)
+        .unflatten(0, (-1, heads))
+        .mean(1)
+    )
     m = words.sum(1)
     n = (mask.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m)
     top = patch_score.topk(count(mask.patch_ratio, patch_score.shape[1]), 1).indices
     patches = torch.zeros_like(patch_score, dtype=torch.bool).scatter_(1, top, True)
-    return Masks(_highest(word_score.masked_fill(~words, -torch.inf), n), patches, word_score, patch_score)
+    return Masks(_highest(token_score.masked_fill(~words, -torch.inf), n), patches, token_score, patch_score)
 
 
-def drawn_negatives(images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each image a text, and for each text an image: `step.draw_negatives` twice, or sample by sample. images, texts: unit vectors [B, E]."""
-    margin = config.group.margin if config.batching == "semi_hard" else -torch.inf
-    draw = sample_by_sample if ways.loops else draw_negatives
+def drawn_negatives(
+    images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each image a text, and for each text an image: `step.sample_hard_negatives` twice, or sample by sample. images, texts: unit vectors [B, E]."""
+    margin = config.batch.margin if config.batching == "semi_hard" else -torch.inf
+    draw = sample_by_sample if ways.loops else sample_hard_negatives
     return (
         *draw(images, texts, ids, margin, config.loss.temperature, seed),
         *draw(texts, images, ids, margin, config.loss.temperature, seed + 1),
     )
 
 
-def sample_by_sample(anchors: Tensor, candidates: Tensor, ids: Tensor, margin: float, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
-    """`step.draw_negatives` as the parents draw: a loop with `multinomial` of the softmax and 1e-4, lest nothing be left to draw."""
+def sample_by_sample(
+    anchors: Tensor, candidates: Tensor, ids: Tensor, margin: float, temperature: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`step.sample_hard_negatives` as the parents draw: a loop with `multinomial` of the softmax and 1e-4, lest nothing be left to draw."""
     index, some = [], []
     for i, similarity in enumerate(anchors @ candidates.T):
         other = ids != ids[i]
@@ -295,27 +358,33 @@ def baseline_optimizer(model: nn.Module, config: OptimConfig, ways: Ways) -> Opt
     """The trainer's optimiser, with AdamW as it comes where asked."""
     optimizer = make_optimizer(model, config)
     if ways.plain_adamw:
-        groups = [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.parts[0].param_groups]
+        groups = [
+            {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.parts[0].param_groups
+        ]
         optimizer.parts[0] = torch.optim.AdamW(groups, lr=config.lr)
     return optimizer
 
 
-def baseline_step(config: TrainConfig, state: TrainState, batch: Batch, ways: Ways, *, sync_share: float, alpha: float, seed: int) -> Losses:
+def baseline_step(
+    config: TrainConfig, state: TrainState, batch: Batch, ways: Ways, *, sync_share: float, alpha: float, seed: int
+) -> Losses:
     """One optimiser step on a batch; `state.optimizer` is of `baseline_optimizer`."""
     device = batch.pixels.device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device) and not ways.float32)
     with autocast, parents_layers(state.model, ways):
-        found, momentum = baseline_losses(state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed)
+        found, momentum = baseline_losses(
+            state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed
+        )
     found.total.backward()
-    state.queue.push(*momentum, batch.product_ids, state.batches, config.batch_size)
-    state.bank.store(batch.samples, *momentum)
-    state.batches += 1
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip)
+    state.queue.enqueue(*momentum, batch.product_ids, state.batches_done, config.batch_size)
+    state.bank.update(batch.sample_ids, *momentum)
+    state.batches_done += 1
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
     if ways.ema_loop:
         for ours, theirs in zip(state.teacher.parameters(), state.model.parameters(), strict=True):
-            ours.data = ours.data * config.optim.ema + theirs.data * (1 - config.optim.ema)
+            ours.data = ours.data * config.optim.ema_decay + theirs.data * (1 - config.optim.ema_decay)
     else:
-        update_teacher(state.teacher, state.model, config.optim.ema, state.step)
+        update_teacher(state.teacher, state.model, config.optim.ema_decay, state.step)
     return Losses(*(x.detach() for x in found))

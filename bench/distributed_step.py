@@ -1,7 +1,7 @@
 """Time and bytes of a step on several processes: where they go, by kind of collective.
 
-    python bench/distributed_step.py tiny --steps 24 --loss.align 0
-    torchrun --nproc_per_node=2 bench/distributed_step.py tiny --steps 24 --loss.align 0
+    python bench/distributed_step.py tiny --steps 24 --loss.itc-only 0
+    torchrun --nproc_per_node=2 bench/distributed_step.py tiny --steps 24 --loss.itc-only 0
 
 Arguments are the trainer's. Seconds within a collective count the waiting for a slower rank too; of gradients, which travel while the backward pass
 still runs, they count what is left to wait for afterwards. Bytes are those that a rank puts in.
@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from syncmask_fast import train
 from syncmask_fast.data.splits import open_splits
-from syncmask_fast.distributed import process_group, rank_device
+from syncmask_fast.distributed.group import init_distributed, local_device
 from syncmask_fast.evaluate import choose_device
 
 WARM_UP = 4
@@ -61,11 +61,11 @@ class Meter:
 
         setattr(dist, name, timed)
 
-    def step(self, one_step):
+    def step(self, train_step):
         def timed(*values, **named):
             self.now.clear()
             begin = time.perf_counter()
-            result = one_step(*values, **named)
+            result = train_step(*values, **named)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.add("step", time.perf_counter() - begin)
@@ -85,20 +85,29 @@ def main() -> None:
         ("broadcast", "draws", 0),
     ):
         meter.watch(name, kind, place)
-    train.one_step = meter.step(train.one_step)
+    train.train_step = meter.step(train.train_step)
     config = train.parse(sys.argv[1:])
-    device = choose_device(rank_device(config.device))
-    train.keep_freed_memory()
-    with process_group(device) as group, tempfile.TemporaryDirectory() as folder:
-        with group.in_turn():
-            train_split, eval_split = open_splits(config.data or train.draw_default_lookbook(config), config.eval.holdout)
-        out = Path(group.first_says_object(folder)) / "run"
+    device = choose_device(local_device(config.device))
+    train.tune_malloc()
+    with init_distributed(device) as group, tempfile.TemporaryDirectory() as folder:
+        with group.main_process_first():
+            train_split, eval_split = open_splits(
+                config.data or train.draw_default_lookbook(config), config.eval.holdout_fraction
+            )
+        out = Path(group.broadcast_object(folder)) / "run"
         out.mkdir(exist_ok=True)
         train.train(config, out, device, train_split, eval_split, group=group)
         steps = meter.steps[WARM_UP:]
-        kinds = {kind: [statistics.median(step.get(kind, (0, 0))[i] for step in steps) for i in (0, 1)] for kind in steps[-1]}
+        kinds = {
+            kind: [statistics.median(step.get(kind, (0, 0))[i] for step in steps) for i in (0, 1)] for kind in steps[-1]
+        }
         whole = kinds.pop("step")[0]
-        found = {"ranks": group.ranks, "threads": torch.get_num_threads(), "pairs": config.batch_size, "step_ms": round(1e3 * whole, 1)}
+        found = {
+            "ranks": group.world_size,
+            "threads": torch.get_num_threads(),
+            "pairs": config.batch_size,
+            "step_ms": round(1e3 * whole, 1),
+        }
         for kind, (seconds, size) in kinds.items():
             found[kind] = {"ms": round(1e3 * seconds, 1), "share": round(seconds / whole, 3), "bytes": round(size)}
         print(json.dumps(found))

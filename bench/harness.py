@@ -140,7 +140,9 @@ class Session:
             run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             self._tested[operator] = "" if run.returncode == 0 else run.stdout[-2000:]
         if self._tested[operator]:
-            pytest.fail(f"the tests of {operator} fail, so nothing is reported:\n{self._tested[operator]}", pytrace=False)
+            pytest.fail(
+                f"the tests of {operator} fail, so nothing is reported:\n{self._tested[operator]}", pytrace=False
+            )
 
     def measure(
         self,
@@ -164,7 +166,10 @@ class Session:
         first = make(0)
         device, dtype = first[0].device, first[0].dtype
         size = sum(x.numel() * x.element_size() for x in first)
-        copies = [first, *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size) if cold else 1))]
+        copies = [
+            first,
+            *(make(seed) for seed in range(1, 1 + math.ceil(2 * cache_bytes(device) / size) if cold else 1)),
+        ]
 
         def once_over() -> None:
             for inputs in copies:
@@ -177,7 +182,9 @@ class Session:
             function(*first)
             synchronize(device)
             extra = extra_mib(lambda: function(*copies[-1]), device)
-            rounds = rounds or min(_ROUNDS[1], max(_ROUNDS[0], math.ceil(_SECONDS / best_seconds(once_over, device, 1))))
+            rounds = rounds or min(
+                _ROUNDS[1], max(_ROUNDS[0], math.ceil(_SECONDS / best_seconds(once_over, device, 1)))
+            )
             benchmark.pedantic(once_over, rounds=rounds, iterations=1, warmup_rounds=1)
         calls = [1e3 * seconds / len(copies) for seconds in benchmark.stats.stats.data]
         key = (device, dtype)
@@ -186,7 +193,13 @@ class Session:
         self._add(
             benchmark,
             device,
-            {"operator": operator, "provider": provider, "device": device.type, "dtype": str(dtype).removeprefix("torch."), **case},
+            {
+                "operator": operator,
+                "provider": provider,
+                "device": device.type,
+                "dtype": str(dtype).removeprefix("torch."),
+                **case,
+            },
             calls,
             {
                 "copies": len(copies),
@@ -233,7 +246,13 @@ class Session:
         benchmark.pedantic(once, rounds=rounds, iterations=1)
         calls = [1e3 * seconds for seconds in benchmark.stats.stats.data]
         median = statistics.median(calls)
-        what = {"operator": operator, "provider": provider, "device": device.type, "dtype": str(dtype).removeprefix("torch."), **case}
+        what = {
+            "operator": operator,
+            "provider": provider,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            **case,
+        }
         more = {"cpu_ms": min(used), "per_s": 1e3 * items / median, "extra_mib": extra, **facts(median / 1e3)}
         self._add(benchmark, device, what, calls, more)
 
@@ -275,10 +294,24 @@ class Session:
         """A line a row, with what the other providers take in terms of ours."""
         lines = []
         for row in self.rows:
-            case = [name for name in row if list(row).index("dtype") < list(row).index(name) < list(row).index("median_ms")]
-            same = [r for r in self.rows if r["provider"] == "ours" and all(r[n] == row[n] for n in ("operator", "device", "dtype", *case))]
-            ratio = f"{row['median_ms'] / same[0]['median_ms']:5.2f}x ours ({row['min_ms'] / same[0]['min_ms']:.2f}x at best)" if same else ""
-            limits = f"limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy" if "of_limit" in row else f"{row['per_s']:.4g}/s"
+            case = [
+                name for name in row if list(row).index("dtype") < list(row).index(name) < list(row).index("median_ms")
+            ]
+            same = [
+                r
+                for r in self.rows
+                if r["provider"] == "ours" and all(r[n] == row[n] for n in ("operator", "device", "dtype", *case))
+            ]
+            ratio = (
+                f"{row['median_ms'] / same[0]['median_ms']:5.2f}x ours ({row['min_ms'] / same[0]['min_ms']:.2f}x at best)"
+                if same
+                else ""
+            )
+            limits = (
+                f"limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy"
+                if "of_limit" in row
+                else f"{row['per_s']:.4g}/s"
+            )
             lines.append(
                 f"{row['operator']} {row['device']} {row['allocator']:8s} {' '.join(f'{n} {row[n]}' for n in case):38s} {row['provider']:9s}"
                 f" {row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f}) +{row['extra_mib']:.0f} MiB, {limits}  {ratio}"

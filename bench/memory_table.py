@@ -25,12 +25,12 @@ COUNTED, SHOWN = 8, (8, 64, 128, 256, 512)
 
 def kept_bytes(config, device: torch.device) -> tuple[float, float]:
     """Bytes held from step to step with the gradients, and bytes kept for the backward pass of one pair."""
-    from syncmask_fast.step import training_losses
-    from syncmask_fast.train import prepare_device, use_bfloat16
+    from syncmask_fast.objective.pretraining import pretraining_losses
+    from syncmask_fast.train import configure_compute, use_bfloat16
 
     state = bench.make_state(config, device)
     (batch,) = bench.make_batches(config, device, 1)
-    prepare_device(config, state.model, state.teacher, device)
+    configure_compute(config, state.model, state.teacher, device)
     weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
 
@@ -45,11 +45,15 @@ def kept_bytes(config, device: torch.device) -> tuple[float, float]:
         torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device)),
         bench.baseline.parents_layers(state.model, bench.baseline.Ways(wide_residuals=True)),
     ):
-        found, _ = training_losses(state.model, state.teacher, batch, state.queue, config, sync_share=1.0, alpha=config.loss.alpha, seed=0)
+        found, _ = pretraining_losses(
+            state.model, state.teacher, batch, state.queue, config, sync_share=1.0, alpha=config.loss.alpha, seed=0
+        )
     gradients = sum(p.numel() * p.element_size() for p in state.model.parameters())
     moments = 2 * gradients  # AdamW's, which the first step makes
     assert found.total.requires_grad
-    return bench.held_mib(state) * 2**20 + moments + gradients, sum(storage.nbytes() for storage in kept.values()) / config.batch_size
+    return bench.held_mib(state) * 2**20 + moments + gradients, sum(
+        storage.nbytes() for storage in kept.values()
+    ) / config.batch_size
 
 
 def main(preset: str = "tiny", precision: str = "float32") -> None:
@@ -57,11 +61,13 @@ def main(preset: str = "tiny", precision: str = "float32") -> None:
     print("| preset | precision | checkpointing | held | a pair | " + " | ".join(f"batch {n}" for n in SHOWN) + " |")
     print("|---" * (5 + len(SHOWN)) + "|")
     for checkpointing in (False, True):
-        config = dataclasses.replace(bench.configuration(preset, COUNTED, precision), checkpointing=checkpointing)
+        config = dataclasses.replace(bench.configuration(preset, COUNTED, precision), grad_checkpointing=checkpointing)
         held, pair = kept_bytes(config, device)
         cells = [f"{(held + n * pair) / 2**30:.1f} GiB" for n in SHOWN]
         switch = "on" if checkpointing else "off"
-        print(f"| {preset} | {precision} | {switch} | {held / 2**30:.2f} GiB | {pair / 2**20:.0f} MiB | {' | '.join(cells)} |")
+        print(
+            f"| {preset} | {precision} | {switch} | {held / 2**30:.2f} GiB | {pair / 2**20:.0f} MiB | {' | '.join(cells)} |"
+        )
 
 
 if __name__ == "__main__":

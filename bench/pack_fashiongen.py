@@ -26,10 +26,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from syncmask_fast.sources.rows import Encoding  # noqa: E402
+from syncmask_fast.sources.base import Encoding  # noqa: E402
 
 SIZE, POOL = 256, 64
-TEXTS = {"name": 100, "description": 400, "category": 30, "subcategory": 40, "pose": 12, "brand": 40, "gender": 6, "season": 6}  # bytes
+TEXTS = {
+    "name": 100,
+    "description": 400,
+    "category": 30,
+    "subcategory": 40,
+    "pose": 12,
+    "brand": 40,
+    "gender": 6,
+    "season": 6,
+}  # bytes
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -49,10 +58,25 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
     pool = pictures(POOL, seed)
     with h5py.File(path, "w") as file:
         chunks = (1, SIZE, SIZE, 3) if compression else None
-        images = file.create_dataset("input_image", (rows, SIZE, SIZE, 3), np.uint8, chunks=chunks, compression=compression)
+        images = file.create_dataset(
+            "input_image", (rows, SIZE, SIZE, 3), np.uint8, chunks=chunks, compression=compression
+        )
         for start in range(0, rows, POOL):
             images[start : start + POOL] = np.roll(pool, start // POOL * 7, 2)[: min(POOL, rows - start)]
-        words = ["SLIM", "COTTON", "navy", "trousers", "with", "zip", "pocket<br>", "tonal", "stitching", "crewneck", "&amp;", "caf\xe9"]
+        words = [
+            "SLIM",
+            "COTTON",
+            "navy",
+            "trousers",
+            "with",
+            "zip",
+            "pocket<br>",
+            "tonal",
+            "stitching",
+            "crewneck",
+            "&amp;",
+            "caf\xe9",
+        ]
         for name, width in TEXTS.items():
             data = file.create_dataset(f"input_{name}", (rows, 1), f"S{width}")
             texts = [" ".join(rng.choice(words, max(1, width // 9)))[:width].encode("iso-8859-1") for _ in range(997)]
@@ -88,7 +112,16 @@ def processor_time() -> float:
 def pack(source: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """Seconds, the processor's seconds (start of the processes included), and the most memory in MB that the command and its workers had together
     (private pages, looked at five times a second)."""
-    command = [sys.executable, "-m", "syncmask_fast.pack", "fashiongen", str(source), str(out), "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "syncmask_fast.pack",
+        "fashiongen",
+        str(source),
+        str(out),
+        "--workers",
+        str(workers),
+    ]
     begin, before = time.perf_counter(), processor_time()
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     peak, ended = 0.0, threading.Event()
@@ -146,12 +179,19 @@ def main() -> None:
     from bench.harness import machine, results_folder
 
     row = {
-        "rows": rows, "workers": options.workers, "compression": options.compression or "none", "seconds": round(seconds, 2),
-        "rows_per_s": round(rows / seconds, 1), "jpeg_alone_per_s": round(alone, 1), "share": round(rows / seconds / alone, 3),
-        "cpu_us_per_row": round(1e6 * cpu / rows), "jpeg_alone_cpu_us": round(alone_us), "cpu_share": round(alone_us / (1e6 * cpu / rows), 3),
+        "rows": rows,
+        "workers": options.workers,
+        "compression": options.compression or "none",
+        "seconds": round(seconds, 2),
+        "rows_per_s": round(rows / seconds, 1),
+        "jpeg_alone_per_s": round(alone, 1),
+        "share": round(rows / seconds / alone, 3),
+        "cpu_us_per_row": round(1e6 * cpu / rows),
+        "jpeg_alone_cpu_us": round(alone_us),
+        "cpu_share": round(alone_us / (1e6 * cpu / rows), 3),
         "peak_private_mb": round(peak, 1),
         **machine(torch.device("cpu")),
-    }  # fmt: skip
+    }
     print(json.dumps(row, indent=2))
     results_folder().mkdir(parents=True, exist_ok=True)
     (results_folder() / "pack_fashiongen.json").write_text(json.dumps(row, indent=2) + "\n")

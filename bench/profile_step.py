@@ -24,17 +24,19 @@ WARM_UP, STEPS = 3, 3
 
 
 def main(preset: str = "tiny", batch_size: str = "64", precision: str = "") -> None:
-    from syncmask_fast.train import keep_freed_memory, one_step, prepare_device
+    from syncmask_fast.train import configure_compute, train_step, tune_malloc
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = bench.configuration(preset, int(batch_size), precision or ("bfloat16" if device.type == "cuda" else "float32"))
-    keep_freed_memory()
+    config = bench.configuration(
+        preset, int(batch_size), precision or ("bfloat16" if device.type == "cuda" else "float32")
+    )
+    tune_malloc()
     state, batches = bench.make_state(config, device), itertools.cycle(bench.make_batches(config, device))
-    prepare_device(config, state.model, state.teacher, device)
+    configure_compute(config, state.model, state.teacher, device)
 
     def steps(count: int) -> None:
         for _ in range(count):
-            one_step(config, state, batches, bench.STEPS, 1)
+            train_step(config, state, batches, bench.STEPS, 1)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -46,7 +48,9 @@ def main(preset: str = "tiny", batch_size: str = "64", precision: str = "") -> N
     print(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70))
     kernels = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == DeviceType.CUDA)
     if kernels:
-        print(f"the GPU was idle for {100 * idle_share(kernels):.1f} % of {STEPS} steps, {len(kernels) // STEPS} kernels and copies a step")
+        print(
+            f"the GPU was idle for {100 * idle_share(kernels):.1f} % of {STEPS} steps, {len(kernels) // STEPS} kernels and copies a step"
+        )
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:

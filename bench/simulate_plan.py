@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.data.plan import epoch_order
-from syncmask_fast.distributed import Group
+from syncmask_fast.data.epoch_order import epoch_order
+from syncmask_fast.distributed.group import Group
 
 VIEWS, KINDS = 4, 200
 CHUNK = 1 << 18
@@ -32,7 +32,7 @@ class OneOfMany(Group):
         super().__init__()
         self.ranks = ranks
 
-    def sum_on_host(self, x: Tensor) -> Tensor:
+    def all_reduce_host(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -44,7 +44,10 @@ def catalogue(samples: int, width: int) -> tuple[Tensor, Tensor]:
     for begin in range(0, samples, CHUNK):
         n = min(CHUNK, samples - begin)
         product = torch.randn(-(-n // VIEWS), width, generator=generator).repeat_interleave(VIEWS, 0)[:n]
-        middle = kinds[torch.randint(KINDS, (-(-n // VIEWS),), generator=generator)].repeat_interleave(VIEWS, 0)[:n] + 0.5 * product
+        middle = (
+            kinds[torch.randint(KINDS, (-(-n // VIEWS),), generator=generator)].repeat_interleave(VIEWS, 0)[:n]
+            + 0.5 * product
+        )
         for side in (images, texts):
             side[begin : begin + n] = F.normalize(middle + 0.4 * torch.randn(n, width, generator=generator), dim=1)
     return images, texts
@@ -66,9 +69,16 @@ def main() -> None:
     products = np.arange(args.samples) // VIEWS
     before, begin, begin_cpu = peak_gib(), time.perf_counter(), time.process_time()
     order = epoch_order(
-        0, 1, products, batch_size=args.batch_size, kind="semi_hard", image_feats=images, text_feats=texts, search_space=args.search_space,
+        0,
+        1,
+        products,
+        batch_size=args.batch_size,
+        kind="semi_hard",
+        image_feats=images,
+        text_feats=texts,
+        search_space=args.search_space,
         group=OneOfMany(args.ranks),
-    )  # fmt: skip
+    )
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     if args.ranks == 1:
         seen = np.zeros(args.samples, bool)
@@ -77,7 +87,11 @@ def main() -> None:
     walks = -(-args.samples // (args.search_space or args.samples))
     found = vars(args) | {"walks": walks, "walks_made": -(-walks // args.ranks), "threads": torch.get_num_threads()}
     found |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-    found |= {"bank_gib": round(2 * images.nbytes / 2**30, 2), "peak_before_gib": round(before, 2), "peak_gib": round(peak_gib(), 2)}
+    found |= {
+        "bank_gib": round(2 * images.nbytes / 2**30, 2),
+        "peak_before_gib": round(before, 2),
+        "peak_gib": round(peak_gib(), 2),
+    }
     print(json.dumps(found))
 
 

@@ -47,22 +47,26 @@ def main() -> None:
     providers = ["ours", *given.only] if given.only else providers
     others = [name for name in providers if name != "ours"]
     rows: dict[str, dict[str, float]] = {}
-    for first in range(0, len(others), TOGETHER):  # more of them would push each other's compiled products out of oneDNN's memory
+    for first in range(
+        0, len(others), TOGETHER
+    ):  # more of them would push each other's compiled products out of oneDNN's memory
         found = measure(["ours", *others[first : first + TOGETHER]], given, device)
         rows |= {name: row for name, row in found.items() if name not in rows}  # ours: of the first group
     for name, row in rows.items():
-        print(f"{name:24s} {row['median_s']:8.3f} s (min {row['min_s']:.3f})  {row['to_ours']:.2f}x ours ({row['to_ours_at_best']:.2f}x at best)")
+        print(
+            f"{name:24s} {row['median_s']:8.3f} s (min {row['min_s']:.3f})  {row['to_ours']:.2f}x ours ({row['to_ours_at_best']:.2f}x at best)"
+        )
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     about = {
         "preset": given.preset,
         "batch": given.batch,
         "precision": given.precision,
-        "vocabulary": given.vocabulary,
+        "vocabulary": given.vocab_size,
         "rounds": given.rounds,
         **harness.machine(device),
         "date": now,
     }
-    case = f"{given.preset}-{given.vocabulary}" if given.vocabulary else given.preset
+    case = f"{given.preset}-{given.vocab_size}" if given.vocabulary else given.preset
     path = harness.results_folder() / f"step_ratios-{case}-{given.precision}-{harness.allocator()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(about | {"providers": rows}, indent=1) + "\n")
@@ -71,7 +75,10 @@ def main() -> None:
 
 def measure(names: list[str], given: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
     """The median and the least time of each provider's step, and the median over rounds of its ratio to ours. Each round has an order of its own."""
-    steppers = {name: cases.stepper(name, given.preset, given.batch, given.precision, device, given.vocabulary)[2] for name in names}
+    steppers = {
+        name: cases.stepper(name, given.preset, given.batch, given.precision, device, given.vocab_size)[2]
+        for name in names
+    }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(given.rounds + WARM_UP):
         for name in random.Random(number).sample(names, len(names)):

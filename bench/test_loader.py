@@ -15,10 +15,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from syncmask_fast.data.augment import AugmentConfig
-from syncmask_fast.data.loader import HALF, Loader
-from syncmask_fast.data.render import JpegDecoder
+from syncmask_fast.data.decode.transform import JpegDecoder
+from syncmask_fast.data.loader import PIXEL_MEAN, Loader
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
-from syncmask_fast.data.text import TokenCache
+from syncmask_fast.data.tokenizer import TokenCache
 from tests.helpers import WORDS, small_tokenizer
 
 IMAGES, BATCH, SIDE, CROP = 1024, 64, 256, 224
@@ -32,8 +32,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     with ShardWriter(folder) as writer:
         for n in range(IMAGES):
-            blurred = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            noisy = np.clip(np.asarray(blurred, np.int16) + rng.integers(-9, 10, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+            blurred = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(
+                (SIDE, SIDE), Image.Resampling.BICUBIC
+            )
+            noisy = np.clip(np.asarray(blurred, np.int16) + rng.integers(-9, 10, (SIDE, SIDE, 3)), 0, 255).astype(
+                np.uint8
+            )
             buffer = io.BytesIO()
             Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
             writer.write(f"{n:06d}", buffer.getvalue(), {"product_id": n, "text": " ".join(rng.choice(WORDS, 20))})
@@ -47,13 +51,15 @@ class Samples(torch.utils.data.Dataset):
         with tarfile.open(tar) as archive:
             self.places = [(member.offset_data, member.size) for member in archive if member.name.endswith(".jpg")]
         self.tar = tar
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(CROP, AUGMENT.scale, AUGMENT.ratio),
-            v2.RandomHorizontalFlip(AUGMENT.flip),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(HALF, HALF),
-        ])  # fmt: skip
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(CROP, AUGMENT.scale, AUGMENT.ratio),
+                v2.RandomHorizontalFlip(AUGMENT.flip),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(PIXEL_MEAN, PIXEL_MEAN),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.places)
@@ -88,14 +94,23 @@ def test_loader(provider, device, shards, benchmark, measured):
         function = delivering(opened)
     elif provider == "dataloader":
         workers = torch.utils.data.DataLoader(
-            Samples(next(shards.glob("*.tar"))), BATCH, shuffle=True, num_workers=THREADS, persistent_workers=True, pin_memory=device.type == "cuda"
+            Samples(next(shards.glob("*.tar"))),
+            BATCH,
+            shuffle=True,
+            num_workers=THREADS,
+            persistent_workers=True,
+            pin_memory=device.type == "cuda",
         )
 
         def function() -> None:
             for pixels in workers:
                 pixels.to(device, non_blocking=True)
     else:  # the ceiling: nothing but decoding, as the compiled way does it
-        encoded, pool, decode = [index.jpeg(i) for i in range(IMAGES)], ThreadPoolExecutor(THREADS), JpegDecoder()
+        encoded, pool, decode = (
+            [index.image_bytes(i) for i in range(IMAGES)],
+            ThreadPoolExecutor(THREADS),
+            JpegDecoder(),
+        )
 
         def function() -> None:
             for _ in pool.map(decode, encoded):

@@ -17,7 +17,9 @@ CASES = {"cpu": [64, 16_384], "cuda": [64, 65_536]}  # anchors, and as many cand
 FAISS_K = 32  # neighbours that are searched for, of which the eligible stay: too few of them may be
 
 
-def eager(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eager(
+    anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """The plain way: the whole similarity matrix, a mask, top-k."""
     similarity = (anchors @ candidates.T).float()
     eligible = (ids[:, None] != other_ids) & (similarity < positive[:, None])
@@ -25,7 +27,9 @@ def eager(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, p
     return index.masked_fill(score == -math.inf, -1), score
 
 
-def bare_product(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int, out: dict = {}) -> Tensor:  # noqa: B006 (kept)
+def bare_product(
+    anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int, out: dict = {}  # noqa: B006 (kept)
+) -> Tensor:
     shape = len(anchors), len(candidates)
     if out.get("shape") != (shape, anchors.dtype, anchors.device):
         out.update(shape=(shape, anchors.dtype, anchors.device), tensor=anchors.new_empty(shape))
@@ -37,7 +41,9 @@ def product(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor,
     return anchors @ candidates.T
 
 
-def with_faiss(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def with_faiss(
+    anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """Not exact: an anchor with fewer than k eligible among its first FAISS_K neighbours gets fewer."""
     import faiss
 
@@ -50,7 +56,9 @@ def with_faiss(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tens
     return neighbour.gather(1, first).masked_fill(~kept, -1), score.gather(1, first).masked_fill(~kept, -math.inf)
 
 
-def ours(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ours(
+    anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     return ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, k=k)
 
 
@@ -70,7 +78,8 @@ def draw(n: int, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[T
     ids = torch.arange(n, device=device) // 4
     products = torch.randn(n // 4 + 1, WIDTH, generator=generator, device=device)
     anchors, candidates = (
-        torch.nn.functional.normalize(products[ids] + torch.randn(n, WIDTH, generator=generator, device=device), dim=1) for _ in range(2)
+        torch.nn.functional.normalize(products[ids] + torch.randn(n, WIDTH, generator=generator, device=device), dim=1)
+        for _ in range(2)
     )
     return anchors.to(dtype), candidates.to(dtype), ids, ids, (anchors * candidates).sum(1)
 
@@ -100,6 +109,9 @@ def test_mine_semi_hard(large, k, provider, device, benchmark, measured):
 def test_the_plain_way_gives_the_same_negatives():
     inputs = draw(100, torch.float32, torch.device("cpu"), 0)
     index, score = ours(*inputs, 5)
-    for other_index, other_score in (eager(*inputs, 5), *([with_faiss(*inputs, 5)] if importlib.util.find_spec("faiss") else [])):
+    for other_index, other_score in (
+        eager(*inputs, 5),
+        *([with_faiss(*inputs, 5)] if importlib.util.find_spec("faiss") else []),
+    ):
         assert index.equal(other_index)
         torch.testing.assert_close(score, other_score)

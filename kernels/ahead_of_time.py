@@ -49,7 +49,9 @@ class Configuration(NamedTuple):
 
     @property
     def name(self) -> str:
-        sizes = " ".join(f"{key.removeprefix('BLOCK_')}={int(value)}" for key, value in self.constants.items() if key.isupper())
+        sizes = " ".join(
+            f"{key.removeprefix('BLOCK_')}={int(value)}" for key, value in self.constants.items() if key.isupper()
+        )
         return f"{self.kernel.strip('_')} {self.dtype} {sizes}"
 
 
@@ -74,12 +76,24 @@ def _sync_mask() -> Iterator[Configuration]:
                 types[name] = {"scale": "fp32", "ratio_bits": "i64"}.get(name, "i32")
             if name.endswith("_ptr") or name == "width" or ("_stride_" in name and not name.startswith("m_")):
                 multiples.append(name)
-        yield Configuration(module, blocks.kernel, types, constants, tuple(multiples), blocks.num_warps, blocks.num_stages, _TYPES[dtype])
+        yield Configuration(
+            module,
+            blocks.kernel,
+            types,
+            constants,
+            tuple(multiples),
+            blocks.num_warps,
+            blocks.num_stages,
+            _TYPES[dtype],
+        )
 
 
 def _mine_semi_hard() -> Iterator[Configuration]:
     module = "mine_semi_hard_triton_kernels"
-    features, whole_numbers = ("anchors_ptr", "candidates_ptr"), ("anchor_ids_ptr", "candidate_ids_ptr", "keys_ptr", "index_ptr")
+    features, whole_numbers = (
+        ("anchors_ptr", "candidates_ptr"),
+        ("anchor_ids_ptr", "candidate_ids_ptr", "keys_ptr", "index_ptr"),
+    )
     for dtype, blocks in mine_semi_hard_triton.configurations():
         kernel = _kernel(module, blocks.kernel)
         types, constants, multiples = {}, dict(blocks.constants), []
@@ -95,7 +109,16 @@ def _mine_semi_hard() -> Iterator[Configuration]:
                 types[name] = "fp32" if name in ("margin", "temperature", "inverse_temperature") else "i32"
             if name.endswith("_ptr") or name in ("a_stride_n", "c_stride_m", "width"):
                 multiples.append(name)
-        yield Configuration(module, blocks.kernel, types, constants, tuple(multiples), blocks.num_warps, blocks.num_stages, _TYPES[dtype])
+        yield Configuration(
+            module,
+            blocks.kernel,
+            types,
+            constants,
+            tuple(multiples),
+            blocks.num_warps,
+            blocks.num_stages,
+            _TYPES[dtype],
+        )
 
 
 # Each operator with Triton kernels adds a function that yields its configurations.
@@ -118,14 +141,22 @@ def compile_for(one: Configuration, capability: int) -> dict[str, str | int]:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.multiples}
     source = ASTSource(kernel, signature, dict(one.constants), attributes)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": one.num_warps, "num_stages": one.num_stages}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": one.num_warps, "num_stages": one.num_stages},
     )
     usage = _resources(compiled.asm["cubin"])
     return {
-        "kernel": one.kernel.strip("_"), "configuration": one.name, "dtype": one.dtype, "target": f"sm_{capability}",
-        "warps": one.num_warps, "stages": one.num_stages, "registers": usage["REG"],
-        "stack": usage["STACK"] + usage["LOCAL"], "shared": compiled.metadata.shared,
-    }  # fmt: skip
+        "kernel": one.kernel.strip("_"),
+        "configuration": one.name,
+        "dtype": one.dtype,
+        "target": f"sm_{capability}",
+        "warps": one.num_warps,
+        "stages": one.num_stages,
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
 
 
 def compile_all(targets: Iterable[int] = TARGETS, processes: int = 2) -> list[dict[str, str | int]]:
@@ -142,13 +173,19 @@ def table(rows: list[dict[str, str | int]]) -> str:
     of = {(row["configuration"], row["target"]): row for row in rows}
     for name in dict.fromkeys(row["configuration"] for row in rows):
         cells = [of[name, target] for target in targets]
-        figures = [f"{row['registers']} / {row['shared'] / 1024:.1f}" + (f" / {row['stack']} B of stack" if row["stack"] else "") for row in cells]
+        figures = [
+            f"{row['registers']} / {row['shared'] / 1024:.1f}"
+            + (f" / {row['stack']} B of stack" if row["stack"] else "")
+            for row in cells
+        ]
         lines.append(f"| {name} | {cells[0]['warps']} | {cells[0]['stages']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m syncmask_fast.kernels.ahead_of_time", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m syncmask_fast.kernels.ahead_of_time", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args(argv)
     rows = compile_all()

@@ -54,11 +54,7 @@ def check_number(name: str, value: object, low: float, high: float, expected: st
 
 def check_integer(name: str, value: object, low: int, high: int, expected: str) -> None:
     """ValueError unless `value` is an integer with low <= value <= high."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Integral | torch.SymInt)
-        or not low <= value <= high
-    ):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
@@ -81,12 +77,12 @@ def check_backend(op: str, backend: object, built: Sequence[str], device: torch.
         raise ValueError(f"backend is {backend!r}, which {op} does not have on {device}; expected {have}")
 
 
-def working_dtype(value: Tensor) -> torch.dtype:
+def reference_dtype(value: Tensor) -> torch.dtype:
     """The dtype in which a reference computes: float64 for float64 inputs (an oracle), otherwise float32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def full_precision(value: Tensor) -> contextlib.AbstractContextManager:
+def autocast_off(value: Tensor) -> contextlib.AbstractContextManager:
     """Turns autocast off: float32 products inside an operator stay float32 in a caller's autocast region."""
     return torch.autocast(value.device.type, enabled=False)
 

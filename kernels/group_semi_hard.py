@@ -50,24 +50,20 @@ def group_semi_hard_reference(
     """
     _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS_AND_DOUBLE)
     items = image_feats.shape[0]
-    dtype = common.working_dtype(image_feats)
+    dtype = common.reference_dtype(image_feats)
     image_feats, text_feats = image_feats.to(dtype), text_feats.to(dtype)
     codes = torch.unique(ids, return_inverse=True)[1]  # products numbered 0, 1, ...
     order = torch.empty(items, dtype=torch.int64, device=ids.device)
     run = search_space or max(1, items)
-    with common.full_precision(image_feats):
+    with common.autocast_off(image_feats):
         for begin in range(0, items, run):
             part = slice(begin, begin + run)
             first = start if begin == 0 else 0
-            order[part] = begin + _walk(
-                image_feats[part], text_feats[part], codes[part], batch_size, margin, first
-            )
+            order[part] = begin + _walk(image_feats[part], text_feats[part], codes[part], batch_size, margin, first)
     return order
 
 
-def _walk(
-    image_feats: Tensor, text_feats: Tensor, codes: Tensor, batch_size: int, margin: float, start: int
-) -> Tensor:
+def _walk(image_feats: Tensor, text_feats: Tensor, codes: Tensor, batch_size: int, margin: float, start: int) -> Tensor:
     """One run: features [n, D] in the working dtype, codes int64 [n] -> order int64 [n]."""
     items = image_feats.shape[0]
     device = image_feats.device
@@ -112,13 +108,7 @@ def _group_semi_hard_reference(
     neighbours: int = 0,
 ) -> Tensor:
     return group_semi_hard_reference(
-        image_feats,
-        text_feats,
-        ids,
-        batch_size=batch_size,
-        margin=margin,
-        start=start,
-        search_space=search_space,
+        image_feats, text_feats, ids, batch_size=batch_size, margin=margin, start=start, search_space=search_space
     )
 
 

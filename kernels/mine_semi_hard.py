@@ -56,11 +56,9 @@ def mine_semi_hard_reference(
     these are more) exist at a time.
     """
     dtypes = common.FLOATS_AND_DOUBLE
-    _check(
-        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes
-    )
+    _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)
     rows, columns = anchors.shape[0], candidates.shape[0]
-    dtype = common.working_dtype(anchors)
+    dtype = common.reference_dtype(anchors)
     index = torch.full((rows, k), -1, dtype=torch.int64, device=anchors.device)
     score = torch.full((rows, k), -math.inf, dtype=dtype, device=anchors.device)
     found = min(k, columns)
@@ -71,14 +69,12 @@ def mine_semi_hard_reference(
     tile = max(1, _TILE_ELEMENTS // columns)
     for begin in range(0, rows, tile):
         part = slice(begin, min(begin + tile, rows))
-        with common.full_precision(anchors):
+        with common.autocast_off(anchors):
             similarity = anchors[part].to(dtype) @ targets
         eligible = (candidate_ids != anchor_ids[part, None]) & (similarity < threshold[part, None])
         rank = similarity
         if temperature is not None:
-            rank = similarity / temperature + gumbel_noise(
-                seed, part.start, part.stop, columns, anchors.device, dtype
-            )
+            rank = similarity / temperature + gumbel_noise(seed, part.start, part.stop, columns, anchors.device, dtype)
         # An eligible -inf (only from overflow) still stands above what is not eligible.
         rank = rank.clamp(min=torch.finfo(dtype).min).masked_fill(~eligible, -math.inf)
         chosen = _highest_indices(rank, found)
@@ -169,7 +165,9 @@ def _mine_semi_hard_triton(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     launcher = importlib.import_module("syncmask_fast.kernels.mine_semi_hard_triton")  # imports this module
-    return launcher.mine_semi_hard_triton(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
+    return launcher.mine_semi_hard_triton(
+        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed
+    )
 
 
 @torch.library.custom_op("syncmask::mine_semi_hard", mutates_args=())
@@ -187,7 +185,9 @@ def _mine_semi_hard(
     # csrc/mine_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
     if anchors.device.type == "cpu":
         common.warn_slow("mine_semi_hard", _native.status())
-    return _mine_semi_hard_reference(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
+    return _mine_semi_hard_reference(
+        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed
+    )
 
 
 @_mine_semi_hard.register_kernel("cuda")
@@ -209,7 +209,7 @@ def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin,
     shape = (anchors.shape[0], k)
     return (
         anchors.new_empty(shape, dtype=torch.int64),
-        anchors.new_empty(shape, dtype=common.working_dtype(anchors)),
+        anchors.new_empty(shape, dtype=common.reference_dtype(anchors)),
     )
 
 
@@ -252,9 +252,7 @@ def mine_semi_hard(
     source:         own.
     """
     dtypes = common.FLOATS
-    _check(
-        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes
-    )
+    _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)
     op = _op_of(backend, anchors.device, k)
     tensors = (t.detach() for t in (anchors, candidates, anchor_ids, candidate_ids, positive_score.float()))
     temperature = None if temperature is None else float(temperature)

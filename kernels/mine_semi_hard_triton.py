@@ -41,9 +41,14 @@ def finish_blocks(kept: int, draws: bool) -> Blocks:
 def configurations() -> Iterator[tuple[torch.dtype, Blocks]]:
     """Every (dtype of the features, Blocks) that a call can take, each once."""
     seen = []
-    for dtype, draws, k, width in itertools.product((torch.bfloat16, torch.float16, torch.float32), (False, True), (1, 16, 64), (64, 256)):
+    for dtype, draws, k, width in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), (False, True), (1, 16, 64), (64, 256)
+    ):
         seen.append((dtype, search_blocks(width, k, dtype, draws)))
-    seen += [(torch.float32, finish_blocks(kept, draws)) for kept, draws in itertools.product((1, 16, 64, 256, 1024), (False, True))]
+    seen += [
+        (torch.float32, finish_blocks(kept, draws))
+        for kept, draws in itertools.product((1, 16, 64, 256, 1024), (False, True))
+    ]
     for index, one in enumerate(seen):
         if one not in seen[:index]:
             yield one
@@ -98,12 +103,40 @@ def mine_semi_hard_triton(
     finish = finish_blocks(kept, draws)
     with torch.cuda.device(anchors.device) if anchors.is_cuda else torch.no_grad():
         kernels._search_kernel[block, shares](
-            anchors, candidates, anchor_ids, candidate_ids, positive_score, keys, scores,
-            *anchors.stride(), *candidates.stride(), *anchor_ids.stride(), *candidate_ids.stride(), *positive_score.stride(),
-            rows, columns, width, -(-tiles // shares), margin, temperature, 1 / temperature, mine_semi_hard.seed_key(seed),
-            **search.constants, num_warps=search.num_warps, num_stages=search.num_stages,
-        )  # fmt: skip
+            anchors,
+            candidates,
+            anchor_ids,
+            candidate_ids,
+            positive_score,
+            keys,
+            scores,
+            *anchors.stride(),
+            *candidates.stride(),
+            *anchor_ids.stride(),
+            *candidate_ids.stride(),
+            *positive_score.stride(),
+            rows,
+            columns,
+            width,
+            -(-tiles // shares),
+            margin,
+            temperature,
+            1 / temperature,
+            mine_semi_hard.seed_key(seed),
+            **search.constants,
+            num_warps=search.num_warps,
+            num_stages=search.num_stages,
+        )
         kernels._finish_kernel[(-(-rows // finish.constants["BLOCK_N"]),)](
-            keys, scores, index, score, rows, kept, k, **finish.constants, num_warps=finish.num_warps, num_stages=finish.num_stages
+            keys,
+            scores,
+            index,
+            score,
+            rows,
+            kept,
+            k,
+            **finish.constants,
+            num_warps=finish.num_warps,
+            num_stages=finish.num_stages,
         )
     return index, score

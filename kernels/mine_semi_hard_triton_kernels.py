@@ -21,7 +21,9 @@ import triton.language as tl
 
 # The interpreter's bfloat16 is a 16-bit integer, which its product takes at face value.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: where an eligible -inf counts as, above what is not eligible
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # of float32: where an eligible -inf counts as, above what is not eligible
 EMPTY = tl.constexpr((0x807FFFFF - (1 << 32)) << 32)  # from here on: keys that rank -inf
 WORD = tl.constexpr(0xFFFFFFFF)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -81,12 +83,21 @@ def _dot(a, b, total):
 @triton.jit
 def _keep_best(
     similarity,  # [BLOCK_N, BLOCK_M], of candidates begin ...
-    keys, scores, floor,  # what the anchors keep; scores for draws only; floor is below the lowest rank kept
-    limit, anchor_id, row_key,  # of the anchors
-    candidate_ids_ptr, id_stride, begin, candidates, temperature, inverse_temperature,
+    keys,
+    scores,
+    floor,  # what the anchors keep; scores for draws only; floor is below the lowest rank kept
+    limit,
+    anchor_id,
+    row_key,  # of the anchors
+    candidate_ids_ptr,
+    id_stride,
+    begin,
+    candidates,
+    temperature,
+    inverse_temperature,
     DRAWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):  # fmt: skip
+):
     places = tl.arange(0, BLOCK_M)
     columns = begin + places
     inside = columns < candidates
@@ -123,7 +134,9 @@ def _keep_best(
     return keys, scores, floor
 
 
-@triton.jit(do_not_specialize=["anchors", "candidates", "share", "margin", "temperature", "inverse_temperature", "seed_key"])
+@triton.jit(
+    do_not_specialize=["anchors", "candidates", "share", "margin", "temperature", "inverse_temperature", "seed_key"]
+)
 def _search_kernel(
     anchors_ptr,  # [N, D]
     candidates_ptr,  # [M, D]
@@ -132,10 +145,20 @@ def _search_kernel(
     positive_ptr,  # [N] float32
     keys_ptr,  # [N, shares, SLOTS] int64
     scores_ptr,  # [N, shares, SLOTS] float32, written for draws
-    a_stride_n, a_stride_d, c_stride_m, c_stride_d, a_id_stride, c_id_stride, p_stride,
-    anchors, candidates, width,
+    a_stride_n,
+    a_stride_d,
+    c_stride_m,
+    c_stride_d,
+    a_id_stride,
+    c_id_stride,
+    p_stride,
+    anchors,
+    candidates,
+    width,
     share,  # tiles of candidates of one program; shares lie along the second axis of the grid
-    margin, temperature, inverse_temperature,
+    margin,
+    temperature,
+    inverse_temperature,
     seed_key,  # int32, the bits of mix(seed_low ^ mix(seed_high ^ 0x9e3779b9))
     DRAWS: tl.constexpr,
     WHOLE: tl.constexpr,  # BLOCK_D >= D: the anchors are read once
@@ -143,7 +166,7 @@ def _search_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < anchors
     limit = tl.load(positive_ptr + rows * p_stride, mask=in_rows, other=0.0) - margin
@@ -168,9 +191,22 @@ def _search_kernel(
             b_tile = candidates_ptr + columns.to(tl.int64)[:, None] * c_stride_m + depth[None, :] * c_stride_d
             b = tl.load(b_tile, mask=(columns < candidates)[:, None] & (depth < width)[None, :], other=0.0)
             keys, scores, floor = _keep_best(
-                _dot(a, b, None), keys, scores, floor, limit, anchor_id, row_key, candidate_ids_ptr, c_id_stride,
-                begin, candidates, temperature, inverse_temperature, DRAWS, BLOCK_M,
-            )  # fmt: skip
+                _dot(a, b, None),
+                keys,
+                scores,
+                floor,
+                limit,
+                anchor_id,
+                row_key,
+                candidate_ids_ptr,
+                c_id_stride,
+                begin,
+                candidates,
+                temperature,
+                inverse_temperature,
+                DRAWS,
+                BLOCK_M,
+            )
     else:  # tiles and their chunks of D in one loop, so that the next tile is fetched while one is searched
         chunks = tl.maximum(tl.cdiv(width, BLOCK_D), 1)
         similarity = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -181,14 +217,29 @@ def _search_kernel(
             columns = begin + places
             offset = (chunk * BLOCK_D).to(tl.int64)
             a = tl.load(a_tile + offset * a_stride_d, mask=in_rows[:, None] & inside[None, :], other=0.0)
-            b_tile = candidates_ptr + columns.to(tl.int64)[:, None] * c_stride_m + (offset + depth)[None, :] * c_stride_d
+            b_tile = (
+                candidates_ptr + columns.to(tl.int64)[:, None] * c_stride_m + (offset + depth)[None, :] * c_stride_d
+            )
             b = tl.load(b_tile, mask=(columns < candidates)[:, None] & inside[None, :], other=0.0)
             similarity = _dot(a, b, similarity)
             if chunk == chunks - 1:
                 keys, scores, floor = _keep_best(
-                    similarity, keys, scores, floor, limit, anchor_id, row_key, candidate_ids_ptr, c_id_stride,
-                    begin, candidates, temperature, inverse_temperature, DRAWS, BLOCK_M,
-                )  # fmt: skip
+                    similarity,
+                    keys,
+                    scores,
+                    floor,
+                    limit,
+                    anchor_id,
+                    row_key,
+                    candidate_ids_ptr,
+                    c_id_stride,
+                    begin,
+                    candidates,
+                    temperature,
+                    inverse_temperature,
+                    DRAWS,
+                    BLOCK_M,
+                )
                 similarity = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
     place = rows[:, None] * (tl.num_programs(1) * SLOTS) + slots[None, :]
@@ -203,11 +254,13 @@ def _finish_kernel(
     scores_ptr,  # [N, kept] float32, read for draws
     index_ptr,  # [N, k] int64
     score_ptr,  # [N, k] float32
-    anchors, kept, k,
+    anchors,
+    kept,
+    k,
     DRAWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,  # >= kept
-):  # fmt: skip
+):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     slots = tl.arange(0, BLOCK)
     in_rows = rows < anchors

@@ -36,14 +36,24 @@ def runs_here() -> bool:
 
 
 @torch.library.custom_op("syncmask::packed_attention", mutates_args=())
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """The output, and float32 [H, T]: the logarithm of each query's sum of exponentials. csrc/packed_attention.cpp has the kernel."""
     raise NotImplementedError(f"packed_attention runs on the CPU alone; {_native.status()}")
 
 
 @torch.library.custom_op("syncmask::packed_attention_backward", mutates_args=())
 def _packed_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, q_starts: Tensor, k_starts: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError(f"packed_attention runs on the CPU alone; {_native.status()}")
 

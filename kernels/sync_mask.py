@@ -23,9 +23,7 @@ from syncmask_fast.kernels import common
 
 TOKEN_SCORES = ("peak", "mass", "cls", "output")
 PATCH_SCORES = ("mean", "cls", "weighted", "max")
-_TILE_ELEMENTS = (
-    1 << 20
-)  # attention weights alive at a time in the reference (4 MiB of float32: fits a CPU's cache)
+_TILE_ELEMENTS = 1 << 20  # attention weights alive at a time in the reference (4 MiB of float32: fits a CPU's cache)
 
 
 class SyncMask(NamedTuple):
@@ -54,26 +52,15 @@ def sync_mask_reference(
     Goes over tiles of samples and over heads, so that never more than about a million attention weights (or
     those of one sample and head, where these are more) exist at a time.
     """
-    _check(
-        q,
-        k,
-        maskable,
-        v,
-        token_ratio,
-        patch_ratio,
-        token_score,
-        patch_score,
-        scale,
-        (*common.FLOATS_AND_DOUBLE,),
-    )
+    _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, (*common.FLOATS_AND_DOUBLE,))
     batch, heads, tokens, width = q.shape
     patches = k.shape[2] - 1
-    dtype = common.working_dtype(q)
+    dtype = common.reference_dtype(q)
     scale = width**-0.5 if scale is None else scale
     word_score = torch.zeros(batch, tokens, dtype=dtype, device=q.device)
     patch_total = torch.zeros(batch, patches, dtype=dtype, device=q.device)
     tile = max(1, _TILE_ELEMENTS // (tokens * (patches + 1)))
-    with common.full_precision(q):
+    with common.autocast_off(q):
         for begin in range(0, batch, tile):
             rows = slice(begin, begin + tile)
             for head in range(heads):
@@ -216,7 +203,7 @@ def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, sca
 @_sync_mask.register_fake
 def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
     words, patches = maskable.shape, (k.shape[0], k.shape[2] - 1)
-    dtype = common.working_dtype(q)
+    dtype = common.reference_dtype(q)
     return (
         q.new_empty(words, dtype=torch.bool),
         q.new_empty(patches, dtype=torch.bool),
@@ -319,9 +306,7 @@ def _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score
         raise ValueError(f"q has shape {list(q.shape)}; expected H, T and D of at least 1")
     keys = k.shape[2]
     if keys < 2:
-        raise ValueError(
-            f"k has shape {list(k.shape)}; expected at least 2 keys: the image [CLS] and one patch"
-        )
+        raise ValueError(f"k has shape {list(k.shape)}; expected at least 2 keys: the image [CLS] and one patch")
     common.check_shape("k", k, (batch, heads, keys, width), "B, H and D of q")
     common.check_shape("maskable", maskable, (batch, tokens), "B and T of q")
     common.check_same("k", k, "q", q, dtype=True)

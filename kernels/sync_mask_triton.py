@@ -44,7 +44,9 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
         block_p = 64 if patches <= 64 else 256
         constants = {"BLOCK_T": 64, "BLOCK_P": block_p, "BLOCK_D": wide}
         # Two or three stages fetch the next heads while this one is worked on; two spill the largest block's registers on sm_100.
-        return Blocks("_one_pass_kernel", constants, 4 if block_p == 64 else 8, 3 if block_p == 256 else 1 if wide == 128 else 2)
+        return Blocks(
+            "_one_pass_kernel", constants, 4 if block_p == 64 else 8, 3 if block_p == 256 else 1 if wide == 128 else 2
+        )
     constants = {"OUTPUT": output, "ALL_T": max(512, _power_of_2(tokens))}
     # The second product of "output" holds [BLOCK_T, D] more in registers, and parts of the weights.
     if half:
@@ -57,7 +59,9 @@ def main_blocks(tokens: int, patches: int, width: int, dtype: torch.dtype, outpu
 
 def finish_blocks(tokens: int, patches: int) -> Blocks:
     """The kernel that makes the masks from the sums of each head."""
-    block = next(size for size in (64, 256, 1024, 4096, _power_of_2(max(tokens, patches))) if size >= max(tokens, patches))
+    block = next(
+        size for size in (64, 256, 1024, 4096, _power_of_2(max(tokens, patches))) if size >= max(tokens, patches)
+    )
     return Blocks("_finish_kernel", {"BLOCK": block}, max(1, min(8, block // 256)), 1)
 
 
@@ -142,25 +146,63 @@ def sync_mask_triton(
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
         if one_pass:
             kernels._one_pass_kernel[batch, -(-heads // heads_each)](
-                *inputs, token_sum, patch_sum, *scores, *masks, *strides, *sizes, heads_each, log2_scale,
-                ratio_bits, patch_count, *rules, **blocks.constants, **options,
-            )  # fmt: skip
+                *inputs,
+                token_sum,
+                patch_sum,
+                *scores,
+                *masks,
+                *strides,
+                *sizes,
+                heads_each,
+                log2_scale,
+                ratio_bits,
+                patch_count,
+                *rules,
+                **blocks.constants,
+                **options,
+            )
         else:
             pairs = batch * heads
             launches = [(3, 1)]
             if pairs < 2 * processors:  # (phase, tiles side by side)
-                launches = [(1, -(-tokens // blocks.constants["BLOCK_T"])), (2, -(-patches // blocks.constants["BLOCK_P"]))]
+                launches = [
+                    (1, -(-tokens // blocks.constants["BLOCK_T"])),
+                    (2, -(-patches // blocks.constants["BLOCK_P"])),
+                ]
             top, share = scratch(tokens), scratch(tokens)
             for phases, tiles in launches:
                 kernels._two_pass_kernel[pairs, tiles](
-                    *inputs, token_sum, patch_sum, top, share, *strides, *sizes, log2_scale, phases, *rules, **blocks.constants, **options
+                    *inputs,
+                    token_sum,
+                    patch_sum,
+                    top,
+                    share,
+                    *strides,
+                    *sizes,
+                    log2_scale,
+                    phases,
+                    *rules,
+                    **blocks.constants,
+                    **options,
                 )
         if not whole:
             finish = finish_blocks(tokens, patches)
             kernels._finish_kernel[batch, 2](
-                token_sum, patch_sum, maskable, *scores, *masks, *maskable.stride(), heads, tokens, patches, ratio_bits, patch_count,
-                **finish.constants, num_warps=finish.num_warps, num_stages=finish.num_stages,
-            )  # fmt: skip
+                token_sum,
+                patch_sum,
+                maskable,
+                *scores,
+                *masks,
+                *maskable.stride(),
+                heads,
+                tokens,
+                patches,
+                ratio_bits,
+                patch_count,
+                **finish.constants,
+                num_warps=finish.num_warps,
+                num_stages=finish.num_stages,
+            )
     return (*masks, *scores)
 
 

@@ -121,7 +121,18 @@ def _finish_patches(total, count, heads, places, inside, score_ptr, mask_ptr):
     tl.store(mask_ptr + places, _highest(score, inside, count), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads", "tokens", "patches", "split_heads", "patch_count", "ratio_bits", "token_rule", "patch_rule"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "tokens",
+        "patches",
+        "split_heads",
+        "patch_count",
+        "ratio_bits",
+        "token_rule",
+        "patch_rule",
+    ]
+)
 def _one_pass_kernel(
     q_ptr,  # [B, H, T, D]
     k_ptr,  # [B, H, 1+P, D]
@@ -132,18 +143,30 @@ def _one_pass_kernel(
     patch_score_ptr,  # [B, P]
     token_mask_ptr,  # [B, T]
     patch_mask_ptr,  # [B, P]
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_p, k_stride_d,
-    m_stride_b, m_stride_t,
-    heads, tokens, patches, width,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_p,
+    k_stride_d,
+    m_stride_b,
+    m_stride_t,
+    heads,
+    tokens,
+    patches,
+    width,
     split_heads,  # heads of one program
     scale,  # of the logits, times log2(e)
     ratio_bits,  # token_ratio, the bits of a float64
-    patch_count, token_rule, patch_rule,
+    patch_count,
+    token_rule,
+    patch_rule,
     BLOCK_T: tl.constexpr,  # >= T
     BLOCK_P: tl.constexpr,  # >= P
     BLOCK_D: tl.constexpr,  # >= D
-):  # fmt: skip
+):
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * split_heads
     last = tl.minimum(first + split_heads, heads)
@@ -154,7 +177,9 @@ def _one_pass_kernel(
     first_columns = tl.arange(0, 16)
     depth = tl.arange(0, BLOCK_D)
     in_depth = depth[None, :] < width
-    maskable = tl.load(maskable_ptr + sample * m_stride_b + rows.to(tl.int64) * m_stride_t, mask=rows < tokens, other=0) != 0
+    maskable = (
+        tl.load(maskable_ptr + sample * m_stride_b + rows.to(tl.int64) * m_stride_t, mask=rows < tokens, other=0) != 0
+    )
     words = tl.sum(maskable.to(tl.int32), 0)
     from_cls = (patch_rule == 1) | (words == 0)
     eligible = tl.where(from_cls, rows == 0, maskable)
@@ -164,7 +189,9 @@ def _one_pass_kernel(
     k_mask = (columns < patches)[:, None] & in_depth
     q_tile = q_ptr + sample * q_stride_b + rows.to(tl.int64)[:, None] * q_stride_t + depth[None, :] * q_stride_d
     k_cls = k_ptr + sample * k_stride_b + first_columns[:, None] * 0 + depth[None, :] * k_stride_d
-    k_tile = k_ptr + sample * k_stride_b + (columns + 1).to(tl.int64)[:, None] * k_stride_p + depth[None, :] * k_stride_d
+    k_tile = (
+        k_ptr + sample * k_stride_b + (columns + 1).to(tl.int64)[:, None] * k_stride_p + depth[None, :] * k_stride_d
+    )
 
     token_sum = tl.zeros([BLOCK_T], tl.float32)
     patch_sum = tl.zeros([BLOCK_P], tl.float32)
@@ -193,15 +220,45 @@ def _one_pass_kernel(
         patch_sum += column
 
     if split_heads >= heads:
-        _finish_tokens(token_sum, maskable, words, ratio_bits, heads, sample * tokens + rows, rows < tokens, token_score_ptr, token_mask_ptr)
-        _finish_patches(patch_sum, patch_count, heads, sample * patches + columns, columns < patches, patch_score_ptr, patch_mask_ptr)
+        _finish_tokens(
+            token_sum,
+            maskable,
+            words,
+            ratio_bits,
+            heads,
+            sample * tokens + rows,
+            rows < tokens,
+            token_score_ptr,
+            token_mask_ptr,
+        )
+        _finish_patches(
+            patch_sum,
+            patch_count,
+            heads,
+            sample * patches + columns,
+            columns < patches,
+            patch_score_ptr,
+            patch_mask_ptr,
+        )
 
 
 @triton.jit
 def _tile_logits(
-    q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d, rows, row_mask, keys, key_mask, width, scale,
-    CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q_head,
+    k_head,
+    q_stride_t,
+    q_stride_d,
+    k_stride_p,
+    k_stride_d,
+    rows,
+    row_mask,
+    keys,
+    key_mask,
+    width,
+    scale,
+    CHUNKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     # scale * q k^T of one tile, in chunks of the width: float32 products keep both operands in registers.
     logits = tl.zeros([rows.shape[0], keys.shape[0]], tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -224,21 +281,35 @@ def _two_pass_kernel(
     patch_sum_ptr,  # [B, H, P] float32, likewise
     top_ptr,  # [B, H, T] float32, the highest logit of each token
     share_ptr,  # [B, H, T] float32, what a token's unnormalised weights are multiplied by
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d,
-    k_stride_b, k_stride_h, k_stride_p, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_p, v_stride_d,
-    m_stride_b, m_stride_t,
-    heads, tokens, patches, width,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    q_stride_d,
+    k_stride_b,
+    k_stride_h,
+    k_stride_p,
+    k_stride_d,
+    v_stride_b,
+    v_stride_h,
+    v_stride_p,
+    v_stride_d,
+    m_stride_b,
+    m_stride_t,
+    heads,
+    tokens,
+    patches,
+    width,
     scale,  # of the logits, times log2(e)
     phases,  # 1 the statistics, 2 the patch scores, 3 both; tiles are spread over the second axis of the grid
-    token_rule, patch_rule,
+    token_rule,
+    patch_rule,
     OUTPUT: tl.constexpr,
     ALL_T: tl.constexpr,  # >= T
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,  # CHUNKS * BLOCK_D >= D
-):  # fmt: skip
+):
     place = tl.program_id(0).to(tl.int64)  # of the sample and head
     sample = place // heads
     head = place % heads
@@ -246,7 +317,10 @@ def _two_pass_kernel(
     k_head = k_ptr + sample * k_stride_b + head * k_stride_h
     maskable_row = maskable_ptr + sample * m_stride_b
     all_rows = tl.arange(0, ALL_T)
-    words = tl.sum((tl.load(maskable_row + all_rows.to(tl.int64) * m_stride_t, mask=all_rows < tokens, other=0) != 0).to(tl.int32), 0)
+    words = tl.sum(
+        (tl.load(maskable_row + all_rows.to(tl.int64) * m_stride_t, mask=all_rows < tokens, other=0) != 0).to(tl.int32),
+        0,
+    )
     from_cls = (patch_rule == 1) | (words == 0)
 
     if phases % 2 == 1:
@@ -257,9 +331,21 @@ def _two_pass_kernel(
             if tl.max(needed.to(tl.int32), 0) > 0:
                 first_keys = tl.arange(0, 16)
                 first = _tile_logits(
-                    q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
-                    rows, needed, first_keys, first_keys == 0, width, scale, CHUNKS, BLOCK_D,
-                )  # fmt: skip
+                    q_head,
+                    k_head,
+                    q_stride_t,
+                    q_stride_d,
+                    k_stride_p,
+                    k_stride_d,
+                    rows,
+                    needed,
+                    first_keys,
+                    first_keys == 0,
+                    width,
+                    scale,
+                    CHUNKS,
+                    BLOCK_D,
+                )
                 cls = _column_of_cls(first, first_keys)
                 top = tl.maximum(cls, -3.4e38)  # finite, so that no difference is inf - inf
                 mass = tl.zeros([BLOCK_T], tl.float32)
@@ -267,13 +353,28 @@ def _two_pass_kernel(
                 if OUTPUT:
                     depth = tl.arange(0, CHUNKS * BLOCK_D)
                     v_head = v_ptr + sample * v_stride_b + head * v_stride_h + depth[None, :] * v_stride_d
-                    output = tl.load(v_head, mask=depth[None, :] < width, other=0.0).to(tl.float32) * tl.exp2(cls - top)[:, None]
+                    output = (
+                        tl.load(v_head, mask=depth[None, :] < width, other=0.0).to(tl.float32)
+                        * tl.exp2(cls - top)[:, None]
+                    )
                 for begin in range(0, patches, BLOCK_P):
                     columns = begin + tl.arange(0, BLOCK_P)
                     logits = _tile_logits(
-                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
-                        rows, needed, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D,
-                    )  # fmt: skip
+                        q_head,
+                        k_head,
+                        q_stride_t,
+                        q_stride_d,
+                        k_stride_p,
+                        k_stride_d,
+                        rows,
+                        needed,
+                        columns + 1,
+                        columns < patches,
+                        width,
+                        scale,
+                        CHUNKS,
+                        BLOCK_D,
+                    )
                     logits += tl.where(columns < patches, 0.0, float("-inf"))[None, :]
                     highest = tl.maximum(highest, tl.max(logits, 1))
                     new_top = tl.maximum(top, highest)
@@ -309,9 +410,21 @@ def _two_pass_kernel(
                 eligible = tl.where(from_cls, rows == 0, maskable)
                 if tl.max(eligible.to(tl.int32), 0) > 0:
                     logits = _tile_logits(
-                        q_head, k_head, q_stride_t, q_stride_d, k_stride_p, k_stride_d,
-                        rows, eligible, columns + 1, columns < patches, width, scale, CHUNKS, BLOCK_D,
-                    )  # fmt: skip
+                        q_head,
+                        k_head,
+                        q_stride_t,
+                        q_stride_d,
+                        k_stride_p,
+                        k_stride_d,
+                        rows,
+                        eligible,
+                        columns + 1,
+                        columns < patches,
+                        width,
+                        scale,
+                        CHUNKS,
+                        BLOCK_D,
+                    )
                     top = tl.load(top_ptr + place * tokens + rows, mask=eligible, other=0.0)
                     share = tl.load(share_ptr + place * tokens + rows, mask=eligible, other=0.0)
                     of_tile = _column_score(patch_rule, tl.exp2(logits - top[:, None]), share, eligible)
@@ -331,10 +444,15 @@ def _finish_kernel(
     patch_score_ptr,  # [B, P]
     token_mask_ptr,  # [B, T]
     patch_mask_ptr,  # [B, P]
-    m_stride_b, m_stride_t,
-    heads, tokens, patches, ratio_bits, patch_count,
+    m_stride_b,
+    m_stride_t,
+    heads,
+    tokens,
+    patches,
+    ratio_bits,
+    patch_count,
     BLOCK: tl.constexpr,  # >= T and P
-):  # fmt: skip
+):
     sample = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -342,14 +460,24 @@ def _finish_kernel(
         for begin in range(0, heads, 4):
             for head in tl.static_range(4):  # four loads in flight
                 here = places < tl.where(begin + head < heads, tokens, 0)
-                total += tl.load(token_sum_ptr + (sample * heads + begin + head) * tokens + places, mask=here, other=0.0)
+                total += tl.load(
+                    token_sum_ptr + (sample * heads + begin + head) * tokens + places, mask=here, other=0.0
+                )
         inside = places < tokens
-        maskable = tl.load(maskable_ptr + sample * m_stride_b + places.to(tl.int64) * m_stride_t, mask=inside, other=0) != 0
+        maskable = (
+            tl.load(maskable_ptr + sample * m_stride_b + places.to(tl.int64) * m_stride_t, mask=inside, other=0) != 0
+        )
         words = tl.sum(maskable.to(tl.int32), 0)
-        _finish_tokens(total, maskable, words, ratio_bits, heads, sample * tokens + places, inside, token_score_ptr, token_mask_ptr)
+        _finish_tokens(
+            total, maskable, words, ratio_bits, heads, sample * tokens + places, inside, token_score_ptr, token_mask_ptr
+        )
     else:
         for begin in range(0, heads, 4):
             for head in tl.static_range(4):
                 here = places < tl.where(begin + head < heads, patches, 0)
-                total += tl.load(patch_sum_ptr + (sample * heads + begin + head) * patches + places, mask=here, other=0.0)
-        _finish_patches(total, patch_count, heads, sample * patches + places, places < patches, patch_score_ptr, patch_mask_ptr)
+                total += tl.load(
+                    patch_sum_ptr + (sample * heads + begin + head) * patches + places, mask=here, other=0.0
+                )
+        _finish_patches(
+            total, patch_count, heads, sample * patches + places, places < patches, patch_score_ptr, patch_mask_ptr
+        )

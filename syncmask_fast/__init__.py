@@ -15,7 +15,7 @@ if not (_here / "kernels").is_dir():
 
 def __getattr__(name: str) -> object:
     if name == "SyncMaskModel":  # on demand: the model imports timm and transformers
-        from syncmask_fast.model import SyncMaskModel
+        from syncmask_fast.model.syncmask_model import SyncMaskModel
 
         return SyncMaskModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

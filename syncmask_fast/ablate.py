@@ -21,10 +21,10 @@ from scipy.stats import t as student
 
 from syncmask_fast import finetune, train
 from syncmask_fast.config import PRESETS, Batching, Inputs
-from syncmask_fast.durable import write_json
-from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import print_table
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
+from syncmask_fast.utils.errors import UserError, run_command
+from syncmask_fast.utils.files import write_json
 
 Results = dict[str, float]
 Cells = dict[tuple[str, str, int], Results]  # (masking, batching, seed) -> all metrics of its runs
@@ -71,9 +71,13 @@ class Ablation:
         for name in self.masking:
             kind, _, rule = name.partition(":")
             words, _, patches = rule.partition("/")
-            if name not in ("random", "none", "sync") and not (kind == "sync" and words in TOKEN_SCORES and patches in PATCH_SCORES):
+            if name not in ("random", "none", "sync") and not (
+                kind == "sync" and words in TOKEN_SCORES and patches in PATCH_SCORES
+            ):
                 known = f"WORDS of {', '.join(TOKEN_SCORES)} and PATCHES of {', '.join(PATCH_SCORES)}"
-                raise UserError(f"--masking {name} is unknown: give random, none, sync or sync:WORDS/PATCHES with {known}.")
+                raise UserError(
+                    f"--masking {name} is unknown: give random, none, sync or sync:WORDS/PATCHES with {known}."
+                )
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,12 @@ def _metric(name: str, key: str) -> Column:
 
 def _lift(name: str, key: str) -> Column:
     """A share in percent as a multiple of that of shuffled masks."""
-    return Column(name, lambda results: results[f"{key}/precision"] / results[f"{key}/shuffled"] if results.get(f"{key}/shuffled") else None)
+    return Column(
+        name,
+        lambda results: (
+            results[f"{key}/precision"] / results[f"{key}/shuffled"] if results.get(f"{key}/shuffled") else None
+        ),
+    )
 
 
 def _picture_gain(results: Results) -> float | None:
@@ -122,7 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ablation.check()
     more = argv[at + 1 :]
     same_settings(ablation, more)
-    plan = [(masking, batching, seed) for seed in ablation.seeds for batching in ablation.batching for masking in ablation.maskings(batching)]
+    plan = [
+        (masking, batching, seed)
+        for seed in ablation.seeds
+        for batching in ablation.batching
+        for masking in ablation.maskings(batching)
+    ]
     cells: Cells = {}
     for number, cell in enumerate(plan, 1):
         print(f"\ncell {number} of {len(plan)}: masking {cell[0]}, batching {cell[1]}, seed {cell[2]}", flush=True)
@@ -134,12 +148,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def same_settings(ablation: Ablation, more: list[str]) -> None:
     """Keeps what must be equal in all cells beside them; raises `UserError` where the cells that are there were made otherwise."""
-    now = {"preset": ablation.preset, "data": str(ablation.data), "steps": ablation.steps, "tuning_steps": ablation.tuning_steps, "more": more}
+    now = {
+        "preset": ablation.preset,
+        "data": str(ablation.data),
+        "steps": ablation.steps,
+        "tuning_steps": ablation.tuning_steps,
+        "more": more,
+    }
     known = ablation.out / "settings.json"
     before = json.loads(known.read_text()) if known.is_file() else now
     changed = [name for name in now if now[name] != before.get(name)]
     if changed:
-        raise UserError(f"{ablation.out} holds an ablation with other settings ({', '.join(changed)}): use the same ones, or another --out.")
+        raise UserError(
+            f"{ablation.out} holds an ablation with other settings ({', '.join(changed)}): use the same ones, or another --out."
+        )
     ablation.out.mkdir(parents=True, exist_ok=True)
     write_json(known, now)
 
@@ -260,7 +282,10 @@ def plot(cells: Cells) -> Figure:
             values = [column.value(results) for results in seeds.values()]
             axes.plot(values, [place] * len(values), "o", color="#4f46c8", alpha=0.6, markeredgewidth=0)
             axes.plot([statistics.mean(values)] * 2, [place - 0.3, place + 0.3], color="#1d1c1a", linewidth=2)
-        axes.set_yticks(range(len(grouped)), [f"{masking}, {batching}" for masking, batching in grouped] if (number - 1) % across == 0 else [])
+        axes.set_yticks(
+            range(len(grouped)),
+            [f"{masking}, {batching}" for masking, batching in grouped] if (number - 1) % across == 0 else [],
+        )
         axes.set_ylim(len(grouped) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
     return figure

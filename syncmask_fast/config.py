@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 
 from syncmask_fast.data.augment import AugmentConfig
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 
 Masking = Literal["sync", "random", "none"]
 Batching = Literal["semi_hard", "hard", "random"]
@@ -53,7 +53,7 @@ class TextConfig:
 
     name: str | None = None
     """Hugging Face name or local folder of a BERT to start from, with its tokenizer; unset trains a tokenizer on the corpus."""
-    vocabulary: int = 30_522
+    vocab_size: int = 30_522
     """Word pieces (BERT's count); with a tokenizer of our own an upper bound."""
     width: int = 768
     heads: int = 12
@@ -61,9 +61,9 @@ class TextConfig:
     """Layers before the text meets the image."""
     fusion_layers: int = 6
     """Layers with cross-attention to the image."""
-    max_tokens: int = 128
+    max_length: int = 128
     """Texts are cut to this many word pieces, [CLS] and [SEP] included."""
-    mlm_steps: int = 0
+    pretrain_steps: int = 0
     """Where neither --text.name nor --weights gives the text encoder a start: steps of MLM on the texts alone before the training, which stand for
     what a BERT has learnt (our choice). They are not counted in --steps."""
 
@@ -95,11 +95,11 @@ class LossConfig:
     presence: float = 0.0
     """Weight of the word presence loss (our choice): the attention of a word at the masking layer is to lie on the patches of images that show
     it, and on [CLS] where the image belongs to a text without this word. Needs --mask.layer 1."""
-    presence_images: int = 8
+    presence_negatives: int = 8
     """Other images of the batch that each text is compared with for it."""
-    cuts: float = 0.0
+    collages: float = 0.0
     """Collages for the presence loss, as a share of the batch: of two images cut into one, a word must look at the part that is from its own."""
-    align: float = 0.0
+    itc_only: float = 0.0
     """First part of the training, 0 to 1, without ITM, MLM and MIM: image and text are aligned before they are fused."""
     negatives: Negatives = "global"
     """Where a rank's ITM negatives, and the images that the presence loss compares with, are from. global: the batch of all ranks, so that any number
@@ -112,13 +112,13 @@ class LossConfig:
     """Start of the learnt ITC temperature (ALBEF: 0.07, kept within 0.001 and 0.5)."""
     mim_target: Literal["pixels", "teacher"] = "pixels"
     """What masked patches are rebuilt to: their pixels, normalised per patch, or the teacher's features of the full image."""
-    mim_copy: Literal["replace", "visible"] = "replace"
+    mim_input: Literal["replace", "visible"] = "replace"
     """What the image encoder sees of the masked copy. replace: all patches, mask tokens for the masked ones; visible: the others alone, as in MAE
     (He et al. 2022), which is less work, and the MIM head puts mask tokens with their positions in their place."""
 
 
 @dataclass(frozen=True)
-class GroupConfig:
+class BatchingConfig:
     """Grouping of similar pairs into batches, and the draw of ITM negatives."""
 
     margin: float = 0.0
@@ -136,16 +136,16 @@ class OptimConfig:
     muon_lr: float | None = None
     """Learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for weight matrices and convolutions; AdamW keeps embeddings and vectors.
     It falls in step with `lr`. Unset: AdamW for everything."""
-    muon_decay: float = 0.1
+    muon_weight_decay: float = 0.1
     """Weight decay of Muon (torch's default)."""
     warmup: float = 0.03
     """Part of the training over which the learning rate rises from zero."""
     weight_decay: float = 0.02
-    clip: float = 1.0
+    grad_clip: float = 1.0
     """Largest gradient norm."""
-    ema: float = 0.995
+    ema_decay: float = 0.995
     """Momentum of the teacher (ALBEF: 0.995); at step s never more than (1 + s) / (10 + s), so that it leaves its random start soon."""
-    accumulate: int = 1
+    grad_accum: int = 1
     """Batches whose gradients are added up before a step."""
 
 
@@ -153,7 +153,7 @@ class OptimConfig:
 class EvalConfig:
     """Evaluation at the end of training."""
 
-    holdout: float = 0.05
+    holdout_fraction: float = 0.05
     """Share of the products held out where the data has no `eval` folder."""
     queries: int = 1000
     """Queries of a 101-candidate draw (FashionViL: 1,000)."""
@@ -208,7 +208,7 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 20
     """Steps between progress lines."""
-    max_skipped: int = 10
+    max_skipped_steps: int = 10
     """A step whose loss or gradients are not finite changes nothing; after this many in a row the run stops and saves the batch."""
     batch_size: int = 64
     """Pairs of a step, of all processes together."""
@@ -218,21 +218,21 @@ class TrainConfig:
     """Of products; weights stay in float32. auto: bfloat16 on CUDA, and on CPUs with AMX or AVX512_BF16 for models of width 128 and more."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders' blocks. auto: on CUDA."""
-    checkpointing: bool = False
+    grad_checkpointing: bool = False
     """Compute what is inside the encoders' blocks anew in the backward pass instead of keeping it: about a third more work, far less memory."""
-    loader: Literal["auto", "native", "dali", "torchvision"] = "auto"
+    decoder: Literal["auto", "cpp", "dali", "torchvision"] = "auto"
     """What makes pixels of images. native: compiled; dali: decodes on the GPU where there is one; torchvision: runs everywhere.
     auto: native on the CPU, dali on CUDA, and the next of these where that cannot run."""
-    threads: int | None = None
+    decode_threads: int | None = None
     """Threads that decode images; unset is one for each core, at most 16."""
-    embed: int = 256
+    embed_dim: int = 256
     """Width of the space that ITC compares in (ALBEF: 256)."""
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    group: GroupConfig = field(default_factory=GroupConfig)
+    batch: BatchingConfig = field(default_factory=BatchingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     task: tyro.conf.Fixed[TaskConfig] = field(default_factory=TaskConfig)
@@ -242,32 +242,59 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs were both given: give one of them.")
         positive = {
-            "--steps": self.steps, "--epochs": self.epochs, "--save-every": self.save_every, "--log-every": self.log_every,
-            "--batch-size": self.batch_size, "--embed": self.embed, "--threads": self.threads, "--image.size": self.image.size,
-            "--image.patch": self.image.patch, "--image.width": self.image.width, "--image.depth": self.image.depth,
-            "--image.heads": self.image.heads, "--text.vocabulary": self.text.vocabulary, "--text.width": self.text.width,
-            "--max-skipped": self.max_skipped, "--text.heads": self.text.heads, "--optim.muon-lr": self.optim.muon_lr,
-            "--loss.presence-images": self.loss.presence_images, "--text.layers": self.text.layers, "--text.fusion-layers": self.text.fusion_layers,
-            "--loss.temperature": self.loss.temperature, "--optim.lr": self.optim.lr, "--optim.clip": self.optim.clip,
-            "--optim.accumulate": self.optim.accumulate, "--eval.queries": self.eval.queries, "--eval.draws": self.eval.draws,
-            "--group.search-space": self.group.search_space,
-        }  # fmt: skip
+            "--steps": self.steps,
+            "--epochs": self.epochs,
+            "--save-every": self.save_every,
+            "--log-every": self.log_every,
+            "--batch-size": self.batch_size,
+            "--embed-dim": self.embed_dim,
+            "--decode-threads": self.decode_threads,
+            "--image.size": self.image.size,
+            "--image.patch": self.image.patch,
+            "--image.width": self.image.width,
+            "--image.depth": self.image.depth,
+            "--image.heads": self.image.heads,
+            "--text.vocab-size": self.text.vocab_size,
+            "--text.width": self.text.width,
+            "--max-skipped-steps": self.max_skipped_steps,
+            "--text.heads": self.text.heads,
+            "--optim.muon-lr": self.optim.muon_lr,
+            "--loss.presence-negatives": self.loss.presence_negatives,
+            "--text.layers": self.text.layers,
+            "--text.fusion-layers": self.text.fusion_layers,
+            "--loss.temperature": self.loss.temperature,
+            "--optim.lr": self.optim.lr,
+            "--optim.grad-clip": self.optim.grad_clip,
+            "--optim.grad-accum": self.optim.grad_accum,
+            "--eval.queries": self.eval.queries,
+            "--eval.draws": self.eval.draws,
+            "--batch.search-space": self.batch.search_space,
+        }
         for flag, value in positive.items():
             if value is not None and not value > 0:
                 raise UserError(f"{flag} is {value}, but must be more than 0.")
         limits = {  # far beyond use, so that no file that somebody shares can make a model that takes the machine's memory or hours to build
-            "--text.layers": (self.text.layers, 1000), "--text.fusion-layers": (self.text.fusion_layers, 1000),
-            "--image.depth": (self.image.depth, 1000), "--image.size": (self.image.size, 16_384), "--text.max-tokens": (self.text.max_tokens, 65_536),
-        }  # fmt: skip
+            "--text.layers": (self.text.layers, 1000),
+            "--text.fusion-layers": (self.text.fusion_layers, 1000),
+            "--image.depth": (self.image.depth, 1000),
+            "--image.size": (self.image.size, 16_384),
+            "--text.max-length": (self.text.max_length, 65_536),
+        }
         for flag, (value, limit) in limits.items():
             if value is not None and value > limit:
                 raise UserError(f"{flag} is {value}, but must be at most {limit:,}.")
         shares = {
-            "--mask.token-ratio": self.mask.token_ratio, "--mask.patch-ratio": self.mask.patch_ratio, "--loss.alpha": self.loss.alpha,
-            "--loss.align": self.loss.align, "--loss.cuts": self.loss.cuts,
-            "--optim.warmup": self.optim.warmup, "--min-loaded": self.min_loaded, "--optim.ema": self.optim.ema, "--eval.holdout": self.eval.holdout,
+            "--mask.token-ratio": self.mask.token_ratio,
+            "--mask.patch-ratio": self.mask.patch_ratio,
+            "--loss.alpha": self.loss.alpha,
+            "--loss.itc-only": self.loss.itc_only,
+            "--loss.collages": self.loss.collages,
+            "--optim.warmup": self.optim.warmup,
+            "--min-loaded": self.min_loaded,
+            "--optim.ema-decay": self.optim.ema_decay,
+            "--eval.holdout-fraction": self.eval.holdout_fraction,
             "--validation": self.task.validation,
-        }  # fmt: skip
+        }
         for flag, value in shares.items():
             if not 0 <= value <= 1:
                 raise UserError(f"{flag} is {value}, but must lie within 0 and 1.")
@@ -276,30 +303,44 @@ class TrainConfig:
         if self.image.size % self.image.patch:
             raise UserError(f"--image.size {self.image.size} is not a multiple of --image.patch {self.image.patch}.")
         if self.image.stem == "conv" and (self.image.patch < 2 or self.image.patch & (self.image.patch - 1)):
-            raise UserError(f"--image.stem conv halves the image step by step: --image.patch {self.image.patch} must be a power of two.")
+            raise UserError(
+                f"--image.stem conv halves the image step by step: --image.patch {self.image.patch} must be a power of two."
+            )
         if self.image.stem == "conv" and self.image.pretrained:
             raise UserError("--image.stem conv has no weights to start from: drop it, or --image.pretrained.")
-        if self.loss.cuts and not self.loss.presence:
-            raise UserError(f"--loss.cuts {self.loss.cuts} is a part of the presence loss: give --loss.presence a weight too.")
-        if self.loss.cuts and self.image.size == self.image.patch:
-            raise UserError("--loss.cuts puts parts of images together, but the image is one patch: give a smaller --image.patch.")
+        if self.loss.collages and not self.loss.presence:
+            raise UserError(
+                f"--loss.collages {self.loss.collages} is a part of the presence loss: give --loss.presence a weight too."
+            )
+        if self.loss.collages and self.image.size == self.image.patch:
+            raise UserError(
+                "--loss.collages puts parts of images together, but the image is one patch: give a smaller --image.patch."
+            )
         if self.loss.presence and self.mask.layer != 1:
-            raise UserError(f"--loss.presence compares texts with other images, which is done in --mask.layer 1 alone: got {self.mask.layer}.")
+            raise UserError(
+                f"--loss.presence compares texts with other images, which is done in --mask.layer 1 alone: got {self.mask.layer}."
+            )
         if self.text.width % self.text.heads:
             raise UserError(f"--text.width {self.text.width} is not a multiple of --text.heads {self.text.heads}.")
         if not 1 <= self.mask.layer <= self.text.fusion_layers:
-            raise UserError(f"--mask.layer is {self.mask.layer}, but must lie within 1 and {self.text.fusion_layers} (--text.fusion-layers).")
-        if self.text.max_tokens < 3:
-            raise UserError(f"--text.max-tokens is {self.text.max_tokens}, but must be 3 or more: [CLS], a word, [SEP].")
+            raise UserError(
+                f"--mask.layer is {self.mask.layer}, but must lie within 1 and {self.text.fusion_layers} (--text.fusion-layers)."
+            )
+        if self.text.max_length < 3:
+            raise UserError(
+                f"--text.max-length is {self.text.max_length}, but must be 3 or more: [CLS], a word, [SEP]."
+            )
         if self.loss.queue < 0:
             raise UserError(f"--loss.queue is {self.loss.queue}, but must be 0 or more.")
-        if self.text.mlm_steps < 0:
-            raise UserError(f"--text.mlm-steps is {self.text.mlm_steps}, but must be 0 or more.")
+        if self.text.pretrain_steps < 0:
+            raise UserError(f"--text.pretrain-steps is {self.text.pretrain_steps}, but must be 0 or more.")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}, but must be 0 or more.")
         low, high = self.mask.ramp
         if not 0 <= low <= high <= 1:
-            raise UserError(f"--mask.ramp is {low} {high}, but must be two rising parts of the training within 0 and 1.")
+            raise UserError(
+                f"--mask.ramp is {low} {high}, but must be two rising parts of the training within 0 and 1."
+            )
 
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -309,13 +350,15 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             preset="tiny",
             steps=420,
             batch_size=64,
-            embed=128,
+            embed_dim=128,
             image=ImageConfig(name="vit_tiny_patch16_224", size=96, patch=16, width=128, depth=4, heads=2, stem="conv"),
-            text=TextConfig(vocabulary=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_tokens=96, mlm_steps=200),
-            augment=AugmentConfig(word_drop=0.1),
+            text=TextConfig(
+                vocab_size=2_000, width=128, heads=2, layers=2, fusion_layers=2, max_length=96, pretrain_steps=200
+            ),
+            augment=AugmentConfig(token_dropout=0.1),
             mask=MaskConfig(token_ratio=0.2, patch_ratio=0.1, token_score="mass", layer=1, ramp=(0.6, 0.7)),
-            loss=LossConfig(align=0.6, queue=0, alpha=0.0, presence=1.0, cuts=0.25),
-            optim=OptimConfig(lr=1e-3, min_lr=1e-5, muon_lr=0.01, ema=0.99),
+            loss=LossConfig(itc_only=0.6, queue=0, alpha=0.0, presence=1.0, collages=0.25),
+            optim=OptimConfig(lr=1e-3, min_lr=1e-5, muon_lr=0.01, ema_decay=0.99),
             save_every=200,
         ),
     ),
@@ -345,7 +388,9 @@ def from_json(cls: type, values: dict[str, Any]) -> Any:
     kinds = get_type_hints(cls)
     unknown = sorted(set(values) - set(kinds))
     if unknown:
-        raise UserError(f"The configuration has settings that this version does not know: {_shown(', '.join(unknown))}.")
+        raise UserError(
+            f"The configuration has settings that this version does not know: {_shown(', '.join(unknown))}."
+        )
     return cls(**{name: _typed(kinds[name], value, name) for name, value in values.items()})
 
 
@@ -366,7 +411,12 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             return tuple(_typed(part, item, name) for part, item in zip(each, value, strict=True))
         fits = False
     elif kind is float:
-        fits = type(value) in (int, float) and not math.isnan(value) and abs(value) < 1e30 or value in (math.inf, -math.inf)
+        fits = (
+            type(value) in (int, float)
+            and not math.isnan(value)
+            and abs(value) < 1e30
+            or value in (math.inf, -math.inf)
+        )
     elif kind is int:
         fits = type(value) is int and abs(value) < 2**63
     elif kind is Path:
@@ -374,7 +424,9 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     else:
         fits = type(value) is kind and (kind is not str or "\0" not in value)
     if not fits:
-        raise UserError(f"The configuration's {name} cannot be {_shown(repr(value))}: give what --help says, or take it out.")
+        raise UserError(
+            f"The configuration's {name} cannot be {_shown(repr(value))}: give what --help says, or take it out."
+        )
     return kind(value) if kind is float else value
 
 

@@ -22,28 +22,21 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from syncmask_fast.attention import Layout
-from syncmask_fast.checkpoint import TrainState
 from syncmask_fast.config import Inputs, Task, TaskConfig, TrainConfig
 from syncmask_fast.data.loader import Batch, Loader
-from syncmask_fast.data.splits import Split, cut_validation, open_splits
-from syncmask_fast.data.text import TokenCache
+from syncmask_fast.data.splits import Split, open_splits, split_validation
+from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
-from syncmask_fast.durable import write_json
-from syncmask_fast.epochs import epochs_of_batches, plan
-from syncmask_fast.errors import UserError, run_command
 from syncmask_fast.evaluate import RERANK, choose_device, evaluate_task, print_results
-from syncmask_fast.losses import Queue, contrastive_loss
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.step import Losses, Momentum, training_losses
-from syncmask_fast.train import (
-    FineTuning,
-    draw_default_lookbook,
-    keep_freed_memory,
-    run_folder,
-    start_run,
-    train,
-)
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.losses import Queue, itc_loss
+from syncmask_fast.objective.pretraining import Features, Losses, pretraining_losses
+from syncmask_fast.train import FineTuneTask, draw_default_lookbook, run_folder, start_run, train, tune_malloc
+from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.training.epochs import epoch_batches, plan
+from syncmask_fast.utils.errors import UserError, run_command
+from syncmask_fast.utils.files import write_json
 
 # Of each task: flag -> value and where it is from. For a model of the `tiny` preset, TINY's values go before these.
 Recipe = dict[str, tuple[float | int | None, str]]
@@ -73,7 +66,13 @@ RECIPES: dict[Task, Recipe] = {
 }
 RECIPES["subcategory"] = RECIPES["category"]
 _OURS = "ours, for `tiny`"
-TINY: Recipe = {"epochs": (3, _OURS), "batch_size": (64, _OURS), "lr": (5e-4, _OURS), "muon_lr": (0.005, _OURS), "min_lr": (1e-5, _OURS)}
+TINY: Recipe = {
+    "epochs": (3, _OURS),
+    "batch_size": (64, _OURS),
+    "lr": (5e-4, _OURS),
+    "muon_lr": (0.005, _OURS),
+    "min_lr": (1e-5, _OURS),
+}
 METRICS = {
     "retrieval": "retrieval/mean-of-six/full",
     "composed": "composed/val-union/mean/R@10",  # FashionSAP: the sum of R@10 over the classes
@@ -111,7 +110,7 @@ class Settings:
     """Steps between checkpoints, with a validation before each; unset is an epoch."""
     log_every: int = 20
     device: str = "auto"
-    threads: int | None = None
+    decode_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = tyro.cli(Command, args=argv, prog="python -m syncmask_fast.finetune")
     task: Task = type(settings).__name__.lower()
     device = choose_device(settings.device)
-    keep_freed_memory()
+    tune_malloc()
     config = configure(task, settings, SyncMaskModel.from_pretrained(settings.model).config)
     config.check()
     data = config.data or draw_default_lookbook(config)
-    train_split, eval_split = open_splits(data, config.eval.holdout)
-    train_split, validation = cut_validation(train_split, config.task.validation)
+    train_split, eval_split = open_splits(data, config.eval.holdout_fraction)
+    train_split, validation = split_validation(train_split, config.task.validation)
     if not len(validation):
-        raise UserError(f"--validation {settings.validation} leaves no product of {data} to choose the best model by: give more.")
+        raise UserError(
+            f"--validation {settings.validation} leaves no product of {data} to choose the best model by: give more."
+        )
     make = {"retrieval": tune_retrieval, "composed": tune_composed}.get(task, tune_recognition)
     tuning, config = make(config, train_split, validation)
     if settings.save_every is None:
@@ -174,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(config, out, device, train_split, eval_split, tuning)
 
     model = SyncMaskModel.from_pretrained(out / "model", device)
-    results = evaluate_task(task, model, eval_split, tokens_of(model.config, model, eval_split), rerank=RERANK) if len(eval_split) else {}
+    results = (
+        evaluate_task(task, model, eval_split, tokens_of(model.config, model, eval_split), rerank=RERANK)
+        if len(eval_split)
+        else {}
+    )
     print_results(results)
     write_json(out / "results.json", {name: value for name, value in results.items() if not math.isnan(value)})
     print(f"\nmodel: {out / 'model'}")
@@ -205,66 +210,72 @@ def configure(task: Task, settings: Settings, base: TrainConfig) -> TrainConfig:
         log_every=settings.log_every,
         batch_size=chosen["batch_size"],
         device=settings.device,
-        threads=settings.threads,
+        decode_threads=settings.decode_threads,
         image=dataclasses.replace(base.image, pretrained=False),  # the weights are the model's, or random ones
         text=dataclasses.replace(base.text, name=None),
         weights=None,
-        loss=dataclasses.replace(base.loss, presence=0.0, cuts=0.0, align=0.0, queue=base.loss.queue if task == "retrieval" else 0),
-        optim=dataclasses.replace(base.optim, accumulate=1, **optim),
+        loss=dataclasses.replace(
+            base.loss, presence=0.0, collages=0.0, itc_only=0.0, queue=base.loss.queue if task == "retrieval" else 0
+        ),
+        optim=dataclasses.replace(base.optim, grad_accum=1, **optim),
         task=TaskConfig(task, settings.model, settings.scratch, (), inputs, settings.validation),
     )
 
 
 def tokens_of(config: TrainConfig, model: SyncMaskModel, split: Split) -> TokenCache:
-    return TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, config.text.max_tokens)
+    return TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, config.text.max_length)
 
 
 # Retrieval: the trainer's own step without masks ------------------------------------------------------------------------------------------
 
 
-def tune_retrieval(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+def tune_retrieval(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuneTask, TrainConfig]:
     def validate(model: SyncMaskModel) -> dict[str, float]:
         found = evaluate_task("retrieval", model, validation, tokens_of(config, model, validation))
         six = [found[f"retrieval/{way}/full/R@{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
         return found | {METRICS["retrieval"]: sum(six) / 6}
 
-    return _over_pictures(split, training_losses, validate, METRICS["retrieval"]), config
+    return _over_pictures(split, pretraining_losses, validate, METRICS["retrieval"]), config
 
 
-def _over_pictures(split: Split, losses, validate, metric: str) -> FineTuning:
+def _over_pictures(split: Split, losses, validate, metric: str) -> FineTuneTask:
     """A fine-tuning whose items are the pictures of a split with their texts."""
     products = split.index.product_ids[split.samples]
     numbers = np.unique(products, return_inverse=True)[1]
 
     def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[Batch]:
-        return epochs_of_batches(config, state, loader, split, numbers)
+        return epoch_batches(config, state, loader, split, numbers)
 
-    return FineTuning(products, 1, batches, losses, validate, metric)
+    return FineTuneTask(products, 1, batches, losses, validate, metric)
 
 
 # Recognition ------------------------------------------------------------------------------------------------------------------------------
 
 
-def tune_recognition(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+def tune_recognition(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuneTask, TrainConfig]:
     """The labels are those of the training part; a picture without one is left out of training."""
     kind = config.task.name
     labels = getattr(split.index, kind)
     labelled = Split(split.index, split.samples[labels.codes[split.samples] >= 0])
     known = np.unique(labels.codes[labelled.samples])
     if len(known) < 2:
-        raise UserError(f"{split.index.folder} has {len(known)} {kind} labels in its records: recognition needs two or more.")
+        raise UserError(
+            f"{split.index.folder} has {len(known)} {kind} labels in its records: recognition needs two or more."
+        )
     names = tuple(labels.names[code] for code in known)
     target_of = np.searchsorted(known, labels.codes)  # meant for the labelled training pictures alone
 
     def losses(
         model: SyncMaskModel, teacher: SyncMaskModel, batch: Batch, queue: Queue, config: TrainConfig, **_: float
-    ) -> tuple[Losses, Momentum]:
+    ) -> tuple[Losses, Features]:
         """Cross-entropy of the label."""
-        layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
         images, texts = model.image(batch.pixels), model.text(batch.token_ids, layout)
-        target = torch.from_numpy(target_of[batch.sample_numbers]).to(images.device)
+        target = torch.from_numpy(target_of[batch.sample_ids_host]).to(images.device)
         loss = F.cross_entropy(model.label_logits(images, texts, layout), target)
-        return _one_loss(loss), Momentum(model.project_images(images).detach(), model.project_texts(texts, layout).detach())
+        return _one_loss(loss), Features(
+            model.project_images(images).detach(), model.project_texts(texts, layout).detach()
+        )
 
     def validate(model: SyncMaskModel) -> dict[str, float]:
         return evaluate_task(kind, model, validation, tokens_of(config, model, validation))
@@ -285,60 +296,68 @@ class TripletBatch(Batch):
     """float32 [B, 3, S, S]."""
 
 
-def tune_composed(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuning, TrainConfig]:
+def tune_composed(config: TrainConfig, split: Split, validation: Split) -> tuple[FineTuneTask, TrainConfig]:
     """A triplet whose target is a validation product is one to validate on; one whose reference alone is, is left out."""
     whole = Split(split.index, np.sort(np.concatenate([split.samples, validation.samples])))
     triplets = open_triplets(whole)
     held = [np.isin(pictures, validation.samples) for pictures in (triplets.candidate, triplets.target)]
-    ours, theirs = triplets.take(~held[0] & ~held[1]), triplets.take(held[1])
+    ours, theirs = triplets.subset(~held[0] & ~held[1]), triplets.subset(held[1])
     if not len(theirs):
-        raise UserError(f"--validation {config.task.validation} leaves no triplet to choose the best model by: give more.")
+        raise UserError(
+            f"--validation {config.task.validation} leaves no triplet to choose the best model by: give more."
+        )
 
     def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[TripletBatch]:
-        return epochs_of_triplets(config, state, loader, ours)
+        return epoch_triplets(config, state, loader, ours)
 
     def validate(model: SyncMaskModel) -> dict[str, float]:
         return evaluate_task("composed", model, whole, tokens_of(config, model, whole), triplets=theirs)
 
     products = split.index.product_ids[ours.target]
-    return FineTuning(products, 2, batches, composed_losses, validate, METRICS["composed"]), config
+    return FineTuneTask(products, 2, batches, composed_losses, validate, METRICS["composed"]), config
 
 
 def composed_losses(
     model: SyncMaskModel, teacher: SyncMaskModel, batch: TripletBatch, queue: Queue, config: TrainConfig, **_: float
-) -> tuple[Losses, Momentum]:
+) -> tuple[Losses, Features]:
     """Contrast of queries and targets within the batch, in both directions; pictures of one product are no negatives of one another."""
-    layout = Layout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
     references, targets = model.image(torch.cat([batch.pixels, batch.target_pixels])).chunk(2)
     queries = model.project_queries(references, model.text(batch.token_ids, layout), layout)
     targets = model.project_images(targets)
-    momentum = Momentum(targets.detach(), queries.detach())
-    loss = contrastive_loss(targets, queries, *momentum, batch.product_ids, queue, model.temperature, 0.0)
+    momentum = Features(targets.detach(), queries.detach())
+    loss = itc_loss(targets, queries, *momentum, batch.product_ids, queue, model.temperature, 0.0)
     return _one_loss(loss), momentum
 
 
-def epochs_of_triplets(config: TrainConfig, state: TrainState, loader: Loader, triplets: Triplets) -> Iterator[TripletBatch]:
-    """Batches without end, as `epochs_of_batches`; a triplet of which one picture is damaged is left out."""
+def epoch_triplets(
+    config: TrainConfig, state: TrainState, loader: Loader, triplets: Triplets
+) -> Iterator[TripletBatch]:
+    """Batches without end, as `epoch_batches`; a triplet of which one picture is damaged is left out."""
     product_ids = np.unique(loader.index.product_ids[triplets.target], return_inverse=True)[1]
-    captions = TokenCache.open(loader.index.folder, state.model.tokenizer, triplets.captions, config.text.max_tokens)
+    captions = TokenCache.open(loader.index.folder, state.model.tokenizer, triplets.captions, config.text.max_length)
     while True:
         order = state.order.numpy()
         pictures = np.stack([triplets.candidate[order], triplets.target[order]], axis=1).ravel()
-        for batch in loader.epoch(pictures, state.epoch, start=2 * state.position):
-            places = batch.positions.cpu().numpy()
-            state.position = (int(places[-1]) // (2 * config.batch_size) + 1) * config.batch_size
+        for batch in loader.epoch(pictures, state.epoch, start=2 * state.samples_done):
+            places = batch.epoch_positions.cpu().numpy()
+            state.samples_done = (int(places[-1]) // (2 * config.batch_size) + 1) * config.batch_size
             found, count = np.unique(places // 2, return_counts=True)
             whole = found[count == 2]
             if len(whole) < 2:
                 continue
             pixels = batch.pixels[torch.from_numpy(np.isin(places // 2, whole)).to(batch.pixels.device)]
             numbers = order[whole]
-            ids, starts = captions.gather(numbers)
-            products, rows, ids, cu_seqlens = (torch.from_numpy(x).to(pixels.device) for x in (product_ids[numbers], numbers, ids, starts))
+            ids, starts = captions.pack(numbers)
+            products, rows, ids, cu_seqlens = (
+                torch.from_numpy(x).to(pixels.device) for x in (product_ids[numbers], numbers, ids, starts)
+            )
             lengths = np.diff(starts).tolist()
             at = torch.from_numpy(whole).to(pixels.device)
-            yield TripletBatch(pixels[0::2], ids, cu_seqlens, lengths, products, rows, at, triplets.candidate[numbers], pixels[1::2])
-        state.epoch, state.position = state.epoch + 1, 0
+            yield TripletBatch(
+                pixels[0::2], ids, cu_seqlens, lengths, products, rows, at, triplets.candidate[numbers], pixels[1::2]
+            )
+        state.epoch, state.samples_done = state.epoch + 1, 0
         state.order = torch.from_numpy(plan(config, state, product_ids))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from syncmask_fast.errors import run_command
+from syncmask_fast.utils.errors import run_command
 
 Argument = Annotated[Path, tyro.conf.Positional]
 
@@ -36,16 +36,10 @@ def lookbook(
         workers: Drawing processes; default: one per core.
         quality: JPEG quality, 1 to 100.
     """
-    from syncmask_fast.data.lookbook import draw_lookbook
+    from syncmask_fast.sources.lookbook import draw_lookbook
 
     draw_lookbook(
-        out,
-        products=products,
-        eval_products=eval_products,
-        size=size,
-        seed=seed,
-        workers=workers,
-        quality=quality,
+        out, products=products, eval_products=eval_products, size=size, seed=seed, workers=workers, quality=quality
     )
 
 
@@ -69,14 +63,19 @@ def fashiongen(
         rows_per_shard: Rows of the source that go into one shard.
         allow_dropped: Share of the rows that may be left out, such as those with an empty text.
     """
+    from syncmask_fast.sources.base import Encoding
     from syncmask_fast.sources.fashiongen import FashionGen
     from syncmask_fast.sources.packing import pack
-    from syncmask_fast.sources.rows import Encoding
 
     pack(
-        FashionGen(source, text), out, encoding=Encoding(quality), rows_per_shard=rows_per_shard, workers=workers,
-        allow_dropped=allow_dropped, flag="--allow-dropped",
-    )  # fmt: skip
+        FashionGen(source, text),
+        out,
+        encoding=Encoding(quality),
+        rows_per_shard=rows_per_shard,
+        workers=workers,
+        allow_dropped=allow_dropped,
+        flag="--allow-dropped",
+    )
 
 
 def fashioniq(
@@ -101,16 +100,21 @@ def fashioniq(
         workers: Processes; default: one per core.
         rows_per_shard: Pictures that go into one shard.
     """
+    from syncmask_fast.sources.base import Encoding
     from syncmask_fast.sources.fashioniq import FashionIQ
     from syncmask_fast.sources.packing import pack
-    from syncmask_fast.sources.rows import Encoding
 
     data = FashionIQ(source, images)
     data.refuse_missing(allow_missing)
     pack(
-        data, out, encoding=Encoding(quality, size), rows_per_shard=rows_per_shard, workers=workers,
-        allow_dropped=allow_missing, flag="--allow-missing",
-    )  # fmt: skip
+        data,
+        out,
+        encoding=Encoding(quality, size),
+        rows_per_shard=rows_per_shard,
+        workers=workers,
+        allow_dropped=allow_missing,
+        flag="--allow-missing",
+    )
 
 
 def table(
@@ -141,17 +145,27 @@ def table(
         rows_per_shard: Rows of the table that go into one shard.
         allow_dropped: Share of the rows that may be left out: no text, no picture, a damaged one.
     """
+    from syncmask_fast.sources.base import Encoding
     from syncmask_fast.sources.packing import pack
-    from syncmask_fast.sources.rows import Encoding
     from syncmask_fast.sources.table import TableSource
 
     pack(
-        TableSource(source, image, text, product, images), out, encoding=Encoding(quality, size), rows_per_shard=rows_per_shard,
-        workers=workers, allow_dropped=allow_dropped, flag="--allow-dropped",
-    )  # fmt: skip
+        TableSource(source, image, text, product, images),
+        out,
+        encoding=Encoding(quality, size),
+        rows_per_shard=rows_per_shard,
+        workers=workers,
+        allow_dropped=allow_dropped,
+        flag="--allow-dropped",
+    )
 
 
-def show(data: Annotated[str, tyro.conf.Positional], picture: Path = Path("contact_sheet.jpg"), samples: int = 24, seed: int = 0) -> None:
+def show(
+    data: Annotated[str, tyro.conf.Positional],
+    picture: Path = Path("contact_sheet.jpg"),
+    samples: int = 24,
+    seed: int = 0,
+) -> None:
     """Looks at shards, anyone's: a table of what is in them, and a contact sheet.
 
     Args:
@@ -160,7 +174,7 @@ def show(data: Annotated[str, tyro.conf.Positional], picture: Path = Path("conta
         samples: Samples on it.
         seed: Other seeds choose other samples.
     """
-    from syncmask_fast.sources.show import show_shards
+    from syncmask_fast.sources.inspect import show_shards
 
     show_shards(data, picture, samples, seed)
 
@@ -170,7 +184,11 @@ COMMANDS = {"lookbook": lookbook, "fashiongen": fashiongen, "fashioniq": fashion
 
 def main(args: list[str] | None = None) -> None:
     """The command line."""
-    run_command(lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="syncmask_fast.pack", description=__doc__, args=args))
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="syncmask_fast.pack", description=__doc__, args=args
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split, open_splits
-from syncmask_fast.data.text import TokenCache
-from syncmask_fast.errors import UserError, run_command
+from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.evaluate import choose_device, evaluation_batches
-from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.utils.errors import UserError, run_command
 
 SIDE, MARGIN, GAP, COLUMNS, LINES = 240, 32, 20, 4, 5
 PAPER, INK, MUTED = (250, 249, 246), (29, 28, 26), (104, 101, 94)
@@ -58,22 +58,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     command = tyro.cli(Search, args=argv, prog="python -m syncmask_fast.search")
     if not command.query.strip():
-        raise UserError("the query is empty: say what to look for, such as \"red striped dress\".")
+        raise UserError('the query is empty: say what to look for, such as "red striped dress".')
     if command.top < 1 or command.rerank < 0:
         raise UserError(f"--top is {command.top} and --rerank {command.rerank}, but must be 1 or more and 0 or more.")
     model = SyncMaskModel.from_pretrained(command.model, choose_device(command.device))
-    splits = dict(zip(("train", "eval"), open_splits(command.data, model.config.eval.holdout), strict=True))
+    splits = dict(zip(("train", "eval"), open_splits(command.data, model.config.eval.holdout_fraction), strict=True))
     split = splits[command.part]
     if not len(split):
         raise UserError(f"{command.data} has no products in its {command.part} part: choose another --part.")
     matches = search(model, split, command.query, command.top, command.rerank)
     for place, match in enumerate(matches, 1):
-        print(f"{place:2d}. {match.score:.3f}  product {split.index.product_ids[match.sample]}: {split.index.texts[match.sample]}")
+        print(
+            f"{place:2d}. {match.score:.3f}  product {split.index.product_ids[match.sample]}: {split.index.texts[match.sample]}"
+        )
     command.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         sheet(split, command.query, matches).save(command.out)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out {command.out} cannot be written ({error}): give a name that ends in .png or .jpg.") from None
+        raise UserError(
+            f"--out {command.out} cannot be written ({error}): give a name that ends in .png or .jpg."
+        ) from None
     print(f"\npicture: {command.out}")
 
 
@@ -83,11 +87,11 @@ def search(model: SyncMaskModel, split: Split, query: str, top: int, rerank: int
 
     rerank: how many of the best photos the ITM head judges; they then come before all others.
     """
-    tokens = TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_tokens)
+    tokens = TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_length)
     text = model.encode_text([query])[0]
     samples, scores = [], []
     for batch in evaluation_batches(split, tokens, model.config, model.device, split.samples):
-        samples.append(batch.sample_numbers)
+        samples.append(batch.sample_ids_host)
         scores.append((model.encode_image(batch.pixels) @ text).cpu().numpy())
     if not samples:
         raise UserError(f"{split.index.folder} has no readable image to search.")
@@ -99,7 +103,10 @@ def search(model: SyncMaskModel, split: Split, query: str, top: int, rerank: int
         for batch in evaluation_batches(split, tokens, model.config, model.device, found[:rerank]):
             judged += model.match(batch.pixels, [query] * len(batch)).tolist()
         again = np.argsort(-np.array(judged), kind="stable")
-        found, score = np.concatenate([found[:rerank][again], found[rerank:]]), np.concatenate([np.array(judged)[again], score[rerank:]])
+        found, score = (
+            np.concatenate([found[:rerank][again], found[rerank:]]),
+            np.concatenate([np.array(judged)[again], score[rerank:]]),
+        )
     _, first = np.unique(split.index.product_ids[found], return_index=True)
     return [Match(int(found[i]), float(score[i])) for i in np.sort(first)[:top]]
 
@@ -112,13 +119,19 @@ def sheet(split: Split, query: str, matches: Sequence[Match]) -> Image.Image:
     cell = SIDE + 22 + 17 * LINES + 12
     top = MARGIN + 48
     wide = max(columns, 2)
-    page = Image.new("RGB", (2 * MARGIN + wide * SIDE + (wide - 1) * GAP, top + rows * (cell + GAP) - GAP + MARGIN), PAPER)
+    page = Image.new(
+        "RGB", (2 * MARGIN + wide * SIDE + (wide - 1) * GAP, top + rows * (cell + GAP) - GAP + MARGIN), PAPER
+    )
     draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN - 6), textwrap.shorten(f"“{query}”", 34 * wide // 2, placeholder=" …”"), font=title, fill=INK)
+    draw.text(
+        (MARGIN, MARGIN - 6), textwrap.shorten(f"“{query}”", 34 * wide // 2, placeholder=" …”"), font=title, fill=INK
+    )
     for place, match in enumerate(matches):
         x, y = MARGIN + place % columns * (SIDE + GAP), top + place // columns * (cell + GAP)
-        photo = Image.fromarray(decode_image(split.index.jpeg(match.sample)))
-        photo = photo.resize([max(1, round(SIDE * side / max(photo.size))) for side in photo.size], Image.Resampling.LANCZOS)
+        photo = Image.fromarray(decode_image(split.index.image_bytes(match.sample)))
+        photo = photo.resize(
+            [max(1, round(SIDE * side / max(photo.size))) for side in photo.size], Image.Resampling.LANCZOS
+        )
         page.paste(photo, (x + (SIDE - photo.width) // 2, y + (SIDE - photo.height) // 2))
         draw.text((x, y + SIDE + 6), f"{place + 1}.", font=body, fill=INK)
         draw.text((x + SIDE, y + SIDE + 6), f"{match.score:.2f}", font=body, fill=MUTED, anchor="ra")

@@ -14,12 +14,37 @@ from tokenizers import Tokenizer
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.augment import AugmentConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.data.lookbook import draw_lookbook
-from syncmask_fast.data.text import train_tokenizer
+from syncmask_fast.data.tokenizer import train_tokenizer
+from syncmask_fast.sources.lookbook import draw_lookbook
 
-WORDS = ["a", "red", "navy", "green", "dress", "coat", "skirt", "bag", "with", "star", "moon", "zip", "pocket", "and", "the", "of", "cotton", "wool"]
+WORDS = [
+    "a",
+    "red",
+    "navy",
+    "green",
+    "dress",
+    "coat",
+    "skirt",
+    "bag",
+    "with",
+    "star",
+    "moon",
+    "zip",
+    "pocket",
+    "and",
+    "the",
+    "of",
+    "cotton",
+    "wool",
+]
 
-SPEED = {"pairs_per_s", "mfu", "peak_gib", "data_wait_share", "plan_s"}  # of a row of metrics.jsonl: what two runs of the same settings do not share
+SPEED = {
+    "pairs_per_s",
+    "mfu",
+    "peak_gib",
+    "data_wait_share",
+    "plan_s",
+}  # of a row of metrics.jsonl: what two runs of the same settings do not share
 
 
 def small_config(**changes) -> TrainConfig:
@@ -28,11 +53,13 @@ def small_config(**changes) -> TrainConfig:
     vocabulary = small_tokenizer().get_vocab_size()
     config = dataclasses.replace(
         base,
-        embed=16,
+        embed_dim=16,
         batch_size=6,
         image=dataclasses.replace(base.image, size=48, patch=12, width=32, depth=2, heads=2, stem="patch"),
-        text=dataclasses.replace(base.text, vocabulary=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_tokens=24),
-        loss=dataclasses.replace(base.loss, queue=20, presence=0.0, cuts=0.0),
+        text=dataclasses.replace(
+            base.text, vocab_size=vocabulary, width=32, heads=2, layers=1, fusion_layers=2, max_length=24
+        ),
+        loss=dataclasses.replace(base.loss, queue=20, presence=0.0, collages=0.0),
         augment=AugmentConfig(),
         optim=dataclasses.replace(base.optim, muon_lr=None),
     )
@@ -49,13 +76,19 @@ def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 15, (pairs,), generator=generator).tolist()
     size = config.image.size
-    ids = torch.randint(5, config.text.vocabulary, (sum(lengths),), generator=generator)
+    ids = torch.randint(5, config.text.vocab_size, (sum(lengths),), generator=generator)
     products = torch.arange(pairs).clamp(min=1) - 1
     places = torch.arange(pairs)
     return Batch(
-        torch.randn(pairs, 3, size, size, generator=generator), ids, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), lengths,
-        products, places, places, np.arange(pairs),
-    )  # fmt: skip
+        torch.randn(pairs, 3, size, size, generator=generator),
+        ids,
+        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        lengths,
+        products,
+        places,
+        places,
+        np.arange(pairs),
+    )
 
 
 def small_lookbook(folders: pytest.TempPathFactory) -> Path:

@@ -14,19 +14,19 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from syncmask_fast.distributed import GradientSum, Group, check_equal, in_step, process_group
-from syncmask_fast.errors import UserError
-from syncmask_fast.losses import Queue
-from syncmask_fast.parts import Part, share_batch_norms
-from syncmask_fast.step import make_teacher, training_losses
+from syncmask_fast.distributed.group import GradientReducer, Group, check_replicas_match, init_distributed, lockstep
+from syncmask_fast.distributed.shard import BatchShard, convert_sync_batchnorm
+from syncmask_fast.objective.losses import Queue
+from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_batch, small_config
 from tests.test_step import small_model
 
 BOUNDS = [0, 3, 4, 8]
 
 
-def part_of_eight(group: Group) -> Part:
-    return Part(group, BOUNDS, [3, 1, 4, 1, 5, 9, 2, 6], torch.arange(8), torch.arange(8))
+def part_of_eight(group: Group) -> BatchShard:
+    return BatchShard(group, BOUNDS, [3, 1, 4, 1, 5, 9, 2, 6], torch.arange(8), torch.arange(8))
 
 
 def check_gather(group: Group) -> None:
@@ -59,7 +59,7 @@ def check_gradients(group: Group) -> None:
     for piece in (1, 1 << 20):
         torch.manual_seed(3)
         net = nn.ModuleDict({"first": nn.Linear(4, 4), "unused": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
-        gradients = GradientSum(net.parameters(), group, piece)
+        gradients = GradientReducer(net.parameters(), group, piece)
         data = torch.randn(2, 3, 6, 4)
 
         def loss(x: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ def check_gradients(group: Group) -> None:
 
         for part in range(2):
             if part:
-                with gradients.during_backward():
+                with gradients.reduce_during_backward():
                     loss(data[part, group.rank]).backward()
             else:
                 loss(data[part, group.rank]).backward()
         ours = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
         for p in net.parameters():
             p.grad = None
-        loss(data.flatten(0, 2)).backward()  # outside of `during_backward`: this process alone
+        loss(data.flatten(0, 2)).backward()  # outside of `reduce_during_backward`: this process alone
         for mine, p in zip(ours, net.parameters(), strict=True):
             assert (mine is None) == (p.grad is None)
             assert mine is None or torch.allclose(mine, p.grad, rtol=1e-4, atol=1e-5)
@@ -88,14 +88,14 @@ def check_batch_norm(group: Group) -> None:
     plain, images, weight = BatchNormAct2d(3), torch.randn(10, 3, 5, 5) * 3 + 20, torch.randn(10, 3, 5, 5)
     nn.init.uniform_(plain.weight)
     net = nn.Sequential(copy.deepcopy(plain))
-    share_batch_norms(net, group)
+    convert_sync_batchnorm(net, group)
     whole, here = images.clone().requires_grad_(), images[rows].clone().requires_grad_()
     (plain(whole) * weight).sum().backward()
     out = net(here)
     (out * weight[rows]).sum().backward()
     assert torch.allclose(out, plain.train()(images)[rows], atol=1e-4)
     assert torch.allclose(here.grad, whole.grad[rows], atol=1e-4)
-    assert torch.allclose(group.sum(net[0].weight.grad), plain.weight.grad, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(group.all_reduce(net[0].weight.grad), plain.weight.grad, rtol=1e-3, atol=1e-3)
     for name in ("running_mean", "running_var"):
         again = BatchNormAct2d(3)
         again(images)
@@ -110,10 +110,12 @@ def check_in_step(group: Group) -> None:
     def rows_of(number: int):
         return number, torch.tensor([[10 * number + group.rank, n] for n in range(group.rank + 1)]).numpy()
 
-    found = list(in_step(iter(numbers), rows_of, 3, group))
+    found = list(lockstep(iter(numbers), rows_of, 3, group))
     assert [number for number, _ in found] == [0, 2]
     for number, rows in found:
-        assert [theirs.tolist() for theirs in rows] == [[[10 * number + rank, n] for n in range(rank + 1)] for rank in range(3)]
+        assert [theirs.tolist() for theirs in rows] == [
+            [[10 * number + rank, n] for n in range(rank + 1)] for rank in range(3)
+        ]
 
 
 def check_losses(group: Group) -> None:
@@ -122,20 +124,22 @@ def check_losses(group: Group) -> None:
         config = small_config(masking="sync")
         config = dataclasses.replace(
             config,
-            loss=dataclasses.replace(config.loss, presence=1.0, presence_images=3, cuts=0.5, negatives=negatives),
+            loss=dataclasses.replace(
+                config.loss, presence=1.0, presence_negatives=3, collages=0.5, negatives=negatives
+            ),
             mask=dataclasses.replace(config.mask, layer=1),
             image=dataclasses.replace(config.image, patch=16, stem=stem),
         )
         model, batch = small_model(config), small_batch(config, seed=5, pairs=8)
         teacher, start = make_teacher(model), copy.deepcopy(model)
-        queue = Queue.empty(4, config.embed, torch.device("cpu"))
+        queue = Queue.empty(4, config.embed_dim, torch.device("cpu"))
         draw = {"sync_share": 0.5, "alpha": 0.3, "seed": 7}
 
-        truth, features = training_losses(start, teacher, batch, queue, config, **draw)
+        truth, features = pretraining_losses(start, teacher, batch, queue, config, **draw)
         truth.total.backward()
 
-        share_batch_norms(model, group)
-        part = Part(group, BOUNDS, batch.lengths, batch.product_ids, batch.samples)
+        convert_sync_batchnorm(model, group)
+        part = BatchShard(group, BOUNDS, batch.lengths, batch.product_ids, batch.sample_ids)
         rows = part.rows
         tokens = slice(int(batch.cu_seqlens[rows.start]), int(batch.cu_seqlens[rows.stop]))
         mine = dataclasses.replace(
@@ -145,18 +149,18 @@ def check_losses(group: Group) -> None:
             cu_seqlens=batch.cu_seqlens[rows.start : rows.stop + 1] - batch.cu_seqlens[rows.start],
             lengths=batch.lengths[rows],
             product_ids=batch.product_ids[rows],
-            samples=batch.samples[rows],
-            positions=batch.positions[rows],
-            sample_numbers=batch.sample_numbers[rows],
-            part=part,
+            sample_ids=batch.sample_ids[rows],
+            positions=batch.epoch_positions[rows],
+            sample_ids_host=batch.sample_ids_host[rows],
+            shard=part,
         )
-        gradients = GradientSum(model.parameters(), group)
-        found, gathered = training_losses(model, teacher, mine, queue, config, **draw)
-        with gradients.during_backward():
+        gradients = GradientReducer(model.parameters(), group)
+        found, gathered = pretraining_losses(model, teacher, mine, queue, config, **draw)
+        with gradients.reduce_during_backward():
             found.total.backward()
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gathered, features, strict=True))
         for name, value in found._asdict().items():
-            ours, theirs = group.sum(value), getattr(truth, name)
+            ours, theirs = group.all_reduce(value), getattr(truth, name)
             if negatives == "global" or name in ("itc", "mlm", "mim"):
                 assert torch.allclose(ours, theirs, rtol=1e-5), (negatives, stem, name, ours, theirs)
             else:
@@ -165,33 +169,39 @@ def check_losses(group: Group) -> None:
         if negatives == "global":
             for (name, p), q in zip(start.named_parameters(), model.parameters(), strict=True):
                 assert (p.grad is None) == (q.grad is None), name
-                assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), (stem, name, (p.grad - q.grad).abs().max())
+                assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), (
+                    stem,
+                    name,
+                    (p.grad - q.grad).abs().max(),
+                )
 
 
 def check_the_guard(group: Group) -> None:
     weights = [torch.ones(5), torch.zeros(3)]
-    check_equal(weights, group, 1)
+    check_replicas_match(weights, group, 1)
     weights[0][2] += group.rank * 1e-7 * 2
     with pytest.raises(UserError, match="step 9"):
-        check_equal(weights, group, 9)
+        check_replicas_match(weights, group, 9)
 
 
 def check_words(group: Group) -> None:
-    assert group.any(group.rank == 2)
-    assert not group.any(False)
-    assert group.first_says_object(group.rank) == 0
-    assert group.first_says(torch.tensor([group.rank])).tolist() == [0]
-    assert group.tell(torch.tensor([group.rank])).flatten().tolist() == [0, 1, 2]
-    assert group.sum_on_host(torch.tensor([group.rank])).tolist() == [3]
+    assert group.any_rank(group.rank == 2)
+    assert not group.any_rank(False)
+    assert group.broadcast_object(group.rank) == 0
+    assert group.broadcast(torch.tensor([group.rank])).tolist() == [0]
+    assert group.all_gather_host(torch.tensor([group.rank])).flatten().tolist() == [0, 1, 2]
+    assert group.all_reduce_host(torch.tensor([group.rank])).tolist() == [3]
 
 
 def main() -> None:
-    checks = [check for name, check in globals().items() if name.startswith("check_") and check is not check_equal]
-    with process_group(torch.device("cpu")) as group:
+    checks = [
+        check for name, check in globals().items() if name.startswith("check_") and check is not check_replicas_match
+    ]
+    with init_distributed(torch.device("cpu")) as group:
         for check in checks:
             torch.manual_seed(1)
             check(group)
-            if group.first:
+            if group.is_main:
                 print(f"{check.__name__} passed", flush=True)
 
 

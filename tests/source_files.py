@@ -30,7 +30,15 @@ def description(row: int) -> str:
     return f"Slim-fit coat number {product} in café brown.<br>Zip pocket &amp; {['star', 'moon', 'sun'][product % 3]} print."
 
 
-def write_fashiongen(path: Path, rows: int = 60, *, size: int = 32, validation: bool = False, empty: tuple[int, ...] = (), **chunks: object) -> None:
+def write_fashiongen(
+    path: Path,
+    rows: int = 60,
+    *,
+    size: int = 32,
+    validation: bool = False,
+    empty: tuple[int, ...] = (),
+    **chunks: object,
+) -> None:
     """FashionGen's layout: [N, 1] fixed bytes in ISO-8859-1, integer product ids, one-dimensional index_2, some rows of a product in a row."""
     rng = np.random.default_rng(7)
     with h5py.File(path, "w") as file:

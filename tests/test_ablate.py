@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 
 from syncmask_fast import ablate, finetune, train
 from syncmask_fast.ablate import Ablation, table, verdict
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_lookbook
 from tests.test_train import SMALL
 
@@ -22,14 +22,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells_of(values: dict[tuple[str, str], list[float]]) -> ablate.Cells:
-    return {(*group, seed): {"retrieval/t2i/full/R@10": value} for group, each in values.items() for seed, value in enumerate(each)}
+    return {
+        (*group, seed): {"retrieval/t2i/full/R@10": value}
+        for group, each in values.items()
+        for seed, value in enumerate(each)
+    }
 
 
 def test_verdict_is_a_t_test_over_seeds():
     rng = np.random.default_rng(0)
     said = set()
     for shift in (0.0, 1.0, 3.0, -9.0):
-        values = {(m, b): rng.normal(50 + (shift if m == "sync" else 0), 1, 3).tolist() for m in ("random", "sync") for b in ("random", "semi_hard")}
+        values = {
+            (m, b): rng.normal(50 + (shift if m == "sync" else 0), 1, 3).tolist()
+            for m in ("random", "sync")
+            for b in ("random", "semi_hard")
+        }
         [first, second] = verdict(cells_of(values))
         each = np.mean([np.subtract(values["sync", b], values["random", b]) for b in ("random", "semi_hard")], axis=0)
         clear = ttest_1samp(each, 0).pvalue < 0.05
@@ -72,8 +80,21 @@ def test_every_rule_is_in_the_grid():
 def test_a_minute_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two cells with a fine-tuning each; a further cell reuses them; other settings are refused."""
     out = tmp_path / "grid"
-    flags = ["--out", str(out), "--data", str(data), "--steps", "2", "--tuning-steps", "1", "--seeds", "0", "--tasks", "subcategory"]
-    more = ["--", *SMALL, "--loss.align", "0", "--mask.ramp", "0", "0"]
+    flags = [
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+        "--steps",
+        "2",
+        "--tuning-steps",
+        "1",
+        "--seeds",
+        "0",
+        "--tasks",
+        "subcategory",
+    ]
+    more = ["--", *SMALL, "--loss.itc-only", "0", "--mask.ramp", "0", "0"]
     monkeypatch.setitem(finetune.TINY, "batch_size", (8, "the test"))
     ablate.main([*flags, "--masking", "random", "sync:mass/max", "--batching", "semi_hard", *more])
     assert "nothing follows" in capsys.readouterr().out

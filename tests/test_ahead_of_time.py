@@ -33,4 +33,6 @@ def test_every_configuration_compiles(tmp_path):
     for row in rows:
         assert row["stack"] == 0, f"{row} spills registers"
         assert row["registers"] * row["warps"] * 32 <= 65536, f"{row} does not fit the registers"
-        assert row["shared"] <= ahead_of_time.SHARED_LIMIT[int(row["target"].removeprefix("sm_"))], f"{row} does not fit"
+        assert row["shared"] <= ahead_of_time.SHARED_LIMIT[int(row["target"].removeprefix("sm_"))], (
+            f"{row} does not fit"
+        )

@@ -9,25 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncmask_fast.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
-from syncmask_fast.errors import UserError
-from syncmask_fast.losses import Queue
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.optimizer import make_optimizer
-from syncmask_fast.step import make_teacher
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.losses import Queue
+from syncmask_fast.objective.pretraining import make_teacher
+from syncmask_fast.training.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
+from syncmask_fast.training.optimizer import make_optimizer
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_tokenizer
 
 SAMPLES = 11
-NUMBERS = ("step", "epoch", "position", "batches")
+NUMBERS = ("step", "epoch", "samples_done", "batches_done")
 
 
 def new_state(seed: int, **changes) -> TrainState:
     config = small_config(**changes)
     torch.manual_seed(seed)
     model = SyncMaskModel(config, small_tokenizer())
-    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
-    bank = FeatureBank.empty(SAMPLES, config.embed, torch.device("cpu"))
-    return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.empty(0, dtype=torch.int64))
+    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
+    bank = FeatureBank.empty(SAMPLES, config.embed_dim, torch.device("cpu"))
+    return TrainState(
+        model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.empty(0, dtype=torch.int64)
+    )
 
 
 def random_step(state: TrainState, seed: int) -> None:
@@ -46,10 +48,10 @@ def used_state(**changes) -> TrainState:
     for parameter in state.teacher.parameters():
         parameter.data.add_(0.25)
     width = state.queue.images.shape[1]
-    state.queue.push(torch.randn(7, width), torch.randn(7, width), torch.arange(7), 0, 7)
-    state.bank.store(torch.tensor([3, 0, 9]), torch.randn(3, width), torch.randn(3, width))
+    state.queue.enqueue(torch.randn(7, width), torch.randn(7, width), torch.arange(7), 0, 7)
+    state.bank.update(torch.tensor([3, 0, 9]), torch.randn(3, width), torch.randn(3, width))
     state.order = torch.randperm(SAMPLES)
-    state.step, state.epoch, state.position, state.batches = 12, 3, 8, 24
+    state.step, state.epoch, state.samples_done, state.batches_done = 12, 3, 8, 24
     return state
 
 
@@ -63,7 +65,7 @@ def assert_same(a: TrainState, b: TrainState) -> None:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
     assert all(torch.equal(x, y) for x, y in zip(a.queue, b.queue, strict=True))
-    assert all(torch.equal(getattr(a.bank, name), getattr(b.bank, name)) for name in ("images", "texts", "seen"))
+    assert all(torch.equal(getattr(a.bank, name), getattr(b.bank, name)) for name in ("images", "texts", "filled"))
     assert torch.equal(a.order, b.order)
     assert a.order.dtype == b.order.dtype
     assert [getattr(a, name) for name in NUMBERS] == [getattr(b, name) for name in NUMBERS]
@@ -78,7 +80,9 @@ def test_there_and_back(tmp_path: Path, muon_lr: float | None):
     load_checkpoint(path, loaded)
     assert_same(saved, loaded)
     assert loaded.queue.images is queue  # filled in place
-    assert sum(bool(kept) for _, kept in loaded.optimizer.states()) == len(list(loaded.model.parameters())) - 1  # the temperature had no step yet
+    assert (
+        sum(bool(kept) for _, kept in loaded.optimizer.states()) == len(list(loaded.model.parameters())) - 1
+    )  # the temperature had no step yet
     # And both go on alike, which needs the moments and the step count.
     for state in (saved, loaded):
         random_step(state, 3)
@@ -149,8 +153,8 @@ def test_no_such_checkpoint(tmp_path: Path):
 
 def test_feature_bank():
     bank = FeatureBank.empty(6, 2, torch.device("cpu"))
-    assert not bank.seen.any()
-    bank.store(torch.tensor([4, 1]), torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]]))
-    assert bank.seen.tolist() == [False, True, False, False, True, False]
+    assert not bank.filled.any()
+    bank.update(torch.tensor([4, 1]), torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]]))
+    assert bank.filled.tolist() == [False, True, False, False, True, False]
     assert bank.images[4].tolist() == [1, 2]
     assert bank.texts[1].tolist() == [7, 8]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from syncmask_fast.step import make_teacher
-from syncmask_fast.train import one_step, prepare_device
+from syncmask_fast.objective.pretraining import make_teacher
+from syncmask_fast.train import configure_compute, train_step
 from tests.helpers import small_batch, small_config
 from tests.test_no_host_sync import state_of
 from tests.test_step import losses_of, small_model
@@ -27,7 +27,9 @@ def assert_same(ours: tuple, theirs: tuple) -> None:
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
     for name, gradient in ours[1].items():
-        assert torch.allclose(gradient, theirs[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7), name
+        assert torch.allclose(gradient, theirs[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7), (
+            name
+        )
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
@@ -39,7 +41,9 @@ def test_checkpointing_gives_the_same_gradients_from_less(stem: str):
     kept = []
     outcomes = []
     for checkpointing in (False, True):
-        prepare_device(dataclasses.replace(config, checkpointing=checkpointing), model, teacher, torch.device("cpu"))
+        configure_compute(
+            dataclasses.replace(config, grad_checkpointing=checkpointing), model, teacher, torch.device("cpu")
+        )
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             outcomes.append(gradients(config, model, teacher, batch))
@@ -52,15 +56,15 @@ def test_checkpointing_gives_the_same_gradients_from_less(stem: str):
 def test_compiled_steps_give_the_same_and_are_compiled_once():
     """Texts of other lengths, negatives of other images: nothing in a step is compiled again after the first three, and attention breaks no graph."""
     config = small_config(masking="sync")
-    config = dataclasses.replace(config, compile="on", loss=dataclasses.replace(config.loss, mim_copy="visible"))
+    config = dataclasses.replace(config, compile="on", loss=dataclasses.replace(config.loss, mim_input="visible"))
     state, batches = state_of(config, torch.device("cpu")), [small_batch(config, seed=seed) for seed in range(12)]
     assert len({sum(batch.lengths) for batch in batches}) > 6
-    prepare_device(config, state.model, state.teacher, torch.device("cpu"))
+    configure_compute(config, state.model, state.teacher, torch.device("cpu"))
     torch._dynamo.reset()
     counters.clear()
     compiled = []
     for batch in batches:
-        one_step(config, state, iter([batch]), len(batches), 1)
+        train_step(config, state, iter([batch]), len(batches), 1)
         compiled.append(counters["stats"]["unique_graphs"])
         state.step += 1
     assert compiled[2] > 4  # blocks of image, text and fusion, with and without gradient

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from syncmask_fast.config import PRESETS, ImageConfig, TrainConfig, from_json, to_json
-from syncmask_fast.errors import UserError
 from syncmask_fast.train import parse
+from syncmask_fast.utils.errors import UserError
 
 
 def changed(flag: str, value: Any) -> TrainConfig:
@@ -60,14 +60,44 @@ def test_unknown_setting_is_named():
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        *((flag, 0) for flag in (
-            "--steps", "--save-every", "--log-every", "--batch-size", "--embed", "--threads", "--image.size", "--image.patch", "--text.vocabulary",
-            "--text.width", "--text.heads", "--text.layers", "--text.fusion-layers", "--loss.temperature", "--optim.lr", "--optim.clip",
-            "--optim.accumulate", "--eval.queries", "--eval.draws", "--group.search-space",
-        )),
-        *((flag, value) for value in (-0.1, 1.1, float("nan")) for flag in (
-            "--mask.token-ratio", "--mask.patch-ratio", "--loss.alpha", "--loss.align", "--optim.warmup", "--optim.ema", "--eval.holdout",
-        )),
+        *(
+            (flag, 0)
+            for flag in (
+                "--steps",
+                "--save-every",
+                "--log-every",
+                "--batch-size",
+                "--embed-dim",
+                "--decode-threads",
+                "--image.size",
+                "--image.patch",
+                "--text.vocab-size",
+                "--text.width",
+                "--text.heads",
+                "--text.layers",
+                "--text.fusion-layers",
+                "--loss.temperature",
+                "--optim.lr",
+                "--optim.grad-clip",
+                "--optim.grad-accum",
+                "--eval.queries",
+                "--eval.draws",
+                "--batch.search-space",
+            )
+        ),
+        *(
+            (flag, value)
+            for value in (-0.1, 1.1, float("nan"))
+            for flag in (
+                "--mask.token-ratio",
+                "--mask.patch-ratio",
+                "--loss.alpha",
+                "--loss.itc-only",
+                "--optim.warmup",
+                "--optim.ema-decay",
+                "--eval.holdout-fraction",
+            )
+        ),
         ("--steps", -5),
         ("--seed", -1),
         ("--batch-size", 1),
@@ -75,15 +105,15 @@ def test_unknown_setting_is_named():
         ("--text.width", 129),
         ("--mask.layer", 0),
         ("--mask.layer", 7),
-        ("--text.max-tokens", 2),
+        ("--text.max-length", 2),
         ("--loss.queue", -1),
-        ("--text.mlm-steps", -1),
+        ("--text.pretrain-steps", -1),
         ("--mask.ramp", (0.5, 0.2)),
         ("--mask.ramp", (-0.1, 0.2)),
         ("--mask.ramp", (0.5, 1.2)),
         ("--optim.lr", float("nan")),
     ],
-)  # fmt: skip
+)
 def test_impossible_setting_is_named_with_its_value(flag: str, value: Any):
     with pytest.raises(UserError) as error:
         changed(flag, value).check()
@@ -103,7 +133,22 @@ def test_steps_and_epochs_together():
 def test_command_line():
     assert parse([]) == PRESETS["tiny"][1]
     assert parse(["base"]) == PRESETS["base"][1]
-    tiny = parse(["tiny", "--epochs", "3", "--mask.ramp", "0", "0.5", "--masking", "random", "--text.fusion-layers", "5", "--data", "x/y"])
+    tiny = parse(
+        [
+            "tiny",
+            "--epochs",
+            "3",
+            "--mask.ramp",
+            "0",
+            "0.5",
+            "--masking",
+            "random",
+            "--text.fusion-layers",
+            "5",
+            "--data",
+            "x/y",
+        ]
+    )
     assert (tiny.steps, tiny.epochs) == (None, 3)  # the preset's steps give way
     assert tiny.mask.ramp == (0.0, 0.5)
     assert tiny.masking == "random"
@@ -113,7 +158,9 @@ def test_command_line():
     assert (base.steps, base.epochs) == (7, None)
 
 
-@pytest.mark.parametrize("argv", [["huge"], ["tiny", "--no-such-flag", "1"], ["tiny", "--steps", "many"], ["tiny", "--masking", "all"]])
+@pytest.mark.parametrize(
+    "argv", [["huge"], ["tiny", "--no-such-flag", "1"], ["tiny", "--steps", "many"], ["tiny", "--masking", "all"]]
+)
 def test_what_the_command_line_does_not_know(argv: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         parse(argv)

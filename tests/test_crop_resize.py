@@ -16,14 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from syncmask_fast.data.augment import CropParams
-from syncmask_fast.data.decode_threads import ReusedMemory
+from syncmask_fast.data.augment import AugmentParams
+from syncmask_fast.data.decode.threads import BufferPool
+from syncmask_fast.data.decode.transform import (
+    CppTransform,
+    JpegDecoder,
+    TorchvisionTransform,
+    change_colours,
+    why_cpp_unavailable,
+)
 from syncmask_fast.data.images import decode_image
-from syncmask_fast.data.render import JpegDecoder, NativeRenderer, TorchvisionRenderer, change_colours, native_problem
 from syncmask_fast.kernels.crop_resize import LARGEST_SIDE, crop_resize
 from tests.faults.mutations import edited, random_edits
 
-pytestmark = pytest.mark.skipif(native_problem() is not None, reason=f"not built: {native_problem()}")
+pytestmark = pytest.mark.skipif(why_cpp_unavailable() is not None, reason=f"not built: {why_cpp_unavailable()}")
 ONE, ZERO = torch.ones(3), torch.zeros(3)
 # height and width of the image; x, y, width and height of the crop; S
 CASES = [
@@ -61,7 +67,9 @@ def resized(image: np.ndarray, crop: tuple[int, int, int, int], size: int) -> np
     return np.einsum("ih,hwc,jw->cij", matrix(height, size), part, matrix(width, size), optimize=True)
 
 
-def run(image: np.ndarray, crop, size: int, *, flip: bool = False, colours=(1.0, 1.0, 1.0), scale=ONE, shift=ZERO) -> np.ndarray:
+def run(
+    image: np.ndarray, crop, size: int, *, flip: bool = False, colours=(1.0, 1.0, 1.0), scale=ONE, shift=ZERO
+) -> np.ndarray:
     batch = torch.full((3, 3, size, size), -7.0)
     crop_resize(torch.from_numpy(image), *crop, flip, *colours, scale, shift, batch[1])
     assert (batch[0] == -7).all()
@@ -95,14 +103,26 @@ def test_colours_and_normalising(colours):
     assert changed.max() <= 255
     scale, shift = torch.tensor([0.1, 2.0, 0.5]), torch.tensor([-3.0, 0.0, 7.0])
     normalised = run(image, crop, size, colours=colours, scale=scale, shift=shift)
-    np.testing.assert_allclose(normalised, changed * scale.numpy()[:, None, None] + shift.numpy()[:, None, None], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        normalised, changed * scale.numpy()[:, None, None] + shift.numpy()[:, None, None], rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability):
     """The same tests with the kernels of lesser processors, in a process of its own (chosen at loading)."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "against_float64 or colours_and"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "against_float64 or colours_and",
+    ]
     done = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -122,19 +142,40 @@ def test_other_instruction_sets(capability):
         ({"out": torch.zeros(4, 4, 3).permute(2, 0, 1)}, "out must be contiguous float32"),
         ({"out": torch.zeros(3, 0, 0)}, "out must be contiguous float32"),
         ({"scale": torch.ones(4)}, "scale and shift must be"),
-        ({"image": torch.zeros(1, LARGEST_SIDE + 1, 3, dtype=torch.uint8), "width": LARGEST_SIDE + 1, "height": 1}, "pixels in a line"),
+        (
+            {"image": torch.zeros(1, LARGEST_SIDE + 1, 3, dtype=torch.uint8), "width": LARGEST_SIDE + 1, "height": 1},
+            "pixels in a line",
+        ),
     ],
 )
 def test_misuse_is_said(changes, message):
     image, out = torch.zeros(5, 6, 3, dtype=torch.uint8), torch.zeros(3, 4, 4)
-    arguments = dict(image=image, x=0, y=0, width=6, height=5, flip=False, brightness=1, contrast=1, saturation=1, scale=ONE, shift=ZERO, out=out)
+    arguments = dict(
+        image=image,
+        x=0,
+        y=0,
+        width=6,
+        height=5,
+        flip=False,
+        brightness=1,
+        contrast=1,
+        saturation=1,
+        scale=ONE,
+        shift=ZERO,
+        out=out,
+    )
     with pytest.raises(RuntimeError, match=message):
         crop_resize(**(arguments | changes))
 
 
 def test_other_threads_run_meanwhile():
     """The interpreter is free while an image is resized: another thread counts on."""
-    image, out, counted, stop = torch.zeros(8000, 8000, 3, dtype=torch.uint8), torch.zeros(3, 64, 64), [0], threading.Event()
+    image, out, counted, stop = (
+        torch.zeros(8000, 8000, 3, dtype=torch.uint8),
+        torch.zeros(3, 64, 64),
+        [0],
+        threading.Event(),
+    )
 
     def count() -> None:
         while not stop.is_set():
@@ -151,9 +192,9 @@ def test_other_threads_run_meanwhile():
     assert during > 20, during
 
 
-def params(width: int, height: int, flip: bool = False, colours=(1.0, 1.0, 1.0)) -> CropParams:
+def params(width: int, height: int, flip: bool = False, colours=(1.0, 1.0, 1.0)) -> AugmentParams:
     whole = (np.array([n], np.int32) for n in (0, 0, width, height))
-    return CropParams(*whole, np.array([flip]), *(np.array([n], np.float32) for n in colours))
+    return AugmentParams(*whole, np.array([flip]), *(np.array([n], np.float32) for n in colours))
 
 
 def jpeg(width: int, height: int, mode: str = "RGB", **options: object) -> bytes:
@@ -186,7 +227,9 @@ def test_jpegs_have_the_bytes_of_pillow(name):
     if name != "CMYK":
         import simplejpeg
 
-        assert np.array_equal(simplejpeg.decode_jpeg(JPEGS[name], "RGB"), decode_image(JPEGS[name]))  # not by Pillow after all
+        assert np.array_equal(
+            simplejpeg.decode_jpeg(JPEGS[name], "RGB"), decode_image(JPEGS[name])
+        )  # not by Pillow after all
 
 
 def test_damaged_jpegs_are_judged_by_pillow():
@@ -220,7 +263,7 @@ def test_the_ways_agree(flip, colours):
     for name in JPEGS:
         height, width = decode_image(JPEGS[name]).shape[:2]
         pixels = torch.empty(2, 3, 32, 32)
-        for row, way in enumerate((TorchvisionRenderer(mean, std), NativeRenderer(mean, std))):
+        for row, way in enumerate((TorchvisionTransform(mean, std), CppTransform(mean, std))):
             way(JPEGS[name], params(width, height, flip, colours), 0, pixels[row])
         levels = (pixels[0] - pixels[1]).abs() * 255 * torch.tensor(std)[:, None, None]
         assert levels.max() < (1.001 if colours == (1, 1, 1) else 2.001), name
@@ -231,7 +274,7 @@ def test_images_too_wide_for_the_compiled_way():
     out = io.BytesIO()
     Image.fromarray(noise(1, LARGEST_SIDE + 10)).save(out, "PNG")
     pixels = torch.empty(2, 3, 8, 8)
-    for row, way in enumerate((TorchvisionRenderer(*[(0.5,) * 3] * 2), NativeRenderer(*[(0.5,) * 3] * 2))):
+    for row, way in enumerate((TorchvisionTransform(*[(0.5,) * 3] * 2), CppTransform(*[(0.5,) * 3] * 2))):
         way(out.getvalue(), params(LARGEST_SIDE + 10, 1), 0, pixels[row])
     assert pixels[0].equal(pixels[1])
 
@@ -251,7 +294,7 @@ HOLDERS = {
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_memory_that_is_held_is_not_used_again(name):
-    memory = ReusedMemory((2, 3), 1)
+    memory = BufferPool((2, 3), 1)
     first = memory.take(2)
     address = first.data_ptr()
     held = HOLDERS[name](first)

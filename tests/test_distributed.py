@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from syncmask_fast import distributed, finetune
-from syncmask_fast.checkpoint import checkpoints
-from syncmask_fast.distributed import process_group, rank_device, share_bounds
-from syncmask_fast.errors import UserError
+from syncmask_fast import finetune
+from syncmask_fast.distributed import group as distributed
+from syncmask_fast.distributed.group import init_distributed, local_device, shard_bounds
 from syncmask_fast.train import main
+from syncmask_fast.training.checkpoint import checkpoints
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_lookbook
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +29,9 @@ STEPS, SAVED = 20, 5
 # second epoch's plan is made from features.
 SETTINGS = (
     "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
-    " --text.fusion-layers 2 --text.mlm-steps 2 --embed 16 --batch-size 16 --loss.queue 32 --loss.alpha 0.4 --loss.align 0.2"
+    " --text.fusion-layers 2 --text.pretrain-steps 2 --embed-dim 16 --batch-size 16 --loss.queue 32 --loss.alpha 0.4 --loss.itc-only 0.2"
     f" --mask.ramp 0.2 0.3 --optim.lr 1e-5 --optim.muon-lr 1e-4 --precision float32 --steps {STEPS} --save-every {SAVED} --log-every 2"
-    " --threads 1 --device cpu --loader torchvision --eval.holdout 0"
+    " --decode-threads 1 --device cpu --decoder torchvision --eval.holdout-fraction 0"
 ).split()
 OBJECTIVES = {"loss", "loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_presence"}
 
@@ -46,7 +47,9 @@ def torchrun(ranks: int, *words: str) -> list[str]:
 
 def train_on(ranks: int, data: Path, out: Path, *words: str) -> str:
     """A run to its end; returns what it printed."""
-    command = torchrun(ranks, *words, "-m", "syncmask_fast.train", "tiny", *SETTINGS, "--data", str(data), "--out", str(out))
+    command = torchrun(
+        ranks, *words, "-m", "syncmask_fast.train", "tiny", *SETTINGS, "--data", str(data), "--out", str(out)
+    )
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
     return found.stdout
@@ -83,9 +86,13 @@ def assert_close(ours: Path, theirs: Path) -> None:
         assert a.keys() == b.keys()
         for key, value in a.items():
             # AdamW and Muon bring gradients that are rounding alone to the size of the others.
-            assert torch.allclose(value.double(), b[key].double(), rtol=0, atol=3e-4), (name, key, (value.double() - b[key]).abs().max())
+            assert torch.allclose(value.double(), b[key].double(), rtol=0, atol=3e-4), (
+                name,
+                key,
+                (value.double() - b[key]).abs().max(),
+            )
     assert torch.equal(kept(ours, "memory")["order"], kept(theirs, "memory")["order"])
-    assert torch.equal(kept(ours, "memory")["queue.ids"], kept(theirs, "memory")["queue.ids"])
+    assert torch.equal(kept(ours, "memory")["queue.product_ids"], kept(theirs, "memory")["queue.product_ids"])
 
 
 def test_pieces_on_three_ranks():
@@ -116,7 +123,10 @@ def process_of(rank: int, mark: str) -> int:
     """The process that is this rank of the run whose command line has the mark."""
     for folder in Path("/proc").iterdir():
         try:
-            words, environment = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
+            words, environment = (
+                (folder / "cmdline").read_bytes().split(b"\0"),
+                (folder / "environ").read_bytes().split(b"\0"),
+            )
         except OSError:
             continue
         if mark.encode() in words and f"RANK={rank}".encode() in environment:
@@ -126,7 +136,9 @@ def process_of(rank: int, mark: str) -> int:
 
 def start_until_saved(data: Path, out: Path, *words: str) -> subprocess.Popen:
     """A run of two ranks, which has written its first checkpoint."""
-    command = torchrun(2, *words, "-m", "syncmask_fast.train", "tiny", *SETTINGS, "--data", str(data), "--out", str(out))
+    command = torchrun(
+        2, *words, "-m", "syncmask_fast.train", "tiny", *SETTINGS, "--data", str(data), "--out", str(out)
+    )
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     while not checkpoints(out / "checkpoints"):
         assert run.poll() is None, run.stdout.read()
@@ -170,7 +182,7 @@ def test_going_on_with_another_number_of_ranks(data: Path, one: Path, tmp_path: 
 
 @pytest.mark.parametrize(("total", "ranks"), [(16, 1), (16, 3), (2, 4), (0, 2)])
 def test_shares_are_even_but_for_one(total: int, ranks: int):
-    bounds = share_bounds(total, ranks)
+    bounds = shard_bounds(total, ranks)
     sizes = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
     assert (len(sizes), sum(sizes)) == (ranks, total)
     assert max(sizes) - min(sizes) <= 1
@@ -178,7 +190,7 @@ def test_shares_are_even_but_for_one(total: int, ranks: int):
 
 def test_half_an_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK.*torchrun"), process_group(torch.device("cpu")):
+    with pytest.raises(UserError, match="RANK.*torchrun"), init_distributed(torch.device("cpu")):
         pass
 
 
@@ -188,12 +200,12 @@ def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="nproc_per_node 2"):
-        rank_device("auto")
+        local_device("auto")
     with pytest.raises(UserError, match="--device cuda"):
-        rank_device("cuda:0")
-    assert rank_device("cpu") == "cpu"
+        local_device("cuda:0")
+    assert local_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert rank_device("auto") == "cuda:1"
+    assert local_device("auto") == "cuda:1"
 
 
 def test_restarts_need_a_folder(monkeypatch: pytest.MonkeyPatch):

@@ -9,17 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from syncmask_fast import retrieval
-from syncmask_fast.attention import Layout
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.splits import open_evaluation
-from syncmask_fast.data.text import TokenCache, train_tokenizer
-from syncmask_fast.encoders import pack_pairs
-from syncmask_fast.errors import UserError
-from syncmask_fast.evaluate import SyncData, embed, evaluate_reading, evaluate_sync, main, match_scores, teacher_masks
-from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.data.tokenizer import TokenCache, train_tokenizer
+from syncmask_fast.evaluate import (
+    MaskEvalSet,
+    embed,
+    evaluate_mlm_grounding,
+    evaluate_sync,
+    itm_scores,
+    main,
+    teacher_masks,
+)
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
+from syncmask_fast.tasks import retrieval
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_lookbook
 
 
@@ -32,10 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model, saved."""
     base = small_config()
-    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocabulary)
-    text = type(base.text)(**{**vars(base.text), "vocabulary": tokenizer.get_vocab_size(), "max_tokens": 64})
+    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocab_size)
+    text = type(base.text)(**{**vars(base.text), "vocab_size": tokenizer.get_vocab_size(), "max_length": 64})
     torch.manual_seed(0)
-    SyncMaskModel(small_config(text=text, threads=1), tokenizer).save_pretrained(tmp_path_factory.mktemp("model") / "model")
+    SyncMaskModel(small_config(text=text, decode_threads=1), tokenizer).save_pretrained(
+        tmp_path_factory.mktemp("model") / "model"
+    )
     return next(tmp_path_factory.getbasetemp().glob("model*/model"))
 
 
@@ -43,7 +53,11 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(data: Path, folder: Path):
     model = SyncMaskModel.from_pretrained(folder)
     split = open_evaluation(data)
-    return model, split, TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_tokens)
+    return (
+        model,
+        split,
+        TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_length),
+    )
 
 
 def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
@@ -59,12 +73,14 @@ def test_features_are_those_of_the_model(opened):
     assert len(gallery.images) == len(index)
     assert len(gallery.texts) == len(np.unique(index.product_ids)) == 105
     numbers = np.unique(index.product_ids, return_inverse=True)[1]
-    assert gallery.product.tolist() == numbers.tolist()
+    assert gallery.product_index.tolist() == numbers.tolist()
     for i in (0, 77, len(index) - 1):
         assert torch.allclose(gallery.texts[numbers[i]], model.encode_text([index.texts[i]])[0], atol=1e-5)
-        assert index.subcategory.names[int(gallery.group[numbers[i]])] == index.record(i)["subcategory"]
+        assert index.subcategory.names[int(gallery.subcategory[numbers[i]])] == index.record(i)["subcategory"]
         size = model.config.image.size
-        pixels = torch.from_numpy(decode_image(index.jpeg(i), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = (
+            torch.from_numpy(decode_image(index.image_bytes(i), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        )
         assert (gallery.images[i] @ model.encode_image(pixels)[0]).item() > 0.999
 
 
@@ -74,12 +90,15 @@ def test_match_scores_are_those_of_the_model(opened, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("syncmask_fast.evaluate.PAIRS", 50)
     gallery, at = embed(model, split, tokens)
     lists = retrieval.shortlists(gallery, 3)[:2]
-    first = np.unique(gallery.product.numpy(), return_index=True)[1]
+    first = np.unique(gallery.product_index.numpy(), return_index=True)[1]
     size = model.config.image.size
-    for entry, score in zip(lists, match_scores(model, split, tokens, gallery, at, lists), strict=True):
+    for entry, score in zip(lists, itm_scores(model, split, tokens, gallery, at, lists), strict=True):
         assert score.shape == entry.images.shape
         for row in (0, len(score) // 2, len(score) - 1):
-            pixels = [torch.from_numpy(decode_image(split.index.jpeg(at[i]), size).copy()).permute(2, 0, 1) / 127.5 - 1 for i in entry.images[row]]
+            pixels = [
+                torch.from_numpy(decode_image(split.index.image_bytes(at[i]), size).copy()).permute(2, 0, 1) / 127.5 - 1
+                for i in entry.images[row]
+            ]
             chance = model.match(torch.stack(pixels), [split.index.texts[at[first[j]]] for j in entry.texts[row]])
             assert torch.allclose(score[row].sigmoid(), chance, atol=0.02)  # pixels are rounded
 
@@ -88,7 +107,7 @@ def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pyt
     results = run("retrieval", folder, data, tmp_path / "new" / "results.json")
     assert "retrieval/i2t/101-candidate/R@1" in capsys.readouterr().out
     gallery, _ = embed(*opened)
-    for name, value in (retrieval.full_recall(gallery) | retrieval.candidate_recall(gallery)).items():
+    for name, value in (retrieval.recall_full(gallery) | retrieval.recall_101(gallery)).items():
         assert results[f"retrieval/{name}"] == pytest.approx(value)
     assert results["retrieval/products"] == 105
     assert results["retrieval/images"] == len(gallery.images)
@@ -98,33 +117,48 @@ def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pyt
 
 def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
     results = run("sync", folder, data, tmp_path / "results.json")
-    for name in ("words/precision", "words/random", "words/auc", "patches/precision", "patches/random", "any-patches/precision"):
+    for name in (
+        "words/precision",
+        "words/random",
+        "words/auc",
+        "patches/precision",
+        "patches/random",
+        "any-patches/precision",
+    ):
         assert 0 < results[f"sync/{name}"] < 100
     assert 35 < results["sync/words/auc"] < 65  # of an untrained model
     model, split, tokens = opened
-    truth = SyncData.of(split, tokens, 4)
-    assert evaluate_sync(model, truth) | evaluate_reading(model, truth) == pytest.approx(results)
+    truth = MaskEvalSet.of(split, tokens, 4)
+    assert evaluate_sync(model, truth) | evaluate_mlm_grounding(model, truth) == pytest.approx(results)
 
 
 def test_reading_is_the_loss_of_words_in_view_with_either_picture(opened):
     """Sample by sample through the model's own parts."""
     model, split, tokens = opened
-    data, rng, nats = SyncData.of(split, tokens, 4, 40), np.random.default_rng(0), []
+    data, rng, nats = MaskEvalSet.of(split, tokens, 4, 40), np.random.default_rng(0), []
     size, ratio = model.config.image.size, model.config.mask.token_ratio
     for n, i in enumerate(data.samples):
         visible = data.truths[n].visible
         at = 1 + rng.permutation(np.flatnonzero(visible))[: max(1, int(ratio * len(visible) + 0.5))]
         token_ids = torch.from_numpy(tokens.ids(i).astype(np.int64))
-        layout = Layout.of([len(token_ids)], "cpu")
+        layout = PackedLayout.of([len(token_ids)], "cpu")
         text = model.text(token_ids.index_fill(0, torch.from_numpy(at), model.mask_id), layout)
         for shown in (i, data.samples[data.partner[n]]):
-            pixels = torch.from_numpy(decode_image(split.index.jpeg(shown), size).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-            fused = model.fusion(text, pack_pairs(layout), model.image(pixels))
-            chances = model.word_head(fused, model.text.words.weight).double().log_softmax(-1)
+            pixels = (
+                torch.from_numpy(decode_image(split.index.image_bytes(shown), size).copy())
+                .permute(2, 0, 1)[None]
+                .float()
+                / 127.5
+                - 1
+            )
+            fused = model.fusion(text, one_to_one(layout), model.image(pixels))
+            chances = model.mlm_head(fused, model.text.words.weight).double().log_softmax(-1)
             nats += [(n, shown == i, -chances[at[j], token_ids[at[j]]].item()) for j in range(len(at))]
-    found = evaluate_reading(model, data)
+    found = evaluate_mlm_grounding(model, data)
     for name, right in (("nats", True), ("nats-with-another-picture", False)):
-        assert found[f"mlm/words-in-view/{name}"] == pytest.approx(np.mean([value for _, which, value in nats if which == right]), rel=1e-3)
+        assert found[f"mlm/words-in-view/{name}"] == pytest.approx(
+            np.mean([value for _, which, value in nats if which == right]), rel=1e-3
+        )
     assert len({round(value, 6) for value in found.values()}) == 2
     assert not np.array_equal(data.samples, data.samples[data.partner])
 
@@ -134,8 +168,12 @@ def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: py
     model = opened[0]
     layers = model.config.text.fusion_layers
     assert len(rows) == layers * 4
-    assert {(row["layer"], row["token_score"]) for row in rows} == {(n, rule) for n in range(1, layers + 1) for rule in TOKEN_SCORES}
-    assert {(row["layer"], row["patch_score"]) for row in rows} == {(n, rule) for n in range(1, layers + 1) for rule in PATCH_SCORES}
+    assert {(row["layer"], row["token_score"]) for row in rows} == {
+        (n, rule) for n in range(1, layers + 1) for rule in TOKEN_SCORES
+    }
+    assert {(row["layer"], row["patch_score"]) for row in rows} == {
+        (n, rule) for n in range(1, layers + 1) for rule in PATCH_SCORES
+    }
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
     plain = run("sync", folder, data, tmp_path / "plain.json")
     mask = model.config.mask
@@ -146,12 +184,12 @@ def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: py
 def test_masks_of_a_part_are_those_of_the_whole(opened):
     """The masks of a sample do not depend on its batch."""
     model, split, tokens = opened
-    whole, part = (SyncData.of(split, tokens, 4, limit) for limit in (None, 9))
+    whole, part = (MaskEvalSet.of(split, tokens, 4, limit) for limit in (None, 9))
     assert len(part.samples) == 9
     [all_masks], [some] = (teacher_masks(model, d, [model.config.mask]) for d in (whole, part))
     for i, mask in zip(part.samples, some, strict=True):
         assert len(mask.words) == tokens.lengths[i] - 2
-        assert np.allclose(mask.word_score, all_masks[int(i)].word_score, atol=1e-5)
+        assert np.allclose(mask.token_score, all_masks[int(i)].token_score, atol=1e-5)
         assert mask.words.sum() == all_masks[int(i)].words.sum()
 
 
@@ -161,7 +199,7 @@ def plain(tmp_path: Path, data: Path) -> Path:
     index = ShardIndex.open(data / "eval")
     with ShardWriter(tmp_path / "plain") as writer:
         for i in range(30):
-            writer.write(f"{i:04d}", index.jpeg(i), {"text": index.texts[i]})
+            writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
     return tmp_path / "plain"
 
 

@@ -12,14 +12,29 @@ import torch
 from syncmask_fast import evaluate, finetune, search
 from syncmask_fast.config import TaskConfig
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
-from syncmask_fast.data.splits import cut_validation, open_splits
-from syncmask_fast.data.text import train_tokenizer
-from syncmask_fast.errors import UserError
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.pretrained import start_weights
+from syncmask_fast.data.splits import open_splits, split_validation
+from syncmask_fast.data.tokenizer import train_tokenizer
+from syncmask_fast.model.pretrained import load_initial_weights
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import SPEED, small_config, small_lookbook
 
-FOUR = ["--steps", "4", "--batch-size", "8", "--save-every", "2", "--log-every", "2", "--threads", "1", "--device", "cpu", "--validation", "0.3"]
+FOUR = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "8",
+    "--save-every",
+    "2",
+    "--log-every",
+    "2",
+    "--decode-threads",
+    "1",
+    "--device",
+    "cpu",
+    "--validation",
+    "0.3",
+]
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +46,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that has learnt nothing, saved."""
     base = small_config()
-    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocabulary)
-    text = type(base.text)(**{**vars(base.text), "vocabulary": tokenizer.get_vocab_size(), "max_tokens": 64})
+    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocab_size)
+    text = type(base.text)(**{**vars(base.text), "vocab_size": tokenizer.get_vocab_size(), "max_length": 64})
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start") / "model"
-    SyncMaskModel(small_config(text=text, threads=1), tokenizer).save_pretrained(folder)
+    SyncMaskModel(small_config(text=text, decode_threads=1), tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -79,14 +94,26 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, data: 
     assert tune(task, start, data, again, *more) == pytest.approx(results)
     assert rows(again) == found
 
-    evaluate.main([task, "--model", str(out / "model"), "--data", str(data), "--out", str(tmp_path / "results.json"), "--device", "cpu"])
+    evaluate.main(
+        [
+            task,
+            "--model",
+            str(out / "model"),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "results.json"),
+            "--device",
+            "cpu",
+        ]
+    )
     same = json.loads((tmp_path / "results.json").read_text())
     assert {name: same[name] for name in results} == pytest.approx(results)
 
 
 def test_the_validation_part_has_its_own_products(data: Path):
     whole, _ = open_splits(data)
-    left, held = cut_validation(whole, 0.3)
+    left, held = split_validation(whole, 0.3)
     ids = whole.index.product_ids
     assert len(left) + len(held) == len(whole)
     assert not set(ids[left.samples]) & set(ids[held.samples])
@@ -98,10 +125,10 @@ def test_start_weights_are_taken_over_and_heads_start_anew(start: Path):
     config = small_config(text=theirs.config.text, task=TaskConfig("category", start, labels=("bag", "hat")))
     torch.manual_seed(5)
     model = SyncMaskModel(config, theirs.tokenizer)
-    head = model.label_head.weight.clone()
-    start_weights(model)
+    head = model.classifier.weight.clone()
+    load_initial_weights(model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in theirs.state_dict().items())
-    assert torch.equal(model.label_head.weight, head)
+    assert torch.equal(model.classifier.weight, head)
 
 
 def test_recipes_name_the_origin_of_each_value(start: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,7 +156,7 @@ def test_what_users_get_wrong(start: Path, data: Path, tmp_path: Path):
     index = ShardIndex.open(data / "eval")
     with ShardWriter(tmp_path / "plain") as writer:
         for i in range(40):
-            writer.write(f"{i:04d}", index.jpeg(i), {"text": index.texts[i]})
+            writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
     with pytest.raises(UserError, match=r"triplets\.json"):
         tune("composed", start, tmp_path / "plain", tmp_path / "run")
     with pytest.raises(UserError, match="labels"):
@@ -146,7 +173,23 @@ def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert len(set(ids)) == 5
     assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
     out = tmp_path / "found" / "top.png"
-    search.main(["a red dress", "--model", str(start), "--data", str(data), "--out", str(out), "--top", "3", "--rerank", "20", "--device", "cpu"])
+    search.main(
+        [
+            "a red dress",
+            "--model",
+            str(start),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--top",
+            "3",
+            "--rerank",
+            "20",
+            "--device",
+            "cpu",
+        ]
+    )
     assert capsys.readouterr().out.count("product ") == 3
     assert out.stat().st_size > 10_000
     for flags, named in ((["", "--top", "1"], "query"), (["red", "--top", "0"], "--top")):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from syncmask_fast.attention import Layout
-from syncmask_fast.flops import peak_flops, step_flops
-from syncmask_fast.losses import Queue
-from syncmask_fast.step import make_teacher, training_losses
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.objective.losses import Queue
+from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses
+from syncmask_fast.training.flops import peak_flops, step_flops
 from tests.helpers import small_batch, small_config
 from tests.test_step import SEED, small_model
 
@@ -35,8 +35,8 @@ def attention_backward_flops(grad, q, k, v, out, log_sums, q_starts, k_starts, *
         ("sync", {}),
         ("none", {}),
         ("random", {"queue": 0, "alpha": 0.0}),
-        ("sync", {"presence": 1.0, "presence_images": 2, "cuts": 0.5}),
-        ("sync", {"mim_copy": "visible"}),
+        ("sync", {"presence": 1.0, "presence_negatives": 2, "collages": 0.5}),
+        ("sync", {"mim_input": "visible"}),
     ],
     ids=str,
 )
@@ -51,11 +51,23 @@ def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):
     )
     model, batch = small_model(config), small_batch(config)
     lengths = [12] * 6
-    ids = torch.randint(5, config.text.vocabulary, (72,))
-    batch = dataclasses.replace(batch, token_ids=ids, lengths=lengths, cu_seqlens=Layout.of(lengths).starts, product_ids=torch.arange(6))
-    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
+    ids = torch.randint(5, config.text.vocab_size, (72,))
+    batch = dataclasses.replace(
+        batch, token_ids=ids, lengths=lengths, cu_seqlens=PackedLayout.of(lengths).cu_seqlens, product_ids=torch.arange(6)
+    )
+    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        found, _ = training_losses(model, make_teacher(model), batch, queue, config, fuse=fuse, sync_share=1.0, alpha=config.loss.alpha, seed=SEED)
+        found, _ = pretraining_losses(
+            model,
+            make_teacher(model),
+            batch,
+            queue,
+            config,
+            fuse=fuse,
+            sync_share=1.0,
+            alpha=config.loss.alpha,
+            seed=SEED,
+        )
         found.total.backward()
     assert step_flops(model, lengths, fuse=fuse) == pytest.approx(counter.get_total_flops(), rel=0.06)
 

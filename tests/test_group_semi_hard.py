@@ -17,10 +17,7 @@ from hypothesis import strategies as st
 from syncmask_fast import _native, ops
 from syncmask_fast.kernels import group_semi_hard as module
 
-BACKENDS = [
-    "reference",
-    pytest.param("cpp", marks=pytest.mark.skipif(not _native.loaded(), reason=_native.status())),
-]
+BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(not _native.loaded(), reason=_native.status()))]
 
 
 def oracle(image_feats, text_feats, ids, batch_size=1, margin=0.0, start=0, search_space=None):
@@ -56,9 +53,7 @@ def draw_integers(n, d, generator, products=None):
 
 
 # n and D: all ones; odd; primes; around the kernel's 16 and 32 lanes.
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (2, 3), (3, 15), (31, 16), (37, 17), (64, 31), (65, 33), (90, 100)]
-)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 15), (31, 16), (37, 17), (64, 31), (65, 33), (90, 100)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_oracle(shape, backend, generator):
     for margin, batch_size, search_space in ((0.0, 1, None), (0.1, 8, None), (0.05, 5, 13)):
@@ -86,19 +81,36 @@ def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
 @pytest.mark.parametrize("n", [1, 2, 47, 48, 49, 95, 300])
 @pytest.mark.parametrize("neighbours", [0, 2, 5, 128])
 def test_dry_lists(n, neighbours, generator):
-    for products, margin, search_space in ((n, 0.0, None), (n // 4 + 1, 0.3, None), (3, -math.inf, 130), (1, math.inf, None)):
+    for products, margin, search_space in (
+        (n, 0.0, None),
+        (n // 4 + 1, 0.3, None),
+        (3, -math.inf, 130),
+        (1, math.inf, None),
+    ):
         options = dict(batch_size=8, margin=margin, search_space=search_space)
         for images, texts, ids in (draw(n, 16, generator, products), draw_integers(n, 4, generator, products)):
             expected = ops.group_semi_hard_reference(images.double(), texts.double(), ids, **options)
-            assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbours).equal(expected)
+            assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbours).equal(
+                expected
+            )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not _native.loaded_cuda() or not torch.cuda.is_available(), reason="needs a CUDA device and csrc/group_semi_hard.cu built")
-@pytest.mark.parametrize(("n", "d"), [(1, 4), (2, 3), (33, 5), (300, 16), (3000, 30)])  # D in fours and not; one block and several
+@pytest.mark.skipif(
+    not _native.loaded_cuda() or not torch.cuda.is_available(),
+    reason="needs a CUDA device and csrc/group_semi_hard.cu built",
+)
+@pytest.mark.parametrize(
+    ("n", "d"), [(1, 4), (2, 3), (33, 5), (300, 16), (3000, 30)]
+)  # D in fours and not; one block and several
 @pytest.mark.parametrize("neighbours", [0, 2, 40])  # 2: most lists run dry; 40: more than a warp reads at a time
 def test_cuda(n, d, neighbours, generator):
-    for products, margin, search_space in ((n, 0.0, None), (n // 4 + 1, 0.3, None), (3, -math.inf, 130), (1, math.inf, None)):
+    for products, margin, search_space in (
+        (n, 0.0, None),
+        (n // 4 + 1, 0.3, None),
+        (3, -math.inf, 130),
+        (1, math.inf, None),
+    ):
         options = dict(batch_size=8, margin=margin, search_space=search_space)
         for args in (draw(n, d, generator, products), draw_integers(n, d, generator, products)):
             expected = ops.group_semi_hard(*args, **options)
@@ -111,7 +123,7 @@ def test_cuda(n, d, neighbours, generator):
 
 def steps_of_the_cuda_kernel(
     images, texts, lists, product, item, unvisited, batch_of, order, state, batch_size, margin
-):  # fmt: skip
+):
     """What csrc/group_semi_hard.cu does, for new lists after each scan."""
     position, place = state.tolist()
     while True:
@@ -153,9 +165,20 @@ def test_compiles_for_cuda(tmp_path):
     """For sm_90, without a GPU: within the registers of a block of 1,024 threads, and nothing spilled."""
     include = Path(torch.__file__).parent / "include"
     source = Path(__file__).resolve().parents[1] / "csrc/group_semi_hard.cu"
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-arch=sm_90",
+        "-Xptxas",
+        "-v",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+    ]
     run = subprocess.run(
-        [*command, "-isystem", str(include), "-c", str(source), "-o", str(tmp_path / "walk.o")], capture_output=True, text=True
+        [*command, "-isystem", str(include), "-c", str(source), "-o", str(tmp_path / "walk.o")],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     spills = re.findall(r"(\d+) bytes spill", run.stderr)
@@ -173,11 +196,7 @@ def test_dtypes_and_strides(backend, generator):
     for dtype in (torch.bfloat16, torch.float16):
         got = ops.group_semi_hard(*(x.to(dtype) for x in args[:2]), args[2], batch_size=4, backend=backend)
         assert got.equal(expected)
-    strided = (
-        args[0].T.contiguous().T,
-        torch.stack((args[1], args[1]), 2)[:, :, 1],
-        args[2].repeat_interleave(2)[::2],
-    )
+    strided = (args[0].T.contiguous().T, torch.stack((args[1], args[1]), 2)[:, :, 1], args[2].repeat_interleave(2)[::2])
     assert ops.group_semi_hard(*strided, batch_size=4, backend=backend).equal(expected)
     same = args[0][:1].expand(40, -1)  # every pair alike: by index, as products allow
     assert ops.group_semi_hard(same, same, torch.arange(40), backend=backend).tolist() == list(range(40))
@@ -189,12 +208,7 @@ def test_alternates_and_returns_to_every_level(backend):
     images = torch.tensor([[1.0, 0, 0], [0, 0.9, 0.1], [0.5, 0, 0], [0, 0, 1]])
     texts = torch.tensor([[2.0, 0, 0], [0.1, 1, 0], [0.9, 0.9, 0], [0, 0.1, 0.2]])
     distinct = torch.arange(4)
-    assert ops.group_semi_hard(images, texts, distinct, margin=-math.inf, backend=backend).tolist() == [
-        0,
-        2,
-        1,
-        3,
-    ]
+    assert ops.group_semi_hard(images, texts, distinct, margin=-math.inf, backend=backend).tolist() == [0, 2, 1, 3]
     # One product only: nothing is allowed, the walk goes on all the same, to the highest whatever its id.
     one = torch.zeros(4, dtype=torch.int64)
     assert ops.group_semi_hard(images, texts, one, batch_size=4, backend=backend).tolist() == [0, 2, 1, 3]
@@ -202,12 +216,7 @@ def test_alternates_and_returns_to_every_level(backend):
     ids = torch.tensor([7, 8, 7, 9])
     assert ops.group_semi_hard(images, texts, ids, margin=-math.inf, backend=backend).tolist() == [0, 1, 2, 3]
     # Everything lies above the threshold: the highest allowed.
-    assert ops.group_semi_hard(images, texts, distinct, margin=100.0, backend=backend).tolist() == [
-        0,
-        2,
-        1,
-        3,
-    ]
+    assert ops.group_semi_hard(images, texts, distinct, margin=100.0, backend=backend).tolist() == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -242,9 +251,7 @@ def walks(sample):
     seed = sample(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     exact = sample(st.booleans())
-    args = (draw_integers if exact else draw)(
-        n, sample(st.integers(1, 9)), generator, sample(st.integers(1, n))
-    )
+    args = (draw_integers if exact else draw)(n, sample(st.integers(1, 9)), generator, sample(st.integers(1, n)))
     search_space = sample(st.none() | st.integers(1, n + 2))
     options = dict(
         batch_size=sample(st.integers(1, n + 1)),
@@ -336,9 +343,7 @@ def test_errors(change, names):
 def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(_native, "_path", None)
     monkeypatch.setattr(_native, "_problem", "the C++ extension is not built")
-    with pytest.raises(
-        ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built; .*make install"
-    ):
+    with pytest.raises(ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built; .*make install"):
         ops.group_semi_hard(**good(), backend="cpp")
     monkeypatch.setattr(module, "_warned", False)
     args = (*good().values(), 1, 0.0, 0, None)

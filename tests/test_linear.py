@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from syncmask_fast.kernels.transpose import transpose
-from syncmask_fast.linear import Linear, linear, take_over
+from syncmask_fast.model.linear import Linear, linear, replace_linear_layers
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (7, 13), (33, 65), (64, 200), (131, 8), (300, 37)], ids=str)
@@ -26,7 +26,9 @@ def test_transpose(shape, generator):
 @pytest.mark.parametrize("rows", [(0,), (1,), (37,), (3, 5, 11)], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (8, 24), (24, 8), (17, 101)])
 def test_as_near_to_float64_as_pytorchs(rows, inputs, outputs, generator):
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((*rows, inputs), (outputs, inputs), (outputs,)))
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((*rows, inputs), (outputs, inputs), (outputs,))
+    )
     given = torch.randn(*rows, outputs, generator=generator)
     results = []
     for function, dtype in ((linear, torch.float32), (F.linear, torch.float32), (F.linear, torch.float64)):
@@ -69,14 +71,18 @@ def test_pytorchs_own_where_onednn_has_no_bfloat16():
     """In a process that may not use AVX-512, as on an older processor: `--precision bfloat16` still runs there."""
     code = """
 import torch
-from syncmask_fast import linear
+from syncmask_fast.model import linear
 layer = linear.Linear(6, 5)
 with torch.autocast("cpu", torch.bfloat16):
     layer(torch.randn(4, 6)).float().sum().backward()
 print(linear.RUNS_HERE, layer.weight.grad.shape)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("torch.Size([5, 6])\n")
@@ -85,7 +91,7 @@ print(linear.RUNS_HERE, layer.weight.grad.shape)
 def test_layers_are_taken_over_with_their_parameters():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False), torch.nn.LayerNorm(2))
     before = dict(model.named_parameters())
-    take_over(model)
+    replace_linear_layers(model)
     assert [type(part) for part in model] == [Linear, torch.nn.Linear, torch.nn.LayerNorm]
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     with torch.autocast("cpu", torch.bfloat16):

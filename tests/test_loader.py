@@ -16,27 +16,31 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from syncmask_fast.data import loader as loader_module
-from syncmask_fast.data.augment import AugmentConfig, crop_params, kept_tokens, philox4x32, whole_images
-from syncmask_fast.data.decode_dali import dali_problem
+from syncmask_fast.data.augment import (
+    AugmentConfig,
+    no_augmentation,
+    philox4x32,
+    sample_augmentations,
+    token_dropout_mask,
+)
+from syncmask_fast.data.decode.dali import why_dali_unavailable
+from syncmask_fast.data.decode.transform import why_cpp_unavailable
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
 from syncmask_fast.data.loader import Batch, Loader, choose_backend
-from syncmask_fast.data.render import native_problem
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.data.text import TokenCache, train_tokenizer
-from syncmask_fast.errors import UserError
+from syncmask_fast.data.tokenizer import TokenCache, train_tokenizer
+from syncmask_fast.utils.errors import UserError
 
 needs_dali = pytest.mark.skipif(
-    dali_problem() is not None, reason=f"DALI cannot be imported: {dali_problem()}"
+    why_dali_unavailable() is not None, reason=f"DALI cannot be imported: {why_dali_unavailable()}"
 )
-needs_native = pytest.mark.skipif(native_problem() is not None, reason=f"not built: {native_problem()}")
+needs_native = pytest.mark.skipif(why_cpp_unavailable() is not None, reason=f"not built: {why_cpp_unavailable()}")
 every_backend = pytest.mark.parametrize(
-    "backend", ["torchvision", pytest.param("native", marks=needs_native), pytest.param("dali", marks=needs_dali)]
+    "backend", ["torchvision", pytest.param("cpp", marks=needs_native), pytest.param("dali", marks=needs_dali)]
 )
 
 
-def picture(
-    width: int, height: int, seed: int = 0, mode: str = "RGB", fmt: str = "JPEG", **options: object
-) -> bytes:
+def picture(width: int, height: int, seed: int = 0, mode: str = "RGB", fmt: str = "JPEG", **options: object) -> bytes:
     """Smooth colours, so that pixels can be compared after a resize."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
@@ -140,7 +144,7 @@ def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
     return {
         sample: pixels
         for batch in batches
-        for sample, pixels in zip(batch.samples.tolist(), batch.pixels, strict=True)
+        for sample, pixels in zip(batch.sample_ids.tolist(), batch.pixels, strict=True)
     }
 
 
@@ -174,11 +178,11 @@ sides = st.integers(1, 400)
 def test_params_hang_on_position_alone(seed, epoch, sizes, first, cut, shuffle):
     widths, heights = np.array(sizes).T
     positions = first + np.arange(len(sizes))
-    together = crop_params(seed, epoch, positions, widths, heights, AugmentConfig())
+    together = sample_augmentations(seed, epoch, positions, widths, heights, AugmentConfig())
     rows = list(range(len(sizes)))
     shuffle.shuffle(rows)
     for part in (rows[:cut], rows[cut:]):
-        alone = crop_params(seed, epoch, positions[part], widths[part], heights[part], AugmentConfig())
+        alone = sample_augmentations(seed, epoch, positions[part], widths[part], heights[part], AugmentConfig())
         for name, values in vars(together.take(np.array(part, np.int64))).items():
             assert np.array_equal(values, getattr(alone, name)), name
     assert (together.x >= 0).all()
@@ -193,15 +197,8 @@ def test_params_differ_between_seeds_epochs_and_positions():
     n = 500
     side = np.full(n, 256)
     draws = [
-        crop_params(seed, epoch, first + np.arange(n), side, side, AugmentConfig())
-        for seed, epoch, first in (
-            (0, 0, 0),
-            (1, 0, 0),
-            (1 << 32, 0, 0),
-            (0, 1, 0),
-            (0, 0, n),
-            (0, 0, 1 << 32),
-        )
+        sample_augmentations(seed, epoch, first + np.arange(n), side, side, AugmentConfig())
+        for seed, epoch, first in ((0, 0, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, n), (0, 0, 1 << 32))
     ]
     for i, one in enumerate(draws):
         for other in draws[:i]:
@@ -212,7 +209,7 @@ def test_params_differ_between_seeds_epochs_and_positions():
 def test_distribution_of_params():
     n = 20_000
     config = AugmentConfig(scale=(0.25, 1.0), flip=0.3, contrast=0.4, saturation=0.0)
-    params = crop_params(3, 5, np.arange(n), np.full(n, 1000), np.full(n, 1000), config)
+    params = sample_augmentations(3, 5, np.arange(n), np.full(n, 1000), np.full(n, 1000), config)
     share = params.width.astype(float) * params.height / 1e6
     ratio = params.width / params.height
     assert 0.248 < share.min() < 0.26
@@ -231,16 +228,16 @@ def test_distribution_of_params():
     both = left_over & ((1000 - params.height) > 100)
     assert (
         abs(
-            np.corrcoef(
-                params.x[both] / (1000 - params.width[both]), params.y[both] / (1000 - params.height[both])
-            )[0, 1]
+            np.corrcoef(params.x[both] / (1000 - params.width[both]), params.y[both] / (1000 - params.height[both]))[
+                0, 1
+            ]
         )
         < 0.03
     )
 
 
 def test_images_too_narrow_for_any_crop():
-    params = crop_params(0, 0, np.arange(50), np.full(50, 1000), np.full(50, 10), AugmentConfig())
+    params = sample_augmentations(0, 0, np.arange(50), np.full(50, 1000), np.full(50, 10), AugmentConfig())
     assert set(params.width) == {13}  # the widest legal ratio, 4 / 3
     assert set(params.height) == {10}
     assert set(params.x) == {493}
@@ -248,14 +245,7 @@ def test_images_too_narrow_for_any_crop():
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        {"scale": (0, 1)},
-        {"scale": (0.9, 0.5)},
-        {"ratio": (2, 1)},
-        {"flip": 1.5},
-        {"brightness": -1},
-        {"saturation": 2},
-    ],
+    [{"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"flip": 1.5}, {"brightness": -1}, {"saturation": 2}],
 )
 def test_config_errors(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
@@ -279,9 +269,7 @@ def test_damaged_images_are_refused(name):
     with pytest.raises(ValueError, match="image"):
         decode_image(DAMAGED[name])
     if name != "PNG damaged inside":  # which no header tells
-        with pytest.raises(
-            ValueError, match=f"{MAX_PIXELS:,}" if name == "too large" else "truncated|no size"
-        ):
+        with pytest.raises(ValueError, match=f"{MAX_PIXELS:,}" if name == "too large" else "truncated|no size"):
             check_image(DAMAGED[name])
 
 
@@ -314,22 +302,21 @@ def test_batches(plain, backend):
         assert not loader.skipped
         assert loader.wait_seconds > 0
     assert [len(batch) for batch in batches] == [8, 8, 8, 3]
-    assert torch.cat([batch.samples for batch in batches]).tolist() == order.tolist()
-    assert torch.cat([batch.positions for batch in batches]).tolist() == list(range(1, 55, 2))
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == order.tolist()
+    assert torch.cat([batch.epoch_positions for batch in batches]).tolist() == list(range(1, 55, 2))
     for batch in batches:
         assert batch.pixels.shape == (len(batch), 3, 32, 32)
         assert batch.pixels.dtype == torch.float32
         assert batch.pixels.is_contiguous()
         assert batch.pixels.abs().max() <= 1.0001
-        assert batch.product_ids.tolist() == index.product_ids[batch.sample_numbers].tolist()
+        assert batch.product_ids.tolist() == index.product_ids[batch.sample_ids_host].tolist()
         assert batch.cu_seqlens.dtype == torch.int32
-        assert batch.lengths == tokens.lengths[batch.sample_numbers].tolist()
+        assert batch.lengths == tokens.lengths[batch.sample_ids_host].tolist()
         assert batch.lengths == batch.cu_seqlens.diff().tolist()
         assert batch.token_ids.dtype == torch.int64
-        for i, sample in enumerate(batch.samples.tolist()):
+        for i, sample in enumerate(batch.sample_ids.tolist()):
             assert (
-                batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]].tolist()
-                == tokens.ids(sample).tolist()
+                batch.token_ids[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]].tolist() == tokens.ids(sample).tolist()
             )
 
 
@@ -366,7 +353,7 @@ def test_pixels_hang_on_position_alone(plain, backend):
 )
 @pytest.mark.parametrize(
     ("backend", "mean_limit", "limit"),
-    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("native", 0.006, 0.06, marks=needs_native)],
+    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("cpp", 0.006, 0.06, marks=needs_native)],
 )
 def test_backends_agree(plain, augment, backend, mean_limit, limit):
     """On the normalised scale of -1 to 1, where one 8-bit step is 0.015 with this std. Measured for DALI: a mean difference of 0.001 (eval) to 0.002
@@ -392,7 +379,7 @@ def test_evaluation_is_the_whole_image(plain, backend):
             for sample, a in by_sample(list(loader.epoch(np.arange(30)[::-1], 9))).items()
         )
     for sample in (0, 1, 2, 4):
-        expected = decode_image(index.jpeg(sample), 32).transpose(2, 0, 1) / 127.5 - 1
+        expected = decode_image(index.image_bytes(sample), 32).transpose(2, 0, 1) / 127.5 - 1
         assert np.abs(pixels[sample].numpy() - expected).mean() < 0.01
 
 
@@ -425,11 +412,10 @@ def test_no_image_ends_the_run(tmp_path, backend):
     with open_loader(data, backend=backend, augment=None) as loader:
         for epoch in range(2):
             batches = list(loader.epoch(np.arange(len(images)), epoch))
-            samples = [sample for batch in batches for sample in batch.samples.tolist()]
+            samples = [sample for batch in batches for sample in batch.sample_ids.tolist()]
             assert samples == [i for i in range(len(images)) if i not in damaged]
             assert all(
-                len(batch) == len(batch.pixels) == len(batch.lengths) == len(batch.cu_seqlens) - 1
-                for batch in batches
+                len(batch) == len(batch.pixels) == len(batch.lengths) == len(batch.cu_seqlens) - 1 for batch in batches
             )
             assert {sample for sample, _ in loader.skipped} == damaged
             assert len(loader.skipped) == len(damaged)
@@ -457,7 +443,7 @@ def test_batch_of_damaged_images_is_left_out(tmp_path, backend):
         ],
     )
     with open_loader(data, backend=backend, batch_size=2) as loader:
-        assert [batch.samples.tolist() for batch in loader.epoch(np.arange(7), 0)] == [[0, 1], [6]]
+        assert [batch.sample_ids.tolist() for batch in loader.epoch(np.arange(7), 0)] == [[0, 1], [6]]
         assert len(loader.skipped) == 4
 
 
@@ -499,7 +485,7 @@ def test_misuse(plain):
     index, tokens = plain
     with pytest.raises(ValueError, match="batch_size"):
         Loader(index, tokens, batch_size=0, size=32, augment=None)
-    with pytest.raises(UserError, match="choose auto, native, dali or torchvision"):
+    with pytest.raises(UserError, match="choose auto, cpp, dali or torchvision"):
         open_loader(plain, backend="pil")
     with open_loader(plain) as loader:
         with pytest.raises(ValueError, match="outside"):
@@ -511,19 +497,19 @@ def test_misuse(plain):
 @pytest.mark.parametrize(
     ("device", "missing", "expected"),
     [
-        ("cpu", {}, "native"),
-        ("cpu", {"native"}, "dali"),
-        ("cpu", {"native", "dali"}, "torchvision"),
+        ("cpu", {}, "cpp"),
+        ("cpu", {"cpp"}, "dali"),
+        ("cpu", {"cpp", "dali"}, "torchvision"),
         ("cuda", {}, "dali"),
-        ("cuda", {"dali"}, "native"),
-        ("cuda", {"native", "dali"}, "torchvision"),
+        ("cuda", {"dali"}, "cpp"),
+        ("cuda", {"cpp", "dali"}, "torchvision"),
     ],
 )
 def test_choice_of_the_backend(monkeypatch, device, missing, expected):
-    for name, place in (("dali", "decode_dali.dali_problem"), ("native", "render.native_problem")):
+    for name, place in (("dali", "decode.dali.why_dali_unavailable"), ("cpp", "decode.transform.why_cpp_unavailable")):
         monkeypatch.setattr(f"syncmask_fast.data.{place}", lambda name=name: "no library" if name in missing else None)
     assert choose_backend("auto", torch.device(device)) == expected
-    for name in ("dali", "native"):
+    for name in ("dali", "cpp"):
         if name in missing:
             with pytest.raises(UserError, match=f"cannot use {name} here .no library"):
                 choose_backend(name, torch.device(device))
@@ -534,10 +520,10 @@ def test_choice_of_the_backend(monkeypatch, device, missing, expected):
 def test_native_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(UserError, match="simplejpeg|not built"):
-        choose_backend("native", torch.device("cpu"))
+        choose_backend("cpp", torch.device("cpu"))
     monkeypatch.setattr("syncmask_fast._native._path", None)
     with pytest.raises(UserError, match="make install"):
-        choose_backend("native", torch.device("cpu"))
+        choose_backend("cpp", torch.device("cpu"))
 
 
 @pytest.mark.gpu
@@ -553,14 +539,14 @@ def test_on_cuda(plain, backend):
     for batch in batches:
         assert all(
             tensor.is_cuda
-            for tensor in (batch.pixels, batch.token_ids, batch.cu_seqlens, batch.product_ids, batch.samples)
+            for tensor in (batch.pixels, batch.token_ids, batch.cu_seqlens, batch.product_ids, batch.sample_ids)
         )
     for sample, pixels in by_sample(batches).items():
         assert (pixels.cpu() - expected[sample]).abs().mean() < 0.03
 
 
 def test_whole_images():
-    params = whole_images(np.array([3, 5]), np.array([4, 6]))
+    params = no_augmentation(np.array([3, 5]), np.array([4, 6]))
     assert params.width.tolist() == [3, 5]
     assert params.height.tolist() == [4, 6]
     assert not params.x.any()
@@ -572,21 +558,21 @@ def test_dropped_words_are_a_function_of_the_position():
     lengths = np.array([9, 3, 30, 2, 17])
     places = np.array([4, 0, 11, 2, 7])
     starts = np.append(0, np.cumsum(lengths))
-    whole = kept_tokens(5, 2, places, lengths, 0.4)
+    whole = token_dropout_mask(5, 2, places, lengths, 0.4)
     assert whole.shape == (lengths.sum(),)
     for row in range(5):  # alone as in a batch with longer texts
-        alone = kept_tokens(5, 2, places[row : row + 1], lengths[row : row + 1], 0.4)
+        alone = token_dropout_mask(5, 2, places[row : row + 1], lengths[row : row + 1], 0.4)
         assert (alone == whole[starts[row] : starts[row + 1]]).all()
         assert alone[0]
         assert alone[-1]
-    assert (kept_tokens(5, 3, places, lengths, 0.4) != whole).any()
-    many = kept_tokens(5, 2, np.arange(4000), np.full(4000, 12), 0.4).reshape(4000, 12)[:, 1:-1]
+    assert (token_dropout_mask(5, 3, places, lengths, 0.4) != whole).any()
+    many = token_dropout_mask(5, 2, np.arange(4000), np.full(4000, 12), 0.4).reshape(4000, 12)[:, 1:-1]
     assert abs(many.mean() - 0.6) < 0.01
-    assert kept_tokens(5, 2, places, lengths, 0.0).all()
+    assert token_dropout_mask(5, 2, places, lengths, 0.0).all()
 
 
 def test_word_drop_leaves_out_words_in_order(plain):
-    with open_loader(plain, backend="torchvision", augment=AugmentConfig(word_drop=0.5)) as loader:
+    with open_loader(plain, backend="torchvision", augment=AugmentConfig(token_dropout=0.5)) as loader:
         batch = next(loader.epoch(np.arange(4), 0))
         starts = batch.cu_seqlens.tolist()
         assert batch.lengths == np.diff(starts).tolist()

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from syncmask_fast import pack
-from syncmask_fast.data.lookbook import build, draw_lookbook, samples
-from syncmask_fast.data.lookbook.catalogue import INSIDE, Product, sample_product, stream
-from syncmask_fast.data.lookbook.details import KINDS
-from syncmask_fast.data.lookbook.drawing import SMALLEST, render
-from syncmask_fast.data.lookbook.fabric import CLOTH, COLOURS, distance
-from syncmask_fast.data.lookbook.motifs import LETTERS, MOTIFS
-from syncmask_fast.data.lookbook.subcategories import CATEGORIES, SUBCATEGORIES
-from syncmask_fast.data.lookbook.wording import describe, facts
-from syncmask_fast.data.lookbook.words import BRANDS, FILLERS, LAST_FILLERS, OCCASIONS
-from syncmask_fast.errors import UserError
+from syncmask_fast.sources.lookbook import build, draw_lookbook, samples
+from syncmask_fast.sources.lookbook.catalogue import INSIDE, Product, sample_product, stream
+from syncmask_fast.sources.lookbook.details import KINDS
+from syncmask_fast.sources.lookbook.drawing import SMALLEST, render
+from syncmask_fast.sources.lookbook.fabric import CLOTH, COLOURS, distance
+from syncmask_fast.sources.lookbook.motifs import LETTERS, MOTIFS
+from syncmask_fast.sources.lookbook.subcategories import CATEGORIES, SUBCATEGORIES
+from syncmask_fast.sources.lookbook.wording import describe, facts
+from syncmask_fast.sources.lookbook.words import BRANDS, FILLERS, LAST_FILLERS, OCCASIONS
+from syncmask_fast.utils.errors import UserError
 
 JOB = samples.Job(seed=0, split="train", count=64, first_id=0, size=96, quality=90)
 
@@ -82,17 +82,12 @@ def test_a_box_is_where_leaving_the_detail_out_changes_the_picture():
             whole = render(product, index, 96, 0, "train")
             for detail in product.details:
                 without = render(product, index, 96, 0, "train", without=detail.kind)
-                change = np.abs(np.asarray(whole.image, np.int16) - np.asarray(without.image, np.int16)).max(
-                    axis=2
-                )
+                change = np.abs(np.asarray(whole.image, np.int16) - np.asarray(without.image, np.int16)).max(axis=2)
                 box = whole.boxes[detail.kind]
                 assert without.boxes[detail.kind] is None
                 if box is None:
                     continue
-                rows, columns = (
-                    np.flatnonzero((change > 40).any(axis=1)),
-                    np.flatnonzero((change > 40).any(axis=0)),
-                )
+                rows, columns = (np.flatnonzero((change > 40).any(axis=1)), np.flatnonzero((change > 40).any(axis=0)))
                 assert len(rows), (number, index, detail)
                 assert len(columns), (number, index, detail)
                 x0, y0, x1, y1 = box
@@ -219,9 +214,7 @@ def test_texts_are_sentences_of_10_to_60_words_that_do_not_tell_sides(products):
             if vowel != "u":
                 assert f" a {vowel}" not in text.lower(), text
         told += sum(m.name in KINDS for m in mentions)
-        placed += sum(
-            text.count(words) for words in (" on the front", " at the back", " at the side", " inside")
-        )
+        placed += sum(text.count(words) for words in (" on the front", " at the back", " at the side", " inside"))
     assert min(lengths) >= 10
     assert max(lengths) <= 60
     assert 20 <= np.mean(lengths) <= 32
@@ -233,9 +226,7 @@ def test_texts_are_sentences_of_10_to_60_words_that_do_not_tell_sides(products):
 
 def test_what_no_view_shows_has_no_words_of_attributes():
     taken = {*COLOURS, *SUBCATEGORIES, *CATEGORIES, *MOTIFS, "pocket", "zip", "cotton", "leather"}
-    every = " ".join(
-        [*BRANDS, *OCCASIONS, *(f for forms in (*FILLERS, *LAST_FILLERS) for f in forms)]
-    ).lower()
+    every = " ".join([*BRANDS, *OCCASIONS, *(f for forms in (*FILLERS, *LAST_FILLERS) for f in forms)]).lower()
     assert not taken & set(every.replace(".", "").split())
 
 
@@ -300,8 +291,8 @@ def test_variety():
 
 @pytest.mark.parametrize("name", SUBCATEGORIES)
 def test_each_subcategory_can_be_drawn_in_every_style(name):
-    from syncmask_fast.data.lookbook.garments import build as sew
-    from syncmask_fast.data.lookbook.parts import Style
+    from syncmask_fast.sources.lookbook.garments import build as sew
+    from syncmask_fast.sources.lookbook.parts import Style
 
     sub = SUBCATEGORIES[name]
     outlines = set()
@@ -316,9 +307,7 @@ def test_each_subcategory_can_be_drawn_in_every_style(name):
                     assert 0.3 < x1 - x0 < 2.2
                     assert 0.4 < y1 - y0 < 2.2
                     assert any(part.panel for part in garment.parts)
-                    outlines.add(
-                        tuple(round(v, 3) for v in (face == "front", *garment.parts[-1].polygon.ravel()[:6]))
-                    )
+                    outlines.add(tuple(round(v, 3) for v in (face == "front", *garment.parts[-1].polygon.ravel()[:6])))
                     if trim and trim not in ("cuffs", "sleeves", "hood"):
                         assert any(part.fabric == "trim" for part in garment.parts) or face != "front", (
                             name,
@@ -338,9 +327,7 @@ def test_a_quarter_are_siblings_that_differ_in_one_attribute(products):
     for sibling in siblings:
         base = products[sibling.sibling_of]
         assert base.sibling_of is None
-        names = {
-            n for n in facts(base).keys() | facts(sibling).keys() if facts(base).get(n) != facts(sibling).get(n)
-        }
+        names = {n for n in facts(base).keys() | facts(sibling).keys() if facts(base).get(n) != facts(sibling).get(n)}
         assert len(names) == 1, (sibling.number, names)
         changed.update(names)
         assert text_of(base)[0] != text_of(sibling)[0]
@@ -375,17 +362,13 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert one == read_samples(tmp_path / "3" / split)
     draw_lookbook(tmp_path / "more", workers=1, **{**numbers, "products": 10})
     fewer = read_samples(tmp_path / "more" / "train")
-    assert (
-        fewer == read_samples(tmp_path / "1" / "train")[: len(fewer)]
-    )  # product i does not depend on the count
+    assert fewer == read_samples(tmp_path / "1" / "train")[: len(fewer)]  # product i does not depend on the count
 
 
 def test_ids_of_the_splits_are_disjoint_and_the_products_differ(tmp_path):
     draw_lookbook(tmp_path / "lb", products=6, eval_products=5, size=32, workers=1)
     records = {
-        split: [
-            json.loads(data) for name, data in read_samples(tmp_path / "lb" / split) if name.endswith(".json")
-        ]
+        split: [json.loads(data) for name, data in read_samples(tmp_path / "lb" / split) if name.endswith(".json")]
         for split in ("train", "eval")
     }
     ids = {split: {record["product_id"] for record in rows} for split, rows in records.items()}
@@ -499,5 +482,5 @@ def test_mistakes_on_the_command_line_end_with_2(args, says, tmp_path, capsys):
 
 
 def test_drawing_needs_no_torch():
-    code = "import sys, syncmask_fast.data.lookbook, syncmask_fast.pack; sys.exit('torch' in sys.modules)"
+    code = "import sys, syncmask_fast.sources.lookbook, syncmask_fast.pack; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

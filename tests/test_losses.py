@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.losses import Queue, collage_loss, contrastive_loss, lacking, matching_loss, patch_loss, patch_pixels, presence_loss, word_loss
+from syncmask_fast.objective.losses import (
+    Queue,
+    collage_loss,
+    itc_loss,
+    itm_loss,
+    mim_loss,
+    mlm_loss,
+    normalized_patches,
+    not_in_text,
+    presence_loss,
+)
 
 IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
 QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
@@ -20,7 +30,14 @@ def unit(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def plain_contrastive_loss(
-    images: Tensor, texts: Tensor, teacher_images: Tensor, teacher_texts: Tensor, ids: list[int], queue: Queue, temperature: float, alpha: float
+    images: Tensor,
+    texts: Tensor,
+    teacher_images: Tensor,
+    teacher_texts: Tensor,
+    ids: list[int],
+    queue: Queue,
+    temperature: float,
+    alpha: float,
 ) -> float:
     """The definition: one anchor and one candidate at a time, empty places never a candidate."""
     total = 0.0
@@ -29,7 +46,11 @@ def plain_contrastive_loss(
     for anchors, others, teacher_anchors, teacher_others, queued in (image_side, text_side):
         # The student's own candidates, and what the teacher sees in their place; in the queue they are the same.
         candidates = [(others[j], teacher_others[j], ids[j]) for j in range(len(ids))]
-        candidates += [(queued[j], queued[j], int(queue.ids[j])) for j in range(len(queue.ids)) if queue.ids[j] >= 0]
+        candidates += [
+            (queued[j], queued[j], int(queue.product_ids[j]))
+            for j in range(len(queue.product_ids))
+            if queue.product_ids[j] >= 0
+        ]
         for i, own in enumerate(ids):
             logits = [float(anchors[i].double() @ c.double()) / temperature for c, _, _ in candidates]
             soft = [math.exp(float(teacher_anchors[i].double() @ c.double()) / temperature) for _, c, _ in candidates]
@@ -52,7 +73,13 @@ def some_queue(generator: torch.Generator) -> Queue:
 def test_contrastive_loss_is_that_of_a_plain_loop(generator: torch.Generator, alpha: float, places: int):
     feats = unit(4, len(IDS), 5, generator=generator)
     queue = some_queue(generator) if places else Queue.empty(0, 5, torch.device("cpu"))
-    loss = contrastive_loss(*feats, torch.tensor(IDS), Queue(queue.images.double(), queue.texts.double(), queue.ids), torch.tensor(0.07), alpha)
+    loss = itc_loss(
+        *feats,
+        torch.tensor(IDS),
+        Queue(queue.images.double(), queue.texts.double(), queue.product_ids),
+        torch.tensor(0.07),
+        alpha,
+    )
     assert loss.item() == pytest.approx(plain_contrastive_loss(*feats, IDS, queue, 0.07, alpha), rel=1e-5)
 
 
@@ -60,7 +87,9 @@ def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: to
     feats = unit(4, len(IDS), 5, generator=generator).float()
     images, texts = feats[0].clone().requires_grad_(), feats[1].clone().requires_grad_()
     temperature = torch.tensor(0.001, requires_grad=True)  # the lowest there is
-    loss = contrastive_loss(images, texts, feats[2], feats[3], torch.tensor(IDS), Queue.empty(6, 5, torch.device("cpu")), temperature, 0.4)
+    loss = itc_loss(
+        images, texts, feats[2], feats[3], torch.tensor(IDS), Queue.empty(6, 5, torch.device("cpu")), temperature, 0.4
+    )
     loss.backward()
     for x in (images, texts, temperature):
         assert x.grad.isfinite().all()
@@ -69,7 +98,7 @@ def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: to
 
 def test_teacher_takes_no_gradient(generator: torch.Generator):
     feats = unit(4, len(IDS), 5, generator=generator).requires_grad_()
-    contrastive_loss(*feats, torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
+    itc_loss(*feats, torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
     assert (feats.grad[:2].abs().sum((1, 2)) > 0).all()
     assert (feats.grad[2:] == 0).all()
 
@@ -78,16 +107,16 @@ def test_teacher_takes_no_gradient(generator: torch.Generator):
 def test_queue_keeps_the_last_pairs(generator: torch.Generator, places: int, batch: int):
     """After every push the queue holds just the newest `places` pairs, whatever wraps around."""
     queue = Queue.empty(places, 3, torch.device("cpu"))
-    assert (queue.ids == -1).all()
+    assert (queue.product_ids == -1).all()
     pushed: list[int] = []
     for step in range(6):
         ids = torch.arange(batch) + step * batch
         features = ids[:, None].float().expand(-1, 3)
-        queue.push(features, features + 0.5, ids, step, batch)
+        queue.enqueue(features, features + 0.5, ids, step, batch)
         pushed += ids.tolist()
-        held = [i for i in queue.ids.tolist() if i >= 0]
+        held = [i for i in queue.product_ids.tolist() if i >= 0]
         assert sorted(held) == pushed[-places:] if places else not held
-        for place, i in enumerate(queue.ids.tolist()):
+        for place, i in enumerate(queue.product_ids.tolist()):
             if i >= 0:
                 assert (queue.images[place] == i).all()
                 assert (queue.texts[place] == i + 0.5).all()
@@ -97,8 +126,8 @@ def test_short_batch_leaves_the_others_in_the_queue():
     queue = Queue.empty(8, 2, torch.device("cpu"))
     for step, n in enumerate((4, 3, 4)):
         ids = torch.arange(n) + 10 * step
-        queue.push(torch.ones(n, 2), torch.ones(n, 2), ids, step, 4)
-    assert sorted(queue.ids.tolist()) == [-1, 10, 11, 12, 20, 21, 22, 23]
+        queue.enqueue(torch.ones(n, 2), torch.ones(n, 2), ids, step, 4)
+    assert sorted(queue.product_ids.tolist()) == [-1, 10, 11, 12, 20, 21, 22, 23]
 
 
 def test_matching_loss_counts_weighted_pairs_only(generator: torch.Generator):
@@ -106,19 +135,19 @@ def test_matching_loss_counts_weighted_pairs_only(generator: torch.Generator):
     matched = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool)
     weight = torch.tensor([1.0, 1, 1, 0, 1, 0])
     expected = [-logits[i].double().log_softmax(0)[int(matched[i])].item() for i in range(6) if weight[i]]
-    assert matching_loss(logits, matched, weight).item() == pytest.approx(sum(expected) / 4, rel=1e-6)
+    assert itm_loss(logits, matched, weight).item() == pytest.approx(sum(expected) / 4, rel=1e-6)
     changed = logits.clone()
     changed[[3, 5]] = torch.tensor([50.0, -50.0])
-    assert matching_loss(changed, matched, weight) == matching_loss(logits, matched, weight)
-    assert matching_loss(logits, matched, torch.zeros(6)) == 0
+    assert itm_loss(changed, matched, weight) == itm_loss(logits, matched, weight)
+    assert itm_loss(logits, matched, torch.zeros(6)) == 0
 
 
 def test_word_loss(generator: torch.Generator):
     logits = torch.randn(5, 11, generator=generator).requires_grad_()
     ids = torch.tensor([3, 0, 10, 3, 7])
     expected = -sum(logits[i].double().log_softmax(0)[ids[i]].item() for i in range(5)) / 5
-    assert word_loss(logits, ids).item() == pytest.approx(expected, rel=1e-6)
-    none = word_loss(logits[:0], ids[:0])
+    assert mlm_loss(logits, ids).item() == pytest.approx(expected, rel=1e-6)
+    none = mlm_loss(logits[:0], ids[:0])
     assert none == 0
     none.backward()  # a batch without masked words still goes through the backward pass
     assert (logits.grad == 0).all()
@@ -129,19 +158,23 @@ def test_patch_pixels_and_loss(generator: torch.Generator):
     pixels = torch.randn(2, 3, 12, 12, generator=generator) * 3 + 1
     pixels[1, :, 4:8, 0:4] = 0.7  # a flat patch, number 3: no division by 0
     chosen = torch.tensor([[8, 0, 4, 1], [3, 5, 2, 7]])
-    found = patch_pixels(pixels, patch, chosen)
+    found = normalized_patches(pixels, patch, chosen)
     assert found.shape == (2, 4, 3 * patch**2)
     for b in range(2):
         for n, number in enumerate(chosen[b].tolist()):
             row, column = divmod(number, grid)
-            values = pixels[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().double()
+            values = (
+                pixels[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].flatten().double()
+            )
             expected = (values - values.mean()) / (values.var() + 1e-6).sqrt()
             assert torch.allclose(found[b, n].double(), expected, atol=1e-3 if number == 3 and b == 1 else 1e-5)
     normal = found[0]
     assert torch.allclose(normal.mean(-1), torch.zeros(4), atol=1e-5)
     assert torch.allclose(normal.var(-1), torch.ones(4), atol=1e-4)
     predicted = torch.randn(found.shape, generator=generator)
-    assert patch_loss(predicted, found).item() == pytest.approx(((predicted - found).double() ** 2).mean().item(), rel=1e-5)
+    assert mim_loss(predicted, found).item() == pytest.approx(
+        ((predicted - found).double() ** 2).mean().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("shifts", [[1, 2], [3], [2, 1, 3]])
@@ -166,11 +199,11 @@ def test_presence_loss_is_that_of_a_plain_loop(shifts: list[int], generator: tor
         home, against = reversed(pair) if swapped[n, word] else pair
         further = [(n + shift) % b for shift in shifts[1:]]
         compared = {against: 0.5 if further else 1.0} | {image: 0.5 / len(further) for image in further}
-        lacking = {image: weight for image, weight in compared.items() if mixed[n, word] not in token_ids[image]}
-        share = sum(lacking.values())
+        not_in_text = {image: weight for image, weight in compared.items() if mixed[n, word] not in token_ids[image]}
+        share = sum(not_in_text.values())
         label = (1 + share) / 2
         value = label * surprise(n, home, word, True) + (1 - label) * surprise(n, home, word, False)
-        values.append(value + sum(weight * surprise(n, image, word, False) for image, weight in lacking.items()))
+        values.append(value + sum(weight * surprise(n, image, word, False) for image, weight in not_in_text.items()))
         shares.append(share)
     assert {0, 1} <= set(shares)
     found = presence_loss(q, k, mixed, swapped, token_ids, words, shifts).item()
@@ -185,7 +218,9 @@ def test_presence_loss_without_another_image(generator: torch.Generator):
 
 def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
     """Images are all alike: neither a common word nor a rare one has a reason to look at a patch or at [CLS]."""
-    token_ids = torch.tensor([[2, 5, 6, 3], [2, 5, 7, 3], [2, 5, 7, 3], [2, 5, 8, 3]])  # 5 is in every text, 7 in two, 6 and 8 in one
+    token_ids = torch.tensor(
+        [[2, 5, 6, 3], [2, 5, 7, 3], [2, 5, 7, 3], [2, 5, 8, 3]]
+    )  # 5 is in every text, 7 in two, 6 and 8 in one
     log_odds = torch.zeros(9, requires_grad=True)
     with torch.no_grad():
         log_odds += torch.linspace(-3, 3, 9)
@@ -195,7 +230,9 @@ def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
     descent = torch.optim.SGD([log_odds], lr=4.0)
     for _ in range(200):
         k = torch.stack([torch.zeros(4, 1, 1), torch.ones(4, 1, 1)], 2)
-        loss = presence_loss(q * log_odds[mixed][:, None, :, None], k, mixed, swapped, token_ids, token_ids > 3, [1, 2, 3])
+        loss = presence_loss(
+            q * log_odds[mixed][:, None, :, None], k, mixed, swapped, token_ids, token_ids > 3, [1, 2, 3]
+        )
         descent.zero_grad()
         loss.backward()
         descent.step()
@@ -217,5 +254,8 @@ def test_collage_loss_is_that_of_a_plain_loop(generator: torch.Generator):
 
 def test_lacking():
     token_ids = torch.tensor([[2, 7, 8, 3, 0], [2, 7, 9, 10, 3]])
-    assert lacking(token_ids, token_ids.flip(0)).tolist() == [[False, False, True, False, True], [False, False, True, True, False]]
-    assert not lacking(token_ids, token_ids).any()
+    assert not_in_text(token_ids, token_ids.flip(0)).tolist() == [
+        [False, False, True, False, True],
+        [False, False, True, True, False],
+    ]
+    assert not not_in_text(token_ids, token_ids).any()

@@ -9,11 +9,20 @@ import pytest
 import torch
 
 from syncmask_fast import ops
-from syncmask_fast.attention import Layout
 from syncmask_fast.config import MaskConfig
-from syncmask_fast.encoders import pack_pairs
-from syncmask_fast.masking import Masks, blend, count, maskable, random_masks, random_rectangles, sync_masks, sync_share
-from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.masking import (
+    Masks,
+    blend,
+    count,
+    maskable,
+    random_masks,
+    random_rectangles,
+    sync_masks,
+    sync_share,
+)
 from tests.helpers import small_config, small_tokenizer
 
 LENGTHS = [7, 3, 24, 2, 5, 13]  # one word, no word at all, the longest text there may be
@@ -27,10 +36,10 @@ def teacher() -> SyncMaskModel:
 
 
 @pytest.fixture(scope="module")
-def features(teacher: SyncMaskModel) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+def features(teacher: SyncMaskModel) -> tuple[torch.Tensor, torch.Tensor, PackedLayout]:
     generator = torch.Generator().manual_seed(6)
-    layout = Layout.of(LENGTHS)
-    ids = torch.randint(5, teacher.config.text.vocabulary, (layout.total,), generator=generator)
+    layout = PackedLayout.of(LENGTHS)
+    ids = torch.randint(5, teacher.config.text.vocab_size, (layout.total,), generator=generator)
     pixels = torch.randn(len(LENGTHS), 3, 48, 48, generator=generator)
     return teacher.image(pixels), teacher.text(ids, layout), layout
 
@@ -41,16 +50,18 @@ def contracted(ratio: float, of: int) -> int:
 
 
 def assert_contract(masks: Masks, config: MaskConfig, lengths: list[int], patches: int) -> None:
-    assert masks.words.shape == (len(lengths), max(lengths))
-    assert masks.patches.shape == (len(lengths), patches)
-    for words, n in zip(masks.words, lengths, strict=True):
+    assert masks.token_mask.shape == (len(lengths), max(lengths))
+    assert masks.patch_mask.shape == (len(lengths), patches)
+    for words, n in zip(masks.token_mask, lengths, strict=True):
         assert words.sum() == contracted(config.token_ratio, n - 2) == count(config.token_ratio, n - 2)
         assert not words[0]
         assert not words[n - 1 :].any()
-    assert (masks.patches.sum(1) == contracted(config.patch_ratio, patches)).all()
+    assert (masks.patch_mask.sum(1) == contracted(config.patch_ratio, patches)).all()
 
 
-@pytest.mark.parametrize(("token_ratio", "patch_ratio"), [(0.15, 0.5), (0.0, 0.3), (0.5, 0.0), (1.0, 1.0), (0.01, 0.01)])
+@pytest.mark.parametrize(
+    ("token_ratio", "patch_ratio"), [(0.15, 0.5), (0.0, 0.3), (0.5, 0.0), (1.0, 1.0), (0.01, 0.01)]
+)
 def test_sizes_and_places(teacher, features, generator, token_ratio: float, patch_ratio: float):
     config = MaskConfig(token_ratio=token_ratio, patch_ratio=patch_ratio, layer=2)
     images, text, layout = features
@@ -67,53 +78,62 @@ def test_sizes_agree_for_every_length(generator, ratio: float):
     """What the host counts and what the device masks is the same number: also where ratio * words falls on a half."""
     lengths = list(range(2, 260))
     config = MaskConfig(token_ratio=ratio, patch_ratio=ratio)
-    masks = random_masks(Layout.of(lengths), 7, config, generator)
-    assert masks.words.sum(1).tolist() == [count(ratio, n - 2) for n in lengths]
+    masks = random_masks(PackedLayout.of(lengths), 7, config, generator)
+    assert masks.token_mask.sum(1).tolist() == [count(ratio, n - 2) for n in lengths]
     truth = ops.sync_mask(
-        torch.zeros(len(lengths), 1, 259, 4), torch.zeros(len(lengths), 1, 8, 4), maskable(Layout.of(lengths)), token_ratio=ratio, token_score="peak"
+        torch.zeros(len(lengths), 1, 259, 4),
+        torch.zeros(len(lengths), 1, 8, 4),
+        maskable(PackedLayout.of(lengths)),
+        token_ratio=ratio,
+        token_score="peak",
     )
     assert truth.token_mask.sum(1).tolist() == [count(ratio, n - 2) for n in lengths]
 
 
 def test_random_masks_are_uniform_and_follow_the_seed():
-    layout, config = Layout.of([8] * 3000), MaskConfig(token_ratio=0.5, patch_ratio=0.25)
+    layout, config = PackedLayout.of([8] * 3000), MaskConfig(token_ratio=0.5, patch_ratio=0.25)
     first, again, other = (random_masks(layout, 8, config, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first.words, again.words)
-    assert torch.equal(first.patches, again.patches)
-    assert not torch.equal(first.words, other.words)
+    assert torch.equal(first.token_mask, again.token_mask)
+    assert torch.equal(first.patch_mask, again.patch_mask)
+    assert not torch.equal(first.token_mask, other.token_mask)
     # Six standard deviations of a share over 3,000 samples.
-    assert (first.words[:, 1:7].float().mean(0) - 0.5).abs().max() < 6 * 0.5 / 3000**0.5
-    assert (first.patches.float().mean(0) - 0.25).abs().max() < 6 * 0.44 / 3000**0.5
+    assert (first.token_mask[:, 1:7].float().mean(0) - 0.5).abs().max() < 6 * 0.5 / 3000**0.5
+    assert (first.patch_mask.float().mean(0) - 0.25).abs().max() < 6 * 0.44 / 3000**0.5
 
 
 def test_blend_takes_whole_samples():
     n = 4000
-    sync = Masks(torch.ones(n, 3, dtype=torch.bool), torch.ones(n, 5, dtype=torch.bool), torch.zeros(n, 3), torch.zeros(n, 5))
+    sync = Masks(
+        torch.ones(n, 3, dtype=torch.bool), torch.ones(n, 5, dtype=torch.bool), torch.zeros(n, 3), torch.zeros(n, 5)
+    )
     random = Masks(*(torch.zeros_like(x) for x in sync))
-    none, all_, some, again = (blend(sync, random, share, torch.Generator().manual_seed(7)) for share in (0.0, 1.0, 0.3, 0.3))
-    assert not none.words.any()
-    assert not none.patches.any()
-    assert all_.words.all()
-    assert all_.patches.all()
-    assert torch.equal(some.words.all(1), some.words.any(1))
-    assert torch.equal(some.words.all(1), some.patches.all(1))
-    assert torch.equal(some.patches.all(1), some.patches.any(1))
-    assert torch.equal(some.words, again.words)
-    assert abs(some.words[:, 0].float().mean().item() - 0.3) < 6 * 0.46 / n**0.5
+    none, all_, some, again = (
+        blend(sync, random, share, torch.Generator().manual_seed(7)) for share in (0.0, 1.0, 0.3, 0.3)
+    )
+    assert not none.token_mask.any()
+    assert not none.patch_mask.any()
+    assert all_.token_mask.all()
+    assert all_.patch_mask.all()
+    assert torch.equal(some.token_mask.all(1), some.token_mask.any(1))
+    assert torch.equal(some.token_mask.all(1), some.patch_mask.all(1))
+    assert torch.equal(some.patch_mask.all(1), some.patch_mask.any(1))
+    assert torch.equal(some.token_mask, again.token_mask)
+    assert abs(some.token_mask[:, 0].float().mean().item() - 0.3) < 6 * 0.46 / n**0.5
 
 
 @pytest.mark.parametrize(
-    ("token_score", "patch_score", "layer"), [("output", "max", 1), ("output", "mean", 2), ("peak", "weighted", 2), ("mass", "cls", 2)]
+    ("token_score", "patch_score", "layer"),
+    [("output", "max", 1), ("output", "mean", 2), ("peak", "weighted", 2), ("mass", "cls", 2)],
 )
 def test_sync_masks_are_those_of_each_sample_alone(teacher, features, token_score: str, patch_score: str, layer: int):
     images, text, layout = features
     config = MaskConfig(layer=layer, token_score=token_score, patch_score=patch_score, token_ratio=0.4, patch_ratio=0.4)
     found = sync_masks(teacher, images, text, layout, config)
     for n, length in enumerate(LENGTHS):
-        alone = Layout.of([length])
-        x, image = text[int(layout.starts[n]) : int(layout.starts[n + 1])], images[n : n + 1]
+        alone = PackedLayout.of([length])
+        x, image = text[int(layout.cu_seqlens[n]) : int(layout.cu_seqlens[n + 1])], images[n : n + 1]
         for earlier in teacher.fusion.layers[: layer - 1]:
-            x = earlier(x, pack_pairs(alone), image)
+            x = earlier(x, one_to_one(alone), image)
         block = teacher.fusion.layers[layer - 1]
         x = block.attention(x, alone)
         heads = teacher.config.text.heads
@@ -121,12 +141,14 @@ def test_sync_masks_are_those_of_each_sample_alone(teacher, features, token_scor
         k, v = (y.reshape(1, PATCHES + 1, heads, -1).transpose(1, 2) for y in block.cross.kv(image).chunk(2, dim=-1))
         allowed = torch.tensor([[0 < i < length - 1 for i in range(length)]])
         values = v if token_score == "output" else None
-        truth = ops.sync_mask(q, k, allowed, v=values, token_ratio=0.4, patch_ratio=0.4, token_score=token_score, patch_score=patch_score)
-        assert torch.equal(found.words[n, :length], truth.token_mask[0])
-        assert torch.equal(found.patches[n], truth.patch_mask[0])
-        assert torch.allclose(found.word_score[n, 1 : length - 1], truth.token_score[0, 1 : length - 1], atol=1e-5)
+        truth = ops.sync_mask(
+            q, k, allowed, v=values, token_ratio=0.4, patch_ratio=0.4, token_score=token_score, patch_score=patch_score
+        )
+        assert torch.equal(found.token_mask[n, :length], truth.token_mask[0])
+        assert torch.equal(found.patch_mask[n], truth.patch_mask[0])
+        assert torch.allclose(found.token_score[n, 1 : length - 1], truth.token_score[0, 1 : length - 1], atol=1e-5)
         assert torch.allclose(found.patch_score[n], truth.patch_score[0], atol=1e-5)
-        assert found.word_score[n, [0, length - 1]].isneginf().all()
+        assert found.token_score[n, [0, length - 1]].isneginf().all()
 
 
 def test_the_read_layer_matters(teacher, features):

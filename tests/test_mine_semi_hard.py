@@ -105,9 +105,7 @@ def test_float64_reference(generator):
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_empty(n, m, temperature, mine):
     ids = torch.zeros(n, dtype=torch.int64), torch.ones(m, dtype=torch.int64)
-    index, score = mine(
-        torch.zeros(n, 4), torch.zeros(m, 4), *ids, torch.ones(n), k=3, temperature=temperature
-    )
+    index, score = mine(torch.zeros(n, 4), torch.zeros(m, 4), *ids, torch.ones(n), k=3, temperature=temperature)
     assert index.shape == score.shape == (n, 3)
     assert index.eq(-1).all()
     assert score.eq(-math.inf).all()
@@ -126,15 +124,11 @@ def test_nan_is_not_eligible(generator, mine):
     anchors[1] = math.nan
     positive[2] = math.nan
     for temperature in (None, 0.5):
-        index, score = mine(
-            anchors, candidates, anchor_ids, candidate_ids, positive + 1, k=20, temperature=temperature
-        )
+        index, score = mine(anchors, candidates, anchor_ids, candidate_ids, positive + 1, k=20, temperature=temperature)
         assert index[1:3].eq(-1).all()
         assert not index.eq(3).any()
         assert not score.isnan().any()
-        assert index[0].ge(0).sum() == (candidate_ids != anchor_ids[0]).sum() - int(
-            candidate_ids[3] != anchor_ids[0]
-        )
+        assert index[0].ge(0).sum() == (candidate_ids != anchor_ids[0]).sum() - int(candidate_ids[3] != anchor_ids[0])
 
 
 def test_large_values(generator, mine):
@@ -157,13 +151,7 @@ def test_strides(generator, mine):
         k=3,
     )
     assert got[0].equal(expected[0])
-    one = (
-        anchors[:1].expand(8, -1),
-        candidates,
-        anchor_ids[:1].expand(8),
-        candidate_ids,
-        positive[:1].expand(8),
-    )
+    one = (anchors[:1].expand(8, -1), candidates, anchor_ids[:1].expand(8), candidate_ids, positive[:1].expand(8))
     index, _ = mine(*one, k=3)
     assert index.eq(index[:1]).all()
 
@@ -221,9 +209,15 @@ def test_draws_follow_the_distribution(mine):
     s = torch.tensor([0.5, 0.1, -0.2, 0.3, 0.9])  # the last one is too similar
     n = 20_000
     index, _ = mine(
-        torch.ones(n, 1), s[:, None], torch.full((n,), 9), torch.arange(5), torch.full((n,), 0.8),
-        k=2, temperature=0.4, seed=7,
-    )  # fmt: skip
+        torch.ones(n, 1),
+        s[:, None],
+        torch.full((n,), 9),
+        torch.arange(5),
+        torch.full((n,), 0.8),
+        k=2,
+        temperature=0.4,
+        seed=7,
+    )
     p = torch.softmax(s[:4].double() / 0.4, 0)
     pairs = torch.zeros(4, 4, dtype=torch.float64)
     pairs.view(-1).index_add_(0, index[:, 0] * 4 + index[:, 1], torch.ones(n, dtype=torch.float64))
@@ -242,16 +236,12 @@ def test_seed_and_no_global_state(generator, mine):
     other = mine(*args, k=3, temperature=0.3, seed=6)
     assert first[0].equal(again[0])
     assert not first[0].equal(other[0])
-    assert mine(*args, temperature=0.3, seed=-1)[0].equal(
-        mine(*args, temperature=0.3, seed=2**64 - 1)[0]
-    )
+    assert mine(*args, temperature=0.3, seed=-1)[0].equal(mine(*args, temperature=0.3, seed=2**64 - 1)[0])
     # A draw never holds a candidate twice, and the noise of one anchor does not depend on the others.
     for row in first[0].tolist():
         real = [j for j in row if j >= 0]
         assert len(set(real)) == len(real)
-    head = mine(
-        args[0][:7], args[1], args[2][:7], args[3], args[4][:7], k=3, temperature=0.3, seed=5
-    )
+    head = mine(args[0][:7], args[1], args[2][:7], args[3], args[4][:7], k=3, temperature=0.3, seed=5)
     assert head[0].equal(first[0][:7])
 
 
@@ -263,9 +253,12 @@ def test_low_temperature_is_the_highest(generator, mine):
 def good():
     ids = torch.zeros(3, dtype=torch.int64), torch.ones(5, dtype=torch.int64)
     return dict(
-        anchors=torch.zeros(3, 4), candidates=torch.zeros(5, 4), anchor_ids=ids[0], candidate_ids=ids[1],
+        anchors=torch.zeros(3, 4),
+        candidates=torch.zeros(5, 4),
+        anchor_ids=ids[0],
+        candidate_ids=ids[1],
         positive_score=torch.ones(3),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,7 +319,9 @@ def near(index, score, args, **options):
 
 # Several of all that the C++ kernel takes at once: tiles, runs of candidates (128 at D 1024), blocks of anchors, vectors of winners.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "k"), [((200, 1000, 64), 16), ((30, 300, 1024), 64), ((1200, 70, 1000), 3), ((5, 3000, 17), 100)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "k"), [((200, 1000, 64), 16), ((30, 300, 1024), 64), ((1200, 70, 1000), 3), ((5, 3000, 17), 100)], ids=str
+)
 def test_several_tiles(shape, k, dtype, generator, mine):
     args = draw(shape, generator, dtype)
     near(*mine(*args, k=k, margin=0.03), args, k=k, margin=0.03)
@@ -365,7 +360,9 @@ def test_eligible_minus_infinity(temperature, mine):
 
 
 @needs_cpp
-@pytest.mark.parametrize("shape", [(5, 40_000, 64), (300, 700, 64)], ids=str)  # threads share out the candidates, the anchors
+@pytest.mark.parametrize(
+    "shape", [(5, 40_000, 64), (300, 700, 64)], ids=str
+)  # threads share out the candidates, the anchors
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_threads_do_not_show(shape, temperature, generator):
     args = draw(shape, generator)

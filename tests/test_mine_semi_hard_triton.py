@@ -33,7 +33,10 @@ run = functools.partial(ops.mine_semi_hard, backend="triton")
 
 def draw(shape, generator, dtype=torch.float32):
     n, m, d = shape
-    feats = [torch.nn.functional.normalize(torch.randn(rows, d, generator=generator), dim=1).to(dtype).to(DEVICE) for rows in (n, m)]
+    feats = [
+        torch.nn.functional.normalize(torch.randn(rows, d, generator=generator), dim=1).to(dtype).to(DEVICE)
+        for rows in (n, m)
+    ]
     ids = [torch.randint(max(2, m // 3), (rows,), generator=generator).to(DEVICE) for rows in (n, m)]
     return *feats, *ids, torch.rand(n, generator=generator).to(DEVICE)
 
@@ -67,7 +70,9 @@ def test_matches_truth(shape, dtype, generator):
         assert index.equal(truth_index)
 
 
-@pytest.mark.parametrize(("k", "margin"), [(1, 0.0), (1, -math.inf), (3, 3.0), (16, -math.inf), (5, math.inf), (64, 0.0)])
+@pytest.mark.parametrize(
+    ("k", "margin"), [(1, 0.0), (1, -math.inf), (3, 3.0), (16, -math.inf), (5, math.inf), (64, 0.0)]
+)
 def test_exact_with_ties(k, margin, generator):
     args = draw_integers(33, 70, generator, DTYPES[k % 3])
     same(run(*args, k=k, margin=margin), truth(args, k=k, margin=margin))
@@ -107,7 +112,9 @@ def test_ids_all_equal(generator):
     anchors, candidates, *_, positive = draw((10, 90, 8), generator)
     ids = [torch.full((rows,), 2**40, device=DEVICE) for rows in (10, 90)]
     assert run(anchors, candidates, *ids, positive + 2, k=4)[0].eq(-1).all()
-    assert run(anchors, candidates, ids[0], ids[1] + 2**33, positive + 2, k=4)[0].ge(0).all()  # the lower halves are equal
+    assert (
+        run(anchors, candidates, ids[0], ids[1] + 2**33, positive + 2, k=4)[0].ge(0).all()
+    )  # the lower halves are equal
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
@@ -141,7 +148,9 @@ def test_strides(generator):
         torch.stack((positive, positive), 1)[:, 0],
     )
     same(run(*strided, k=3), expected)
-    index, _ = run(anchors[:1].expand(8, -1), candidates, anchor_ids[:1].expand(8), candidate_ids, positive[:1].expand(8), k=3)
+    index, _ = run(
+        anchors[:1].expand(8, -1), candidates, anchor_ids[:1].expand(8), candidate_ids, positive[:1].expand(8), k=3
+    )
     assert index.eq(index[:1]).all()
 
 
@@ -153,11 +162,17 @@ def test_draws_follow_the_distribution():
     args = torch.ones(n, 1, device=DEVICE), s[:, None], *ids, torch.full((n,), 0.8, device=DEVICE)
     index = run(*args, k=2, temperature=0.4, seed=7)[0].cpu()
     p = torch.softmax(s[:4].double().cpu() / 0.4, 0)
-    pairs = torch.zeros(16, dtype=torch.float64).index_add_(0, index[:, 0] * 4 + index[:, 1], torch.ones(n, dtype=torch.float64)).view(4, 4)
+    pairs = (
+        torch.zeros(16, dtype=torch.float64)
+        .index_add_(0, index[:, 0] * 4 + index[:, 1], torch.ones(n, dtype=torch.float64))
+        .view(4, 4)
+    )
     expected = n * p[:, None] * p[None] / (1 - p[:, None])
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     assert pairs.diagonal().eq(0).all()
-    assert ((pairs - expected) ** 2 / expected)[off_diagonal].sum() < 31.3  # 0.1 % point of chi-squared with 11 degrees of freedom
+    assert ((pairs - expected) ** 2 / expected)[
+        off_diagonal
+    ].sum() < 31.3  # 0.1 % point of chi-squared with 11 degrees of freedom
 
 
 def test_operator(generator):

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from syncmask_fast.attention import Layout, attention, block_diagonal_mask
 from syncmask_fast.config import ImageConfig, TextConfig
-from syncmask_fast.encoders import FusionEncoder, ImageEncoder, TextEncoder, pack_by_image, pack_pairs
-from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.model.attention import PackedLayout, attention, block_diagonal_mask
+from syncmask_fast.model.encoders import FusionEncoder, ImageEncoder, TextEncoder, group_by_image, one_to_one
+from syncmask_fast.model.syncmask_model import SyncMaskModel
 from tests.helpers import small_config, small_tokenizer
 
 WIDTH, HEADS, LAYERS, FUSION = 48, 4, 2, 3
@@ -25,9 +25,14 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def bert(**more) -> BertModel:
     config = BertConfig(
-        vocab_size=101, hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=LAYERS, intermediate_size=4 * WIDTH,
-        max_position_embeddings=32, **more,
-    )  # fmt: skip
+        vocab_size=101,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_hidden_layers=LAYERS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=32,
+        **more,
+    )
     torch.manual_seed(1)
     model = BertModel(config, add_pooling_layer=False).eval()
     for parameter in model.parameters():  # biases and norms too, so that none can be forgotten
@@ -59,7 +64,9 @@ def copy_block(ours: nn.Module, theirs: nn.Module) -> None:
 
 def test_image_encoder_equals_timm():
     torch.manual_seed(0)
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=12, depth=3, num_classes=0, global_pool="")
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=48, patch_size=12, depth=3, num_classes=0, global_pool=""
+    )
     ours = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=12, depth=3))
     weights = {f"vit.{name}": torch.randn_like(value) * 0.1 for name, value in theirs.state_dict().items()}
     theirs.load_state_dict({name.removeprefix("vit."): value for name, value in weights.items()})
@@ -97,15 +104,15 @@ def test_visible_copy_knows_nothing_of_dropped_patches(patch: int, stem: str):
     pixels, mask = torch.randn(2, 3, 48, 48), torch.zeros(2, grid * grid, dtype=torch.bool)
     mask[:, grid + 1] = True
     others = torch.tensor([[n for n in range(grid * grid) if n != grid + 1]] * 2)
-    full, copy = encoder.with_visible(pixels, mask, others)
+    full, copy = encoder.forward_visible(pixels, mask, others)
     assert copy.shape[1] == grid * grid
     assert close(full, encoder(pixels))
     changed = pixels.clone()
     changed[:, :, patch : 2 * patch, patch : 2 * patch] += 1
-    assert close(encoder.with_visible(changed, mask, others)[1], copy)
+    assert close(encoder.forward_visible(changed, mask, others)[1], copy)
     changed = pixels.clone()
     changed[:, :, :patch, patch : 2 * patch] += 1
-    assert not close(encoder.with_visible(changed, mask, others)[1], copy)
+    assert not close(encoder.forward_visible(changed, mask, others)[1], copy)
 
 
 def test_visible_patches_keep_their_positions():
@@ -113,24 +120,26 @@ def test_visible_patches_keep_their_positions():
     encoder = ImageEncoder(ImageConfig(name="vit_tiny_patch16_224", size=48, patch=12, depth=2)).eval()
     nn.init.normal_(encoder.vit.pos_embed)
     pixels, order = torch.randn(2, 3, 48, 48), torch.stack([torch.randperm(16), torch.randperm(16)])
-    full, copy = encoder.with_visible(pixels, torch.zeros(2, 16, dtype=torch.bool), order)
+    full, copy = encoder.forward_visible(pixels, torch.zeros(2, 16, dtype=torch.bool), order)
     assert close(copy[:, :1], full[:, :1])
     assert close(copy[:, 1:], torch.stack([x[1 + places] for x, places in zip(full, order, strict=True)]))
-    queries = encoder.mask_queries(order)
+    queries = encoder.mask_token_queries(order)
     expected = torch.stack([encoder.mask_token + encoder.vit.pos_embed[0, 1 + places] for places in order])
-    assert torch.allclose(queries, (expected - expected.mean(-1, keepdim=True)) / expected.std(-1, correction=0, keepdim=True), atol=1e-4)
+    assert torch.allclose(
+        queries, (expected - expected.mean(-1, keepdim=True)) / expected.std(-1, correction=0, keepdim=True), atol=1e-4
+    )
 
 
 def test_text_encoder_equals_bert():
     theirs = bert()
-    ours = TextEncoder(TextConfig(vocabulary=101, width=WIDTH, heads=HEADS, layers=LAYERS, max_tokens=32))
+    ours = TextEncoder(TextConfig(vocab_size=101, width=WIDTH, heads=HEADS, layers=LAYERS, max_length=32))
     ours.words.weight.data = theirs.embeddings.word_embeddings.weight.detach().clone()
     ours.positions.weight.data = theirs.embeddings.position_embeddings.weight.detach().clone()
     ours.token_type.data = theirs.embeddings.token_type_embeddings.weight[0].detach().clone()
     ours.norm.load_state_dict(theirs.embeddings.LayerNorm.state_dict())
     for mine, layer in zip(ours.layers, theirs.encoder.layer, strict=True):
         copy_block(mine, layer)
-    layout = Layout.of(LENGTHS)
+    layout = PackedLayout.of(LENGTHS)
     ids = torch.randint(1, 101, (sum(LENGTHS),))
     expected = theirs(layout.pad(ids), attention_mask=layout.valid.long()).last_hidden_state
     assert close(ours(ids, layout), layout.unpad(expected))
@@ -144,40 +153,42 @@ def test_fusion_encoder_equals_bert_with_cross_attention():
     ours = FusionEncoder(TextConfig(width=WIDTH, heads=HEADS, fusion_layers=LAYERS), WIDTH)
     for mine, layer in zip(ours.layers, theirs.encoder.layer, strict=True):
         copy_block(mine, layer)
-    layout, images = Layout.of(LENGTHS), torch.randn(len(LENGTHS), 10, WIDTH)
+    layout, images = PackedLayout.of(LENGTHS), torch.randn(len(LENGTHS), 10, WIDTH)
     x = torch.randn(sum(LENGTHS), WIDTH)
     hidden, mask = layout.pad(x), layout.valid[:, None, None, :]
     for layer in theirs.encoder.layer:
         hidden = layer(hidden, mask, images, None)
-    assert close(ours(x, pack_pairs(layout), images), layout.unpad(hidden))
+    assert close(ours(x, one_to_one(layout), images), layout.unpad(hidden))
 
 
 def test_packed_fusion_equals_one_by_one():
     """Several texts at one image, an image without any, one text twice: as if each pair stood alone."""
     torch.manual_seed(2)
     fusion = FusionEncoder(TextConfig(width=WIDTH, heads=HEADS, fusion_layers=FUSION), WIDTH).eval()
-    source, n_images = Layout.of(LENGTHS), 4
+    source, n_images = PackedLayout.of(LENGTHS), 4
     x, images = torch.randn(source.total, WIDTH), torch.randn(n_images, 6, WIDTH)
     sequences, looks_at = torch.tensor([4, 0, 1, 1, 3, 2, 0]), torch.tensor([3, 0, 0, 3, 1, 0, 3])
     each = list(zip(sequences.tolist(), looks_at.tolist(), strict=True))
     for capacity in (None, 100):  # exactly, and with rows reserved as on CUDA
-        pack = pack_by_image(source, sequences, looks_at, n_images, capacity)
+        pack = group_by_image(source, sequences, looks_at, n_images, capacity)
         fused = fusion(x[pack.rows], pack, images)
         for place, (text, image) in enumerate(each):
-            rows = slice(int(source.starts[text]), int(source.starts[text + 1]))
-            alone = fusion(x[rows], pack_pairs(Layout.of([LENGTHS[text]])), images[image : image + 1])
+            rows = slice(int(source.cu_seqlens[text]), int(source.cu_seqlens[text + 1]))
+            alone = fusion(x[rows], one_to_one(PackedLayout.of([LENGTHS[text]])), images[image : image + 1])
             first = int(pack.first[place])
             assert close(fused[first : first + LENGTHS[text]], alone)
 
 
 def test_attention_between_blocks_is_impossible():
     """The mask that CUDA takes allows just what the CPU path computes."""
-    q_layout, k_layout = Layout.of([3, 1, 5]), Layout.of([2, 7, 4])
+    q_layout, k_layout = PackedLayout.of([3, 1, 5]), PackedLayout.of([2, 7, 4])
     torch.manual_seed(3)
     q, k, v = torch.randn(9, 2, 16), torch.randn(13, 2, 16), torch.randn(13, 2, 16)
     allowed = torch.zeros(9, 13, dtype=torch.bool)
     for n in range(3):
-        allowed[q_layout.starts[n] : q_layout.starts[n + 1], k_layout.starts[n] : k_layout.starts[n + 1]] = True
+        allowed[
+            q_layout.cu_seqlens[n] : q_layout.cu_seqlens[n + 1], k_layout.cu_seqlens[n] : k_layout.cu_seqlens[n + 1]
+        ] = True
     logits = torch.einsum("qhd,khd->hqk", q, k).double() / 4
     expected = torch.einsum("hqk,khd->qhd", logits.masked_fill(~allowed, -torch.inf).softmax(-1), v.double())
     assert close(attention(q, k, v, q_layout, k_layout), expected.float())

@@ -47,13 +47,13 @@ for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5,
             options = dict(k=k, temperature=temperature, backend="cpp")
             ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, **options)
             ops.mine_semi_hard(anchors.T.contiguous().T, candidates[:1].expand(m, d), ids, other_ids, positive, **options)
-from syncmask_fast.attention import Layout
+from syncmask_fast.model.attention import PackedLayout
 from syncmask_fast.kernels.packed_attention import packed_attention
 for queries, keys, h, d in [([], [], 1, 1), ([1, 0], [0, 1], 1, 1), ([3, 70], [17, 33], 2, 64), ([65, 1], [5, 64], 1, 19)]:
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (torch.randn(h, sum(n), d).to(dtype).requires_grad_() for n in (queries, keys, keys))
         parts = q.transpose(0, 1), k.transpose(0, 1), v[:1].expand_as(v).transpose(0, 1)
-        packed_attention(*parts, Layout.of(queries).starts, Layout.of(keys).starts).sum().backward()
+        packed_attention(*parts, PackedLayout.of(queries).cu_seqlens, PackedLayout.of(keys).cu_seqlens).sum().backward()
 from syncmask_fast.kernels.crop_resize import crop_resize
 ones = torch.ones(3)
 for height, width, (x, y, w, h), size in [

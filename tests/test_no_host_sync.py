@@ -9,17 +9,24 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from syncmask_fast import step
-from syncmask_fast.checkpoint import FeatureBank, TrainState
 from syncmask_fast.config import TrainConfig
-from syncmask_fast.losses import Queue
-from syncmask_fast.optimizer import make_optimizer
-from syncmask_fast.step import make_teacher
-from syncmask_fast.train import one_step, prepare_device
+from syncmask_fast.objective import pretraining as step
+from syncmask_fast.objective.losses import Queue
+from syncmask_fast.objective.pretraining import make_teacher
+from syncmask_fast.train import configure_compute, train_step
+from syncmask_fast.training.checkpoint import FeatureBank, TrainState
+from syncmask_fast.training.optimizer import make_optimizer
 from tests.helpers import small_batch, small_config
 from tests.test_step import PAIRS, losses_of, small_model
 
-READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::_unique2", "aten::repeat_interleave.Tensor"}
+READS_BACK = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique",
+    "aten::_unique2",
+    "aten::repeat_interleave.Tensor",
+}
 TAKE_MASKS = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
 CASES = [
     ("sync", 0.0, "patch", "replace"),
@@ -45,7 +52,9 @@ def config_of(masking: str, presence: float, stem: str, copy: str) -> TrainConfi
     config = small_config(masking=masking)
     return dataclasses.replace(
         config,
-        loss=dataclasses.replace(config.loss, presence=presence, presence_images=3, cuts=presence / 2, mim_copy=copy),
+        loss=dataclasses.replace(
+            config.loss, presence=presence, presence_negatives=3, collages=presence / 2, mim_input=copy
+        ),
         mask=dataclasses.replace(config.mask, layer=1),
         image=dataclasses.replace(config.image, patch=16, stem=stem),
         optim=dataclasses.replace(config.optim, muon_lr=0.01),
@@ -54,24 +63,31 @@ def config_of(masking: str, presence: float, stem: str, copy: str) -> TrainConfi
 
 def state_of(config: TrainConfig, device: torch.device) -> TrainState:
     model = small_model(config).to(device)
-    queue, bank = Queue.empty(config.loss.queue, config.embed, device), FeatureBank.empty(PAIRS, config.embed, device)
-    return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(PAIRS), step=50)
+    queue, bank = (
+        Queue.empty(config.loss.queue, config.embed_dim, device),
+        FeatureBank.empty(PAIRS, config.embed_dim, device),
+    )
+    return TrainState(
+        model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(PAIRS), step=50
+    )
 
 
 @pytest.mark.parametrize(("masking", "presence", "stem", "copy"), CASES)
-def test_step_of_cuda_reads_nothing_back(masking: str, presence: float, stem: str, copy: str, monkeypatch: pytest.MonkeyPatch):
+def test_step_of_cuda_reads_nothing_back(
+    masking: str, presence: float, stem: str, copy: str, monkeypatch: pytest.MonkeyPatch
+):
     """The way that CUDA takes, on the CPU, where reserving rows is not needed; its losses are those of the CPU's way."""
     config = config_of(masking, presence, stem, copy)
     state, batch = state_of(config, torch.device("cpu")), small_batch(config, seed=3)
     ours = losses_of(config, state.model, batch, teacher=state.teacher)[0]
-    monkeypatch.setattr(step, "takes_packed", lambda device: True)
+    monkeypatch.setattr(step, "uses_varlen", lambda device: True)
     theirs = losses_of(config, state.model, batch, teacher=state.teacher)[0]
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, equal_nan=True)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a copy to the host"))
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: pytest.fail("a copy to the host"))
     with NothingReadBack():
-        found, flops = one_step(config, state, iter([batch]), 100, 1)
+        found, flops = train_step(config, state, iter([batch]), 100, 1)
     monkeypatch.undo()
     assert found.total.isfinite()
     assert flops > 0
@@ -79,7 +95,12 @@ def test_step_of_cuda_reads_nothing_back(masking: str, presence: float, stem: st
 
 def test_the_guard_sees_what_it_forbids():
     values = torch.arange(4.0)
-    for reads_back in (lambda: values.sum().item(), lambda: values.nonzero(), lambda: values[values > 1], lambda: bool(values.any())):
+    for reads_back in (
+        lambda: values.sum().item(),
+        lambda: values.nonzero(),
+        lambda: values[values > 1],
+        lambda: bool(values.any()),
+    ):
         with NothingReadBack(), pytest.raises(AssertionError, match="reads back"):
             reads_back()
 
@@ -93,15 +114,18 @@ def test_cuda_never_waits(masking: str, presence: float, stem: str, copy: str, p
     config = dataclasses.replace(config_of(masking, presence, stem, copy), precision=precision)
     device = torch.device("cuda")
     state, batch = state_of(config, device), small_batch(config, seed=3)
-    moved = {name: getattr(batch, name).to(device) for name in ("pixels", "token_ids", "cu_seqlens", "product_ids", "samples", "positions")}
+    moved = {
+        name: getattr(batch, name).to(device)
+        for name in ("pixels", "token_ids", "cu_seqlens", "product_ids", "samples", "positions")
+    }
     batches = itertools.repeat(dataclasses.replace(batch, **moved))
-    prepare_device(config, state.model, state.teacher, device)
+    configure_compute(config, state.model, state.teacher, device)
     for _ in range(3):
-        one_step(config, state, batches, 100, 1)
+        train_step(config, state, batches, 100, 1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found, _ = one_step(config, state, batches, 100, 1)
+        found, _ = train_step(config, state, batches, 100, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.total.isfinite()

@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from syncmask_fast.config import OptimConfig
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.optimizer import learning_rate_factor, make_optimizer
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.training.optimizer import lr_multiplier, make_optimizer
 from tests.helpers import small_config, small_tokenizer
 
 
 @pytest.fixture
 def model() -> SyncMaskModel:
     config = small_config()
-    return SyncMaskModel(dataclasses.replace(config, image=dataclasses.replace(config.image, stem="conv")), small_tokenizer())
+    return SyncMaskModel(
+        dataclasses.replace(config, image=dataclasses.replace(config.image, stem="conv")), small_tokenizer()
+    )
 
 
 def test_learning_rate():
     config = OptimConfig(lr=2.0, min_lr=0.2, warmup=0.1)
-    rates = [learning_rate_factor(config, step, 100) for step in range(100)]
+    rates = [lr_multiplier(config, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55)  # half of the cosine
@@ -31,8 +33,8 @@ def test_learning_rate():
 
 def test_both_learning_rates_fall_in_step(model: SyncMaskModel):
     optimizer = make_optimizer(model, OptimConfig(lr=0.001, muon_lr=0.02))
-    optimizer.scale_learning_rate(0.5)
-    optimizer.scale_learning_rate(0.25)
+    optimizer.set_lr_multiplier(0.5)
+    optimizer.set_lr_multiplier(0.25)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.00025, 0.00025, 0.005])
 
 

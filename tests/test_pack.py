@@ -22,9 +22,9 @@ from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_splits
 from syncmask_fast.pack import fashiongen, fashioniq, main, table
-from syncmask_fast.sources import rows as source_rows
-from syncmask_fast.sources.cleaning import clean, decode_field, join
-from syncmask_fast.sources.rows import Dropped, Encoding
+from syncmask_fast.sources import base as source_rows
+from syncmask_fast.sources.base import Encoding, RowError
+from syncmask_fast.sources.text_cleaning import clean, decode_field, join
 from tests.source_files import ONLY_IN_VALIDATION, asin, picture, write_fashiongen, write_fashioniq
 
 ROOT = Path(__file__).parent.parent
@@ -96,8 +96,13 @@ def test_fashiongen(tmp_path: Path):
     write_fashiongen(source, 61, empty=(7,), chunks=(9, 32, 32, 3), compression="gzip")
     fashiongen(source, out / "train", workers=1, rows_per_shard=25, allow_dropped=0.05, quality=95)
     index = ShardIndex.open(out / "train")
-    assert not index.problems
-    assert [path.name for path in sorted((out / "train").iterdir())][-4:] == ["00000.tar", "00001.tar", "00002.tar", "report.json"]
+    assert not index.warnings
+    assert [path.name for path in sorted((out / "train").iterdir())][-4:] == [
+        "00000.tar",
+        "00001.tar",
+        "00002.tar",
+        "report.json",
+    ]
     assert [index.key(i) for i in range(60)] == [f"{row:08d}" for row in range(61) if row != 7]
     with h5py.File(source) as file:
         for i in range(60):
@@ -105,13 +110,16 @@ def test_fashiongen(tmp_path: Path):
             record = index.record(i)
             product = row // 3
             word = ["star", "moon", "sun"][product % 3]
-            assert record["text"] == f"NAVY COAT {product}. Slim-fit coat number {product} in café brown. Zip pocket & {word} print."
+            assert (
+                record["text"]
+                == f"NAVY COAT {product}. Slim-fit coat number {product} in café brown. Zip pocket & {word} print."
+            )
             assert record["product_id"] == product + 4000
             assert record["category"] == ["tops", "jeans", "sweaters"][product % 3]
             assert record["subcategory"] == ["t-shirts", "slim jeans", "crewnecks"][product % 3]
             assert record["view"] == f"id_gridfs_{row % 3 + 1}"
             assert record["brand"] == "Maison Éclair"
-            assert np.abs(decode_image(index.jpeg(i)).astype(int) - file["input_image"][row]).mean() < 12
+            assert np.abs(decode_image(index.image_bytes(i)).astype(int) - file["input_image"][row]).mean() < 12
     found = report(out / "train")
     assert (found["rows"], found["samples"], found["products"], found["empty texts"]) == (61, 60, 21, 1)
     assert found["dropped"]["list"] == [{"row": "row 7", "reason": "the text is empty", "detail": ""}]
@@ -137,7 +145,18 @@ def test_killed_and_started_again_gives_the_same_files(tmp_path: Path):
     """SIGKILL of the main process alone, in the middle: its workers end by themselves, and the next run ends with the bytes of an unbroken one."""
     source, out = tmp_path / "x.h5", tmp_path / "out"
     write_fashiongen(source, 1500, size=96)
-    command = [sys.executable, "-m", "syncmask_fast.pack", "fashiongen", str(source), str(out), "--workers", "2", "--rows-per-shard", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "syncmask_fast.pack",
+        "fashiongen",
+        str(source),
+        str(out),
+        "--workers",
+        "2",
+        "--rows-per-shard",
+        "40",
+    ]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while len(list(out.glob(".pack/*.tar"))) < 3:
@@ -204,19 +223,49 @@ BAD_FASHIONGEN = {
     "cut off": (lambda path: os.truncate(path, path.stat().st_size // 2), "is not a whole HDF5 file"),
     "no pictures": (lambda path: change(path, "input_image", None), "has no dataset input_image"),
     "no description": (lambda path: change(path, "input_description", None), "has no dataset input_description"),
-    "pictures of floats": (lambda path: change(path, "input_image", np.zeros((20, 8, 8, 3))), "input_image is float64 of 20 x 8 x 8 x 3"),
-    "grey pictures": (lambda path: change(path, "input_image", np.zeros((20, 8, 8), np.uint8)), "uint8 of rows x height x width x 3"),
-    "fewer texts": (lambda path: change(path, "input_name", np.zeros((7, 1), "S9")), "input_name has the shape 7 x 1, where 20 x 1"),
-    "texts as numbers": (lambda path: change(path, "input_name", np.zeros((20, 1))), "input_name is float64, where a column of texts"),
-    "products as texts": (lambda path: change(path, "input_productID", np.zeros((20, 1), "S9")), "input_productID is |S9"),
-    "a link to another file": (lambda path: change(path, "input_name", h5py.ExternalLink("/etc/passwd", "/x")), "input_name is a link"),
-    "a group": (lambda path: (change(path, "input_name", None), change_to_group(path, "input_name")), "input_name is a link, a group"),
-    "pictures of absurd size": (lambda path: allocate(path, (20, 100_000, 100_000, 3), (1, 64, 64, 3)), "20 x 100000 x 100000 x 3"),
-    "pieces of absurd size": (lambda path: allocate(path, (20, 8000, 8000, 3), (20, 8000, 8000, 3)), "pieces of 3,840,000,000 bytes"),
-    "texts of absurd size": (lambda path: change(path, "input_name", np.zeros((20, 1), "S2000000")), "2,000,000 bytes for each text"),
+    "pictures of floats": (
+        lambda path: change(path, "input_image", np.zeros((20, 8, 8, 3))),
+        "input_image is float64 of 20 x 8 x 8 x 3",
+    ),
+    "grey pictures": (
+        lambda path: change(path, "input_image", np.zeros((20, 8, 8), np.uint8)),
+        "uint8 of rows x height x width x 3",
+    ),
+    "fewer texts": (
+        lambda path: change(path, "input_name", np.zeros((7, 1), "S9")),
+        "input_name has the shape 7 x 1, where 20 x 1",
+    ),
+    "texts as numbers": (
+        lambda path: change(path, "input_name", np.zeros((20, 1))),
+        "input_name is float64, where a column of texts",
+    ),
+    "products as texts": (
+        lambda path: change(path, "input_productID", np.zeros((20, 1), "S9")),
+        "input_productID is |S9",
+    ),
+    "a link to another file": (
+        lambda path: change(path, "input_name", h5py.ExternalLink("/etc/passwd", "/x")),
+        "input_name is a link",
+    ),
+    "a group": (
+        lambda path: (change(path, "input_name", None), change_to_group(path, "input_name")),
+        "input_name is a link, a group",
+    ),
+    "pictures of absurd size": (
+        lambda path: allocate(path, (20, 100_000, 100_000, 3), (1, 64, 64, 3)),
+        "20 x 100000 x 100000 x 3",
+    ),
+    "pieces of absurd size": (
+        lambda path: allocate(path, (20, 8000, 8000, 3), (20, 8000, 8000, 3)),
+        "pieces of 3,840,000,000 bytes",
+    ),
+    "texts of absurd size": (
+        lambda path: change(path, "input_name", np.zeros((20, 1), "S2000000")),
+        "2,000,000 bytes for each text",
+    ),
     "no rows": (lambda path: write_fashiongen(path, 0), "has no rows"),
     "too many empty texts": (lambda path: write_fashiongen(path, 20, empty=(3, 4)), "2 of 20 rows cannot be used"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_FASHIONGEN)
@@ -269,17 +318,23 @@ def test_fashioniq(tmp_path: Path):
     assert len(train) == len(evaluation) == 36
     keys = {train.index.key(i): i for i in range(36)}
     first = train.index.record(keys[asin("dress", 5)])
-    assert first == {"product_id": asin("dress", 5), "text": "dress: is more red than number 5 and has longer sleeves", "category": "dress"}
+    assert first == {
+        "product_id": asin("dress", 5),
+        "text": "dress: is more red than number 5 and has longer sleeves",
+        "category": "dress",
+    }
     assert train.index.texts[keys[asin("dress", 1)]].count("is more red") == 2  # the target of two triplets
     assert train.index.texts[keys[asin("toptee", 11)]] == "top or t-shirt"  # of none
-    stored = train.index.jpeg(keys[asin("shirt", 4)])
+    stored = train.index.image_bytes(keys[asin("shirt", 4)])
     assert stored == (source / "images" / f"{asin('shirt', 4)}.png").read_bytes()  # as it is
     triplets = json.loads((out / "eval" / "triplets.json").read_text())
     assert len(triplets) == 30
     assert triplets[0] == {
-        "class": "dress", "candidate": asin("dress", 102), "target": asin("dress", 101),
+        "class": "dress",
+        "candidate": asin("dress", 102),
+        "target": asin("dress", 101),
         "captions": ["is more red than number 0", "has longer sleeves"],
-    }  # fmt: skip
+    }
     galleries = json.loads((out / "eval" / "galleries.json").read_text())
     assert galleries["shirt"] == [asin("shirt", 100 + n) for n in range(12)]
 
@@ -300,17 +355,27 @@ def test_fashioniq_with_missing_pictures(tmp_path: Path, capsys: pytest.CaptureF
     assert found["missing pictures"] == {"train": [lost[0]], "eval": [lost[1]]}
     assert found["dropped"]["reasons"] == {"the picture is missing": 2, "the picture cannot be used": 1}
     assert found["samples"] == 69
-    assert not any(lost[0] in (t["candidate"], t["target"]) for t in json.loads((out / "train" / "triplets.json").read_text()))
+    assert not any(
+        lost[0] in (t["candidate"], t["target"]) for t in json.loads((out / "train" / "triplets.json").read_text())
+    )
 
 
 BAD_FASHIONIQ = {
     "no annotation": ("captions/cap.shirt.train.json", None, "cannot be read"),
     "broken JSON": ("captions/cap.shirt.train.json", "[{", "is not valid JSON"),
     "an object": ("image_splits/split.dress.val.json", "{}", "is not a list"),
-    "a caption as one text": ("captions/cap.shirt.val.json", '[{"candidate": "A", "target": "B", "captions": "red"}]', "not of the form"),
-    "a path for an ASIN": ("captions/cap.dress.val.json", '[{"candidate": "../../x", "target": "B", "captions": ["red"]}]', "'../../x', where"),
+    "a caption as one text": (
+        "captions/cap.shirt.val.json",
+        '[{"candidate": "A", "target": "B", "captions": "red"}]',
+        "not of the form",
+    ),
+    "a path for an ASIN": (
+        "captions/cap.dress.val.json",
+        '[{"candidate": "../../x", "target": "B", "captions": ["red"]}]',
+        "'../../x', where",
+    ),
     "a number for an ASIN": ("image_splits/split.dress.val.json", "[3]", "entry 0 names the picture 3"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_FASHIONIQ)
@@ -330,8 +395,12 @@ def test_malformed_fashioniq(name: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_fashioniq_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_fashioniq(tmp_path / "iq", 4)
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in refusal(capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--images", tmp_path / "empty")
-    assert "--rows-per-shard must be" in refusal(capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--rows-per-shard", "0")
+    assert "holds no pictures" in refusal(
+        capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--images", tmp_path / "empty"
+    )
+    assert "--rows-per-shard must be" in refusal(
+        capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--rows-per-shard", "0"
+    )
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------------------------
@@ -352,13 +421,13 @@ def catalogue(folder: Path, rows: int = 30) -> list[dict]:
 
 def check_catalogue(out: Path, folder: Path, rows: int = 30) -> None:
     index = ShardIndex.open(out)
-    assert not index.problems
+    assert not index.warnings
     assert [int(index.key(i)[-8:]) for i in range(len(index))] == [row for row in range(rows) if row != 5]
     for i in range(len(index)):
         row = int(index.key(i)[-8:])
         assert index.texts[i] == f'coat "number {row}", café brown with {row % 4} zips'
         assert index.product_ids[i] == row // 2
-        assert index.jpeg(i) == next((folder / "pictures").glob(f"{row:03d}.*")).read_bytes()
+        assert index.image_bytes(i) == next((folder / "pictures").glob(f"{row:03d}.*")).read_bytes()
     assert index.category.names == ["Coats"]
     found = report(out)
     assert found["dropped"]["list"] == [{"row": "row 5", "reason": "the text is empty", "detail": ""}]
@@ -400,7 +469,9 @@ def test_tables_of_bytes(layout: str, tmp_path: Path):
         pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
         source.mkdir()
         for number, part in enumerate([rows] if layout != "folder" else [rows[:30]]):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), source / f"train-{number:05d}.parquet", row_group_size=8)
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(part), source / f"train-{number:05d}.parquet", row_group_size=8
+            )
         source = source / "train-00000.parquet" if layout != "folder" else source
     table(source, tmp_path / "out", workers=1, rows_per_shard=9, allow_dropped=0.1)
     check_catalogue(tmp_path / "out", tmp_path)
@@ -437,9 +508,15 @@ def test_pictures_that_cannot_be_used_are_reported(tmp_path: Path, monkeypatch: 
     bomb = io.BytesIO()
     Image.new("1", (9000, 8000)).save(bomb, "PNG")
     contents = {
-        "good.jpg": picture(1), "text.jpg": b"hello", "empty.jpg": b"", "cut.jpg": picture(2)[:300], "bomb.png": bomb.getvalue(),
-        "large.jpg": picture(3) + bytes(200_000), "gif.gif": picture(4, kind="GIF"), "named.png": picture(5),
-    }  # fmt: skip
+        "good.jpg": picture(1),
+        "text.jpg": b"hello",
+        "empty.jpg": b"",
+        "cut.jpg": picture(2)[:300],
+        "bomb.png": bomb.getvalue(),
+        "large.jpg": picture(3) + bytes(200_000),
+        "gif.gif": picture(4, kind="GIF"),
+        "named.png": picture(5),
+    }
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder.jpg").mkdir()
@@ -447,12 +524,24 @@ def test_pictures_that_cannot_be_used_are_reported(tmp_path: Path, monkeypatch: 
     names = [*contents, "folder.jpg", "nowhere.jpg", "", "a\0b.jpg", "pipe.jpg"]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"image": name, "text": name or "x"}) for name in names))
     table(tmp_path / "t.jsonl", tmp_path / "out", workers=1, allow_dropped=1)
-    assert list(ShardIndex.open(tmp_path / "out").texts) == ["good.jpg", "named.png"]  # a JPEG that is called .png is a JPEG
+    assert list(ShardIndex.open(tmp_path / "out").texts) == [
+        "good.jpg",
+        "named.png",
+    ]  # a JPEG that is called .png is a JPEG
     found = {item["row"]: f"{item['reason']}: {item['detail']}" for item in report(tmp_path / "out")["dropped"]["list"]}
     for row, reason in {
-        1: "neither JPEG, PNG nor WebP", 2: "the image is empty", 3: "truncated", 4: "9000 x 8000 pixels", 5: "more than 0 MB", 6: "neither JPEG",
-        8: "is no file", 9: "missing", 10: "there is no picture", 11: "no path", 12: "is no file",
-    }.items():  # fmt: skip
+        1: "neither JPEG, PNG nor WebP",
+        2: "the image is empty",
+        3: "truncated",
+        4: "9000 x 8000 pixels",
+        5: "more than 0 MB",
+        6: "neither JPEG",
+        8: "is no file",
+        9: "missing",
+        10: "there is no picture",
+        11: "no path",
+        12: "is no file",
+    }.items():
         assert reason in found[f"row {row}"]
     assert len(found) == 11
 
@@ -464,7 +553,11 @@ def test_texts_that_cannot_be_used_are_reported(tmp_path: Path):
     table(tmp_path / "t.jsonl", tmp_path / "out", workers=1, allow_dropped=1)
     assert list(ShardIndex.open(tmp_path / "out").texts) == ["good", "several texts"]
     reasons = report(tmp_path / "out")["dropped"]["reasons"]
-    assert reasons == {"the text is empty": 4, "the text is not valid Unicode": 1, "the text has more than 100,000 characters": 1}
+    assert reasons == {
+        "the text is empty": 4,
+        "the text is not valid Unicode": 1,
+        "the text has more than 100,000 characters": 1,
+    }
 
 
 def test_pictures_on_their_side_and_too_large(tmp_path: Path):
@@ -476,7 +569,7 @@ def test_pictures_on_their_side_and_too_large(tmp_path: Path):
     assert Image.open(io.BytesIO(small)).size == (64, 32)
     kept = picture(3, 40, 30)
     assert Encoding(size=32).stored(kept) is kept
-    with pytest.raises(Dropped):
+    with pytest.raises(RowError):
         Encoding().stored(picture(4)[:200])
 
 
@@ -485,9 +578,17 @@ BAD_TABLES = {
     "unknown kind": ("t.xlsx", b"PK", "is of no known kind"),
     "empty CSV": ("t.csv", b"", "is empty"),
     "header alone": ("t.csv", b"image,text\n", "has no rows"),
-    "no picture column": ("t.csv", b"a,text\nx.jpg,red\n", "has no column of a usual name (image, img, jpg ...); name one by --image of: a, text"),
+    "no picture column": (
+        "t.csv",
+        b"a,text\nx.jpg,red\n",
+        "has no column of a usual name (image, img, jpg ...); name one by --image of: a, text",
+    ),
     "no text column": ("t.csv", b"image,b\nx.jpg,red\n", "name one by --text of: image, b"),
-    "a row with fewer columns": ("t.csv", b"image,text\nx.jpg,red\nx.jpg\n", "row 1 has 1 columns, where 2 were expected"),
+    "a row with fewer columns": (
+        "t.csv",
+        b"image,text\nx.jpg,red\nx.jpg\n",
+        "row 1 has 1 columns, where 2 were expected",
+    ),
     "an open quote": ("t.csv", b'image,text\nx.jpg,"red\n', "line 2 is not valid CSV"),
     "CSV not UTF-8": ("t.csv", b"image,text\nx.jpg,caf\xe9\n", "line 2 is not UTF-8"),
     "broken JSON": ("t.jsonl", b'{"image": "x.jpg", "text": "red"}\n\n{"image": \n', "line 3 is not valid JSON"),
@@ -495,17 +596,33 @@ BAD_TABLES = {
     "a list": ("t.jsonl", b"[1]\n", "line 1 is not an object"),
     "text a number": ("t.jsonl", b'{"image": "x.jpg", "text": 3}\n', "row 0: text is 3, where a text was expected"),
     "picture a number": ("t.jsonl", b'{"image": 3, "text": "red"}\n', "row 0: the picture is 3"),
-    "product a list": ("t.jsonl", b'{"image": "x.jpg", "text": "red", "product_id": [1]}\n', "row 0: product_id is [1]"),
-    "product too large": ("t.jsonl", b'{"image": "x.jpg", "text": "red", "product_id": 99999999999999999999}\n', "product_id is 9999"),
-    "path to the outside": ("t.csv", b"image,text\n../secret.jpg,red\n", "row 0: the picture '../secret.jpg' lies outside"),
+    "product a list": (
+        "t.jsonl",
+        b'{"image": "x.jpg", "text": "red", "product_id": [1]}\n',
+        "row 0: product_id is [1]",
+    ),
+    "product too large": (
+        "t.jsonl",
+        b'{"image": "x.jpg", "text": "red", "product_id": 99999999999999999999}\n',
+        "product_id is 9999",
+    ),
+    "path to the outside": (
+        "t.csv",
+        b"image,text\n../secret.jpg,red\n",
+        "row 0: the picture '../secret.jpg' lies outside",
+    ),
     "absolute path": ("t.csv", b"image,text\n/etc/passwd,red\n", "row 0: the picture '/etc/passwd' lies outside"),
     "link to the outside": ("t.csv", b"image,text\nlink.jpg,red\n", "'link.jpg' lies outside"),
-    "missing pictures": ("t.csv", b"image,text\nno.jpg,red\nx.jpg,blue\n", "the first is row 0: the picture is missing"),
+    "missing pictures": (
+        "t.csv",
+        b"image,text\nno.jpg,red\nx.jpg,blue\n",
+        "the first is row 0: the picture is missing",
+    ),
     "nothing usable": ("t.csv", b"image,text\nno.jpg,red\n", "1 of 1 rows cannot be used"),
     "no Parquet": ("t.parquet", b"PAR1 hello PAR1", "is not a whole Parquet file"),
     "Parquet cut off": ("t.parquet", "cut", "is not a whole Parquet file"),
     "Parquet damaged": ("t.parquet", "damaged", "cannot be read"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -542,7 +659,10 @@ def test_absurd_sizes_in_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     monkeypatch.setattr(module, "MAX_LINE", 1000)
     monkeypatch.setattr(module, "MAX_UNPACKED", 100_000)
-    for name, content in (("t.jsonl", '{"image": "x.jpg", "text": "' + "x" * 2000), ("t.csv", "image,text\nx.jpg," + "x" * 2000)):
+    for name, content in (
+        ("t.jsonl", '{"image": "x.jpg", "text": "' + "x" * 2000),
+        ("t.csv", "image,text\nx.jpg," + "x" * 2000),
+    ):
         (tmp_path / name).write_text(content)
         assert "has more than" in refusal(capsys, "table", tmp_path / name, tmp_path / "out")
     pyarrow = pytest.importorskip("pyarrow")
@@ -598,7 +718,18 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     capsys.readouterr()
     main(["show", str(tmp_path / "data"), "--picture", str(tmp_path / "sheet.png"), "--samples", "7"])
     shown = capsys.readouterr().out
-    for part in ("train", "eval", "samples", "30", "3 to 3, median 3", "3: ", "tops 12", "words per text", "32 x 32", "unreadable pictures"):
+    for part in (
+        "train",
+        "eval",
+        "samples",
+        "30",
+        "3 to 3, median 3",
+        "3: ",
+        "tops 12",
+        "words per text",
+        "32 x 32",
+        "unreadable pictures",
+    ):
         assert part in shown
     assert Image.open(tmp_path / "sheet.png").width > 1000
     assert "cannot be written" in refusal(capsys, "show", tmp_path / "data", "--picture", tmp_path / "no" / "x.jpg")

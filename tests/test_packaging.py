@@ -19,18 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each module or folder of syncmask_fast imports only from rows above its own, or from its own folder.
 LAYERS = [
-    {"errors", "_native", "durable", "undo"},
+    {"utils", "_native"},
     {"kernels"},
     {"ops", "distributed"},
-    {"parts"},
     {"data"},
-    {"config", "attention", "linear", "retrieval", "composed", "recognition", "sync", "sources"},
-    {"encoders", "report"},
-    {"model", "losses", "optimizer"},
-    {"masking", "checkpoint", "pretrained"},
-    {"step"},
-    {"flops", "log", "evaluate", "text_start"},
-    {"epochs", "examples", "safekeeping"},
+    {"config", "sources"},
+    {"model"},
+    {"objective"},
+    {"training"},
+    {"tasks"},
+    {"evaluate"},
+    {"report"},
     {"train", "pack", "search"},
     {"finetune"},
     {"ablate"},
@@ -40,10 +39,7 @@ LAYERS = [
 def modules() -> dict[str, Path]:
     """Import name -> file of every module of the source tree, the package's own __init__ left out."""
     found = {}
-    for folder, name in (
-        (ROOT / "syncmask_fast", "syncmask_fast"),
-        (ROOT / "kernels", "syncmask_fast.kernels"),
-    ):
+    for folder, name in ((ROOT / "syncmask_fast", "syncmask_fast"), (ROOT / "kernels", "syncmask_fast.kernels")):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join((name, *parts)).removesuffix(".__init__")] = path
@@ -127,10 +123,7 @@ print(json.dumps([torch.cuda.is_initialized(), list(sys.modules)]))
 def test_importing_the_package_is_lighter_still():
     assert run_python(
         "import syncmask_fast, sys; print('torch' in sys.modules, syncmask_fast.__version__)"
-    ).split() == [
-        "False",
-        re.search(r'__version__ = "(.+)"', (ROOT / "syncmask_fast/__init__.py").read_text())[1],
-    ]
+    ).split() == ["False", re.search(r'__version__ = "(.+)"', (ROOT / "syncmask_fast/__init__.py").read_text())[1]]
 
 
 @pytest.mark.skipif(_native.find() is None, reason="the C++ extension is not built")
@@ -150,9 +143,7 @@ def test_the_extension_needs_stable_symbols_only(library):
     symbols = [line.split()[-1].split("@")[0] for line in lines]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     # _ZN2at, _ZNK3c10, _ZTVN5torch ...: C++ names in the namespaces at, c10, torch and caffe2
-    unstable = [
-        s for s in symbols if re.match(r"_Z\w*?N[KVR]*(2at|3c10|5torch|6caffe2)", s) or re.match(r"_?Py", s)
-    ]
+    unstable = [s for s in symbols if re.match(r"_Z\w*?N[KVR]*(2at|3c10|5torch|6caffe2)", s) or re.match(r"_?Py", s)]
     assert not unstable
 
 
@@ -167,9 +158,7 @@ def test_readme_names_files_that_exist():
     top = r"(?:csrc|kernels|syncmask_fast|bench|tests|docs|\.ci)/[\w./*-]*[\w*/]"
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not re.match(r"\w+:", link)]
     files = re.findall(rf"(?<![\w./-]){top}", text)
-    files += re.findall(
-        r"`((?:[A-Z]+\.md|Makefile|LICENSE|setup\.py|pyproject\.toml|constraints\.txt))`", text
-    )
+    files += re.findall(r"`((?:[A-Z]+\.md|Makefile|LICENSE|setup\.py|pyproject\.toml|constraints\.txt))`", text)
     missing = sorted({name for name in links + files if not list(ROOT.glob(name.rstrip("/")))})
     assert not missing
     assert files, "README names no file of the project"
@@ -177,9 +166,7 @@ def test_readme_names_files_that_exist():
 
 def test_readme_names_make_targets_that_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(
-        re.findall(r"(?:^|`|\s)make ([a-z]+)(?=`|$|\s+#|\s+ARGS)", (ROOT / "README.md").read_text(), re.M)
-    )
+    named = set(re.findall(r"(?:^|`|\s)make ([a-z]+)(?=`|$|\s+#|\s+ARGS)", (ROOT / "README.md").read_text(), re.M))
     assert named <= targets
 
 
@@ -190,4 +177,6 @@ def test_benchmarks_import_what_there_is(script: Path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("syncmask_fast", "tests")):
             module = importlib.import_module(node.module)
             for alias in node.names:
-                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    f"{node.module}.{alias.name}"
+                )

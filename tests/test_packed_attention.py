@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from syncmask_fast import _native
-from syncmask_fast.attention import Layout, attention, attention_padded
 from syncmask_fast.kernels.packed_attention import packed_attention
+from syncmask_fast.model.attention import PackedLayout, attention, sdpa_padded
 
 pytestmark = pytest.mark.skipif(not _native.loaded(), reason=f"needs the compiled library: {_native.status()}")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 0.01}
@@ -27,7 +27,9 @@ CASES = [
 ]
 
 
-def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int]) -> torch.Tensor:
+def by_definition(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: list[int], keys: list[int]
+) -> torch.Tensor:
     out = []
     for rows, of_keys, of_values in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
         scores = torch.einsum("ihd,jhd->hij", rows, of_keys) * q.shape[-1] ** -0.5
@@ -43,7 +45,7 @@ def test_output_and_gradients(queries, keys, heads, width, dtype, generator):
     whole = (2 * torch.randn(3, heads, rows, width, generator=generator)).to(dtype).requires_grad_()
     parts = whole.transpose(1, 2).unbind()
     q, k, v = (x[: sum(n)] for x, n in zip(parts, (queries, keys, keys), strict=True))
-    found = packed_attention(q, k, v, Layout.of(queries).starts, Layout.of(keys).starts)
+    found = packed_attention(q, k, v, PackedLayout.of(queries).cu_seqlens, PackedLayout.of(keys).cu_seqlens)
     wanted = torch.randn(found.shape, generator=generator)
     found.backward(wanted.to(dtype))
     exact = whole.detach().double().requires_grad_()
@@ -58,18 +60,18 @@ def test_output_and_gradients(queries, keys, heads, width, dtype, generator):
 
 def test_what_is_outside_a_block_changes_nothing(generator):
     """Not even NaN and infinities; within it they are told."""
-    queries, keys = Layout.of([3, 2]), Layout.of([20, 5])
+    queries, keys = PackedLayout.of([3, 2]), PackedLayout.of([20, 5])
     q, k, v = (torch.randn(n, 2, 16, generator=generator) for n in (5, 25, 25))
-    alone = packed_attention(q[:3], k[:20], v[:20], queries.starts[:2], keys.starts[:2])
+    alone = packed_attention(q[:3], k[:20], v[:20], queries.cu_seqlens[:2], keys.cu_seqlens[:2])
     k[20], v[21] = torch.nan, torch.inf
-    both = packed_attention(q, k, v, queries.starts, keys.starts)
+    both = packed_attention(q, k, v, queries.cu_seqlens, keys.cu_seqlens)
     assert both[:3].equal(alone)
     assert both[3:].isnan().all()
 
 
 def test_scores_of_any_size(generator):
     q, k, v = (torch.randn(9, 1, 8, generator=generator) for _ in range(3))
-    starts = Layout.of([9]).starts
+    starts = PackedLayout.of([9]).cu_seqlens
     for shift in (-3e4, 3e4):
         found = packed_attention(torch.full_like(q, 1.0), k + shift, v, starts, starts)
         assert torch.allclose(found, by_definition(torch.full_like(q, 1.0), k + shift, v, [9], [9]), atol=0.02)
@@ -79,7 +81,7 @@ def test_scores_of_any_size(generator):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_for_any_number_of_threads(threads, generator):
     q, k, v = (torch.randn(300, 3, 32, generator=generator).requires_grad_() for _ in range(3))
-    starts = Layout.of([100, 1, 199]).starts
+    starts = PackedLayout.of([100, 1, 199]).cu_seqlens
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, threads):
@@ -92,14 +94,17 @@ def test_same_bits_for_any_number_of_threads(threads, generator):
 
 
 def test_attention_takes_it_for_dense_and_packed_sequences(generator, monkeypatch):
-    layout = Layout.of([4, 1, 6])
+    layout = PackedLayout.of([4, 1, 6])
     images, texts = torch.randn(3, 10, 2, 16, generator=generator), torch.randn(11, 2, 16, generator=generator)
     cases = [
-        (images, images, images), (texts, images, images, layout, None), (images, texts, texts, None, layout), (texts, texts, texts, layout, layout)
+        (images, images, images),
+        (texts, images, images, layout, None),
+        (images, texts, texts, None, layout),
+        (texts, texts, texts, layout, layout),
     ]
     for case in cases:
-        assert torch.allclose(attention(*case), attention_padded(*case), atol=1e-6)
-    monkeypatch.setattr("syncmask_fast.attention.attention_padded", lambda *case: pytest.fail("padded"))
+        assert torch.allclose(attention(*case), sdpa_padded(*case), atol=1e-6)
+    monkeypatch.setattr("syncmask_fast.model.attention.sdpa_padded", lambda *case: pytest.fail("padded"))
     for case in cases:
         attention(*case)
 
@@ -115,7 +120,13 @@ def test_attention_takes_it_for_dense_and_packed_sequences(generator, monkeypatc
         ({"k_starts": torch.tensor([0, 5])}, "int32"),
         ({"k_starts": torch.tensor([0, 2, 5], dtype=torch.int32)}, "same blocks"),
         ({"q_starts": torch.tensor([0, 4], dtype=torch.int32)}, "rise from 0"),
-        ({"q_starts": torch.tensor([0, 6, 5], dtype=torch.int32), "k_starts": torch.tensor([0, 1, 5], dtype=torch.int32)}, "rise from 0"),
+        (
+            {
+                "q_starts": torch.tensor([0, 6, 5], dtype=torch.int32),
+                "k_starts": torch.tensor([0, 1, 5], dtype=torch.int32),
+            },
+            "rise from 0",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(change, message):
@@ -127,9 +138,13 @@ def test_inputs_that_do_not_fit(change, message):
 
 def test_it_passes_pytorchs_own_checks(generator):
     q, k, v = (torch.randn(7, 2, 5, generator=generator).requires_grad_() for _ in range(3))
-    starts = Layout.of([3, 4]).starts
+    starts = PackedLayout.of([3, 4]).cu_seqlens
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    assert set(torch.library.opcheck(torch.ops.syncmask.packed_attention, (q, k, v, starts, starts, 0.4), test_utils=tests).values()) == {"SUCCESS"}
+    assert set(
+        torch.library.opcheck(
+            torch.ops.syncmask.packed_attention, (q, k, v, starts, starts, 0.4), test_utils=tests
+        ).values()
+    ) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
@@ -137,9 +152,23 @@ def test_other_instruction_sets(capability):
     """This file's comparison in a process that may not use wider vectors."""
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("within such a process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "output_and_gradients or any_size"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "output_and_gradients or any_size",
+    ]
     run = subprocess.run(
-        command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        command,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout

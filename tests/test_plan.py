@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncmask_fast.data.plan import epoch_order, rank_share
+from syncmask_fast.data.epoch_order import epoch_order, rank_share
 
 KINDS = ("semi_hard", "hard", "random")
 
@@ -64,7 +64,9 @@ def test_semi_hard_never_pairs_a_product_with_itself(search_space: int | None):
     ids = np.repeat(np.arange(products), photos)
     centre = features(products)
     noise = features(products * photos, seed=1)
-    feats = {name: F.normalize(centre[name].repeat_interleave(photos, 0) + 0.05 * noise[name], dim=-1) for name in centre}
+    feats = {
+        name: F.normalize(centre[name].repeat_interleave(photos, 0) + 0.05 * noise[name], dim=-1) for name in centre
+    }
 
     def repeats(kind: str, epoch: int) -> int:
         order = epoch_order(1, epoch, ids, batch_size=batch, kind=kind, search_space=search_space, **feats)
@@ -92,7 +94,10 @@ def test_similar_samples_come_together():
     clusters, each = 12, 16
     label = np.repeat(np.arange(clusters), each)
     centre, noise = features(clusters, seed=2), features(clusters * each, seed=3)
-    feats = {name: F.normalize(centre["image_feats"].repeat_interleave(each, 0) + 0.2 * noise[name], dim=-1) for name in centre}
+    feats = {
+        name: F.normalize(centre["image_feats"].repeat_interleave(each, 0) + 0.2 * noise[name], dim=-1)
+        for name in centre
+    }
 
     def neighbours(kind: str) -> float:
         order = epoch_order(0, 1, np.arange(len(label)), batch_size=8, kind=kind, **feats).reshape(-1, 8)
@@ -111,7 +116,9 @@ def test_a_short_last_batch_stays_last():
     assert sorted([order[:8].tolist(), order[8:16].tolist()]) == sorted([walk[:8].tolist(), walk[8:16].tolist()])
 
 
-@pytest.mark.parametrize(("n", "batch", "ranks"), [(64, 16, 4), (70, 16, 4), (3, 8, 2), (50, 5, 1), (50, 8, 3), (20, 3, 4)])
+@pytest.mark.parametrize(
+    ("n", "batch", "ranks"), [(64, 16, 4), (70, 16, 4), (3, 8, 2), (50, 5, 1), (50, 8, 3), (20, 3, 4)]
+)
 def test_rank_shares(n: int, batch: int, ranks: int):
     order = np.random.default_rng(0).permutation(n)
     shares = [rank_share(order, batch, rank, ranks) for rank in range(ranks)]

@@ -12,10 +12,10 @@ import fsspec
 import pytest
 
 from syncmask_fast.data import remote
-from syncmask_fast.data.remote import local_folder
+from syncmask_fast.data.remote import fetch_if_remote
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.splits import open_evaluation, open_splits
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 from tests.source_files import picture
 
 
@@ -83,8 +83,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def test_a_folder_here_is_itself(tmp_path: Path):
-    assert local_folder(tmp_path) == tmp_path
-    assert local_folder("some/C:/folder") == Path("some/C:/folder")
+    assert fetch_if_remote(tmp_path) == tmp_path
+    assert fetch_if_remote("some/C:/folder") == Path("some/C:/folder")
 
 
 def test_memory_with_splits(tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch):
@@ -113,23 +113,25 @@ def test_http(tmp_path: Path, listing: bool):
     server = Server(tmp_path / "served", listing)
     try:
         address = f"{server.address}/coats" + ("" if listing else "/{00000..00002}.tar")
-        index = ShardIndex.open(local_folder(address))
+        index = ShardIndex.open(fetch_if_remote(address))
         assert list(index.texts) == [f"coat {n}" for n in range(10)]
-        assert index.jpeg(7) == picture(7)
+        assert index.image_bytes(7) == picture(7)
         asked = [path for path in server.asked if path.endswith(".tar")]
         assert sorted(asked) == [f"/coats/0000{n}.tar" for n in range(3)]
-        local_folder(address)
+        fetch_if_remote(address)
         assert [path for path in server.asked if path.endswith(".tar")] == asked
         with pytest.raises(UserError, match="hats.* is not there"):
-            local_folder(address.replace("coats", "hats"))
+            fetch_if_remote(address.replace("coats", "hats"))
     finally:
         server.shutdown()
         server.server_close()
     with pytest.raises(UserError, match="the server does not answer|cannot be read"):
-        local_folder(address)
+        fetch_if_remote(address)
 
 
-def test_a_shard_that_ends_early_is_not_kept(tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, own_cache: Path):
+def test_a_shard_that_ends_early_is_not_kept(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+):
     write_shards(tmp_path / "here", 10)
     upload(memory, tmp_path / "here", "/bucket")
     get = type(memory).get_file
@@ -142,11 +144,11 @@ def test_a_shard_that_ends_early_is_not_kept(tmp_path: Path, memory: fsspec.Abst
     with monkeypatch.context() as patch:
         patch.setattr(type(memory), "get_file", cut)
         with pytest.raises(UserError, match=r"00001\.tar ended after"):
-            local_folder("memory://bucket")
+            fetch_if_remote("memory://bucket")
     assert "00001.tar" not in {path.name for path in own_cache.rglob("*")}
     assert not list(own_cache.rglob("*.partial"))
     fetched = watch(memory, monkeypatch)
-    assert len(ShardIndex.open(local_folder("memory://bucket"))) == 10
+    assert len(ShardIndex.open(fetch_if_remote("memory://bucket"))) == 10
     assert fetched == ["/bucket/00001.tar"]  # what had come is kept
 
 
@@ -164,7 +166,7 @@ def test_a_shard_that_ends_early_is_not_kept(tmp_path: Path, memory: fsspec.Abst
 def test_what_cannot_be_fetched(address: str, expected: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(UserError, match=expected) as error:
-        local_folder(address)
+        fetch_if_remote(address)
     assert address in str(error.value)
 
 
@@ -174,4 +176,4 @@ def test_a_disk_that_is_too_small(tmp_path: Path, memory: fsspec.AbstractFileSys
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
-        local_folder("memory://bucket")
+        fetch_if_remote("memory://bucket")

@@ -19,14 +19,7 @@ import pytest
 from PIL import Image
 
 from syncmask_fast import report
-from syncmask_fast.report import (
-    MaskExample,
-    RetrievalExample,
-    RetrievedItem,
-    WordMark,
-    mask_overlay,
-    write_report,
-)
+from syncmask_fast.report import MaskExample, RetrievalExample, RetrievedItem, WordMark, mask_overlay, write_report
 from syncmask_fast.report.charts import line_chart, number, series, short, smooth
 from syncmask_fast.report.examples import frames, key_of, patch_count, segments, word_counts
 from syncmask_fast.report.pictures import data_uri, score_uri
@@ -68,9 +61,7 @@ class Page(HTMLParser):
             self.text += data
 
     def count(self, tag: str, style: str | None = None) -> int:
-        return sum(
-            t == tag and (style is None or style in (a.get("class") or "").split()) for t, a in self.tags
-        )
+        return sum(t == tag and (style is None or style in (a.get("class") or "").split()) for t, a in self.tags)
 
 
 def picture(side: int = 48, seed: int = 0) -> np.ndarray:
@@ -89,16 +80,7 @@ def word_marks(text: str = TEXT) -> list[WordMark]:
             if end > start:
                 seen, score = visible.get(word), 0.1 + 0.01 * start
                 marks.append(
-                    WordMark(
-                        text[start:end],
-                        start,
-                        end,
-                        True,
-                        seen,
-                        word in masked_random,
-                        word in masked_sync,
-                        score,
-                    )
+                    WordMark(text[start:end], start, end, True, seen, word in masked_random, word in masked_sync, score)
                 )
     return marks
 
@@ -134,26 +116,10 @@ def retrievals(count: int = 2, side: int = 48) -> list[RetrievalExample]:
 def metric_rows(count: int = 120) -> list[dict]:
     rows = []
     for step in range(count):
-        row = {
-            "step": step,
-            "epoch": step // 50,
-            "pairs_per_s": 410.0 + step % 3,
-            "data_wait_share": 0.02,
-            "lr": 1e-3,
-        }
-        row |= {
-            "loss": 9.0 - 0.01 * step,
-            "loss_itc": 4.0,
-            "loss_itm": 0.69,
-            "loss_mlm": 4.1,
-            "loss_mim": 0.21,
-        }
+        row = {"step": step, "epoch": step // 50, "pairs_per_s": 410.0 + step % 3, "data_wait_share": 0.02, "lr": 1e-3}
+        row |= {"loss": 9.0 - 0.01 * step, "loss_itc": 4.0, "loss_itm": 0.69, "loss_mlm": 4.1, "loss_mim": 0.21}
         if step % 40 == 39:
-            row |= {
-                "sync/patches/precision": 40.0 + step,
-                "sync/patches/random": 12.0,
-                "sync/words/auc": 61.5,
-            }
+            row |= {"sync/patches/precision": 40.0 + step, "sync/patches/random": 12.0, "sync/words/auc": 61.5}
         rows.append(row)
     return rows
 
@@ -259,11 +225,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
         config={HOSTILE: HOSTILE, "deep": {HOSTILE: [HOSTILE]}},
         metrics=[{"step": 1, "loss": 1.0, f"sync/{HOSTILE}": 1.0, f"eval/{HOSTILE}/precision": 2.0}],
         results=RESULTS
-        | {
-            HOSTILE: 1.0,
-            f"retrieval/i2t/{HOSTILE.replace('/', '')}/R@1": 2.0,
-            f"sync/{HOSTILE}/precision": 3.0,
-        },
+        | {HOSTILE: 1.0, f"retrieval/i2t/{HOSTILE.replace('/', '')}/R@1": 2.0, f"sync/{HOSTILE}/precision": 3.0},
         masks=[mask],
         retrieval=[
             RetrievalExample("i2t", HOSTILE, picture(), found, 1),
@@ -284,9 +246,7 @@ def test_nothing_is_fetched(tmp_path):
     for _, attrs in page.tags:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             assert (attrs.get(name) or "#").startswith(("#", "data:")), attrs
-    assert not re.search(
-        r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttpRequest", re.sub(r'"data:[^"]*"', "", html)
-    )
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|XMLHttpRequest", re.sub(r'"data:[^"]*"', "", html))
 
 
 @pytest.mark.parametrize("left_out", ["masks", "retrieval", "metrics", "results", "config", "summary"])
@@ -316,12 +276,7 @@ def test_all_empty(tmp_path):
         [{"step": 1, "epoch": 0, "loss": 3.5, "lr": 0.0, "pairs_per_s": 12, "data_wait_share": 0}],
         [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 3.5}],
         [{"loss": 3.5}],
-        [
-            {"step": 1, "loss": "bad"},
-            {"step": 2, "loss": None},
-            {"step": 3, "loss": True},
-            {"step": 4, "loss": 3.5},
-        ],
+        [{"step": 1, "loss": "bad"}, {"step": 2, "loss": None}, {"step": 3, "loss": True}, {"step": 4, "loss": 3.5}],
         [{"step": 1, "loss": 3.5, "eval/note": "text", "sync/words/auc": None}],
     ],
     ids=["one row", "not finite", "no step", "not numbers", "text under a metric key"],
@@ -329,18 +284,14 @@ def test_all_empty(tmp_path):
 def test_odd_metrics(tmp_path, rows):
     html, page = write(tmp_path, metrics=rows)
     assert "3.5" in page.text.split("How training went")[1]
-    drawn = " ".join(
-        attrs.get(name) or "" for _, attrs in page.tags for name in ("points", "cx", "cy", "y1", "d")
-    )
+    drawn = " ".join(attrs.get(name) or "" for _, attrs in page.tags for name in ("points", "cx", "cy", "y1", "d"))
     assert not re.search(r"nan|inf", drawn)
     lines = [json.loads(attrs["data-lines"]) for _, attrs in page.tags if attrs.get("data-lines")]
     assert next(line for line in lines if line[0]["label"] == "Total loss")[0]["v"] == ["3.50"]
 
 
 def test_results_that_are_not_finite(tmp_path):
-    _, page = write(
-        tmp_path, results={"sync/words/precision": math.nan, "retrieval/mean/101-candidate/R@1": math.inf}
-    )
+    _, page = write(tmp_path, results={"sync/words/precision": math.nan, "retrieval/mean/101-candidate/R@1": math.inf})
     assert page.count("div", "card") == 0
     assert "nan" in page.text
 
@@ -349,9 +300,7 @@ def test_results_that_are_not_finite(tmp_path):
     ("precision", "said"), [(41.0, "above both"), (20.0, "not above shuffled"), (5.0, "not above random and")]
 )
 def test_the_verdict_is_honest(precision, said):
-    html = cards(
-        {"sync/patches/precision": precision, "sync/patches/random": 10.0, "sync/patches/shuffled": 30.0}
-    )
+    html = cards({"sync/patches/precision": precision, "sync/patches/random": 10.0, "sync/patches/shuffled": 30.0})
     assert said in html
     assert ("verdict yes" in html) == (precision > 30)
 
@@ -369,12 +318,7 @@ def test_recall_is_the_mean_of_both_directions():
 def test_a_key_shown_in_a_table_is_not_repeated():
     more = results_section(RESULTS).split("More numbers")[1].split("<details")[0]
     shown = re.findall(r"<tr><td>(.*?)</td>", more)
-    assert shown == [
-        "retrieval/101-candidate/topped-up",
-        "retrieval/images",
-        "retrieval/products",
-        "category/accuracy",
-    ]
+    assert shown == ["retrieval/101-candidate/topped-up", "retrieval/images", "retrieval/products", "category/accuracy"]
 
 
 def test_atomic(tmp_path, monkeypatch):
@@ -471,12 +415,7 @@ def test_segments_with_odd_spans():
         WordMark("empty", 4, 4, True, None, True, True, 1.0),
     ]
     parts = segments(mask_example(text="a b c", words=marks), "random")
-    assert [(part.text, part.masked) for part in parts] == [
-        ("a", True),
-        (" ", False),
-        ("b", True),
-        (" c", False),
-    ]
+    assert [(part.text, part.masked) for part in parts] == [("a", True), (" ", False), ("b", True), (" c", False)]
     assert segments(mask_example(text="", words=[]), "sync") == []
 
 
@@ -492,12 +431,7 @@ def test_frames_merge_equal_boxes_and_part_their_numbers():
     example = mask_example(boxes=boxes)
     found = frames(example, radius=2.0)
     assert [frame.names for frame in found] == ["collar", "button", "beyond", "navy, linen"]
-    assert [frame.detail for frame in found] == [
-        True,
-        True,
-        True,
-        False,
-    ]  # large ones come last, without a number
+    assert [frame.detail for frame in found] == [True, True, True, False]  # large ones come last, without a number
     assert found[2].box == (30.0, 30.0, 48.0, 48.0)
     places = np.array([frame.badge for frame in found[:3]])
     gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)[np.triu_indices(3, 1)]
@@ -554,13 +488,7 @@ def test_charts():
     assert ys == sorted(ys, reverse=True)  # rising values rise on the page
     assert line_chart("Loss", "note", [series([], "loss", "loss")]) == ""
     assert [short(value) for value in (0, 1500, 2e6, 0.00075, 0.25)] == ["0", "1.5k", "2M", "7.5e-4", "0.25"]
-    assert [number(value) for value in (0, 0.1234, 12.345, 43210, 3e-9)] == [
-        "0",
-        "0.123",
-        "12.3",
-        "43,210",
-        "3.00e-09",
-    ]
+    assert [number(value) for value in (0, 0.1234, 12.345, 43210, 3e-9)] == ["0", "0.123", "12.3", "43,210", "3.00e-09"]
 
 
 def test_smoothing_keeps_level_and_takes_noise():
@@ -576,10 +504,7 @@ def test_a_spike_survives_thinning():
     values[2503] = 50.0
     rows = [{"step": step, "loss": value} for step, value in enumerate(values)]
     html = line_chart("Loss", "note", [series(rows, "loss", "loss")])
-    raw = [
-        float(point.split(",")[1])
-        for point in re.search(r'class="raw main" points="([^"]*)"', html)[1].split()
-    ]
+    raw = [float(point.split(",")[1]) for point in re.search(r'class="raw main" points="([^"]*)"', html)[1].split()]
     assert min(raw) == pytest.approx(14.0)  # clipped at the top of the plot, not lost
     assert len(raw) <= 240
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncmask_fast import retrieval
-from syncmask_fast.retrieval import RECALLS, Gallery, candidate_recall, full_recall, reranked_recall, shortlists
+from syncmask_fast.tasks import retrieval
+from syncmask_fast.tasks.retrieval import RECALLS, Gallery, recall_101, recall_full, recall_reranked, shortlists
 
 PRODUCTS = 120
 
@@ -31,7 +31,7 @@ def gallery(seed: int, *, products: int = PRODUCTS, groups: int = 3, whole_numbe
 def plain_full_recall(g: Gallery) -> dict[str, float]:
     """An image's rank: 1 + texts of other products that score as high or higher. A text's: its best photo against all other products' photos."""
     score = (g.images.double() @ g.texts.double().T).numpy()
-    product = g.product.numpy()
+    product = g.product_index.numpy()
     ranks: dict[str, list[int]] = {"i2t": [], "t2i": []}
     for i, own in enumerate(product):
         ranks["i2t"].append(1 + sum(score[i, j] >= score[i, own] for j in range(score.shape[1]) if j != own))
@@ -48,13 +48,13 @@ def test_full_recall_is_that_of_a_plain_count(seed: int, whole_numbers: bool):
     expected = plain_full_recall(g)
     assert 0 < expected["i2t/full/R@1"] < expected["i2t/full/R@10"] < 100  # neither trivial
     for tile in (1024, 7):
-        assert full_recall(g, tile) == pytest.approx(expected)
+        assert recall_full(g, tile) == pytest.approx(expected)
 
 
 def test_a_tie_is_a_miss():
     images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     g = Gallery(images, images.clone(), torch.arange(3), torch.zeros(3, dtype=torch.int64))
-    found = full_recall(g)
+    found = recall_full(g)
     assert found["i2t/full/R@1"] == pytest.approx(100 / 3)  # the two equal ones come second
     assert found["t2i/full/R@1"] == pytest.approx(100 / 3)
     assert found["i2t/full/R@5"] == 100
@@ -64,15 +64,17 @@ def test_further_photos_of_a_product_are_no_rivals():
     texts = torch.eye(2)
     images = torch.tensor([[1.0, 0.0], [0.9, 0.0], [0.8, 0.7], [0.0, 1.0]])
     g = Gallery(images, texts, torch.tensor([0, 0, 0, 1]), torch.zeros(2, dtype=torch.int64))
-    assert full_recall(g)["t2i/full/R@1"] == 100
+    assert recall_full(g)["t2i/full/R@1"] == 100
 
 
-@pytest.mark.parametrize("score", [full_recall, candidate_recall])
+@pytest.mark.parametrize("score", [recall_full, recall_101])
 def test_perfect_constant_and_broken_features(score):
     g = gallery(3)
     one = torch.eye(PRODUCTS)
-    perfect = score(g._replace(images=one[g.product], texts=one))
-    same = torch.full((1, 37), 0.3)  # an odd width: sums may round differently in different rows, were they not one product
+    perfect = score(g._replace(images=one[g.product_index], texts=one))
+    same = torch.full(
+        (1, 37), 0.3
+    )  # an odd width: sums may round differently in different rows, were they not one product
     constant = score(g._replace(images=same.expand(len(g.images), 37), texts=same.expand(PRODUCTS, 37)))
     broken = score(g._replace(images=g.images * torch.nan))
     recalls = [name for name in perfect if name.split("/")[-1].startswith("R@")]
@@ -83,7 +85,9 @@ def test_perfect_constant_and_broken_features(score):
         assert broken[name] == 0
 
 
-def plain_candidate_ranks(g: Gallery, monkeypatch: pytest.MonkeyPatch, **settings) -> tuple[dict[str, float], list[tuple]]:
+def plain_candidate_ranks(
+    g: Gallery, monkeypatch: pytest.MonkeyPatch, **settings
+) -> tuple[dict[str, float], list[tuple]]:
     """Runs the protocol and keeps what was drawn."""
     drawn = []
     rank = retrieval._rank
@@ -94,7 +98,7 @@ def plain_candidate_ranks(g: Gallery, monkeypatch: pytest.MonkeyPatch, **setting
         return found
 
     monkeypatch.setattr(retrieval, "_rank", record)
-    return candidate_recall(g, **settings), drawn
+    return recall_101(g, **settings), drawn
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
@@ -108,13 +112,13 @@ def test_candidate_recall_is_that_of_a_plain_count(monkeypatch: pytest.MonkeyPat
         way = ("i2t", "t2i")[number % 2]
         assert len(queries) == 50
         assert chosen.shape == (50, 100)
-        item_product = np.arange(PRODUCTS) if way == "i2t" else g.product.numpy()
+        item_product = np.arange(PRODUCTS) if way == "i2t" else g.product_index.numpy()
         ranks = []
         for query, right, others in zip(queries, truth, chosen, strict=True):
             product = item_product[right]
             assert len(set(others.tolist())) == 100
             assert (item_product[others] != product).all()
-            pool = (g.group.numpy()[item_product] == g.group[product].item()) & (item_product != product)
+            pool = (g.subcategory.numpy()[item_product] == g.subcategory[product].item()) & (item_product != product)
             same = pool[others].sum()
             assert same == min(100, pool.sum())  # its own group first, others only where it has too few
             extra, places = extra + 100 - same, places + 100
@@ -141,28 +145,32 @@ def test_queries_of_a_draw_are_different_and_seeded(monkeypatch: pytest.MonkeyPa
         # All images, or each product once, where there are fewer than 1,000; a text may be the truth of several images.
         assert len(truth) == (len(g.images), PRODUCTS)[number % 2]
         if number % 2:
-            assert sorted(g.product[truth].tolist()) == list(range(PRODUCTS))
+            assert sorted(g.product_index[truth].tolist()) == list(range(PRODUCTS))
     assert drawn[1][2].tolist() != drawn[3][2].tolist()  # another photo of a product in another draw
-    assert candidate_recall(g, queries=1000, draws=2, seed=1) == first
-    assert candidate_recall(g, queries=1000, draws=2, seed=2) != first
+    assert recall_101(g, queries=1000, draws=2, seed=1) == first
+    assert recall_101(g, queries=1000, draws=2, seed=2) != first
 
 
 def test_one_group_tops_up_nothing_and_groups_of_one_everything():
     g = gallery(7)
-    assert candidate_recall(g._replace(group=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"] == 0
-    assert candidate_recall(g._replace(group=torch.arange(PRODUCTS)), draws=1)["101-candidate/topped-up"] == 100
+    assert (
+        recall_101(g._replace(subcategory=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"] == 0
+    )
+    assert recall_101(g._replace(subcategory=torch.arange(PRODUCTS)), draws=1)["101-candidate/topped-up"] == 100
 
 
 def test_too_few_products():
     with pytest.raises(ValueError, match="101 products"):
-        candidate_recall(gallery(8, products=100))
-    candidate_recall(gallery(8, products=101), queries=3, draws=1)
+        recall_101(gallery(8, products=100))
+    recall_101(gallery(8, products=101), queries=3, draws=1)
 
 
 # Re-ranking -----------------------------------------------------------------------------------------------------------------------------
 
 
-def plain_reranked_rank(g: Gallery, itm: np.ndarray, way: str, query: int, items: list[int], right: set[int], k: int) -> int:
+def plain_reranked_rank(
+    g: Gallery, itm: np.ndarray, way: str, query: int, items: list[int], right: set[int], k: int
+) -> int:
     """One query: ITC sorts the items, ITM sorts the first k of them anew; the rank of the best right one, a tie being a miss."""
     itc = {j: float((g.images[query] @ g.texts[j]) if way == "i2t" else (g.texts[query] @ g.images[j])) for j in items}
     place = {j: n for n, j in enumerate(items)}
@@ -182,15 +190,22 @@ def test_reranked_recall_is_that_of_a_plain_count(whole_numbers: bool):
     rng = np.random.default_rng(0)
     itm = rng.integers(0, 9, (len(g.images), 101)).astype(np.float32)
     lists = shortlists(g, 7, queries=20, draws=2, seed=3, tile=33)
-    found = reranked_recall(lists, [torch.from_numpy(itm)[entry.images, entry.texts] for entry in lists])
-    product = g.product.numpy()
+    found = recall_reranked(lists, [torch.from_numpy(itm)[entry.images, entry.texts] for entry in lists])
+    product = g.product_index.numpy()
     ranks: dict[str, list[list[int]]] = {}
     for way, asked, items in (("i2t", len(g.images), 101), ("t2i", 101, len(g.images))):
-        right = [{int(product[q])} if way == "i2t" else set(np.flatnonzero(product == q).tolist()) for q in range(asked)]
-        ranks[f"{way}/full"] = [[plain_reranked_rank(g, itm, way, q, list(range(items)), right[q], 7) for q in range(asked)]]
+        right = [
+            {int(product[q])} if way == "i2t" else set(np.flatnonzero(product == q).tolist()) for q in range(asked)
+        ]
+        ranks[f"{way}/full"] = [
+            [plain_reranked_rank(g, itm, way, q, list(range(items)), right[q], 7) for q in range(asked)]
+        ]
     for draw in retrieval._draws(g, 20, 2, 3):
         pools = np.column_stack([draw.truth, draw.chosen])
-        rank = [plain_reranked_rank(g, itm, draw.way, int(q), pool.tolist(), {int(pool[0])}, 7) for q, pool in zip(draw.query, pools, strict=True)]
+        rank = [
+            plain_reranked_rank(g, itm, draw.way, int(q), pool.tolist(), {int(pool[0])}, 7)
+            for q, pool in zip(draw.query, pools, strict=True)
+        ]
         ranks.setdefault(f"{draw.way}/101-candidate", []).append(rank)
     for name, drawn in ranks.items():
         for k in RECALLS:
@@ -204,5 +219,7 @@ def test_a_judge_that_agrees_with_itc_changes_nothing():
     lists = shortlists(g, 12)
     assert len(lists) == 2  # too few products for 101 candidates
     itc = g.images @ g.texts.T
-    found = reranked_recall(lists, [itc[entry.images, entry.texts] for entry in lists])
-    assert found == pytest.approx({name.replace("/full/", "/full/itm-rerank/"): value for name, value in full_recall(g).items()})
+    found = recall_reranked(lists, [itc[entry.images, entry.texts] for entry in lists])
+    assert found == pytest.approx(
+        {name.replace("/full/", "/full/itm-rerank/"): value for name, value in recall_full(g).items()}
+    )

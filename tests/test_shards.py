@@ -19,7 +19,7 @@ from PIL import Image
 from syncmask_fast.data import shard_index, shards
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.tar import tar_members
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 
 
 def jpeg(size: int = 8, fmt: str = "JPEG") -> bytes:
@@ -64,19 +64,17 @@ def test_round_trip(tmp_path):
                 "view": ("front", "back")[i % 2],
                 "attributes": [span],
             }
-            writer.write(
-                f"p{i:03d}", jpeg(8 + i), {"product_id": i // 2, "text": f"a dress {i // 2} é", **more}
-            )
+            writer.write(f"p{i:03d}", jpeg(8 + i), {"product_id": i // 2, "text": f"a dress {i // 2} é", **more})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
     index = ShardIndex.open(tmp_path)
     assert len(index) == 7
-    assert not index.problems
-    assert index.jpeg(6) == jpeg(14)
+    assert not index.warnings
+    assert index.image_bytes(6) == jpeg(14)
     assert index.key(4) == "p004"
-    assert index.shard_of(3).name == "00001.tar"
+    assert index.shard_path(3).name == "00001.tar"
     assert index.record(5)["attributes"] == [{**span, "box": [0, 1.5, 7, 8]}]
     assert list(index.texts) == [f"a dress {i // 2} é" for i in range(7)]
-    assert len(index.texts.distinct) == 4
+    assert len(index.texts.unique) == 4
     assert index.texts[1:3] == ["a dress 0 é", "a dress 1 é"]
     assert index.product_ids.dtype == np.int64
     assert index.product_ids.tolist() == [0, 0, 1, 1, 2, 2, 3]
@@ -187,7 +185,7 @@ BAD_SAMPLES = {
     "no image bytes": ([("bad.jpg", b""), ("bad.json", record(1))], "image is empty"),
     "a text as image": ([("bad.jpg", b"hello"), ("bad.json", record(1))], "neither JPEG"),
     "twice": ([GOOD_IMAGE, ("bad.json", record(1)), GOOD_IMAGE, ("bad.json", record(2))], "appears twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
@@ -195,9 +193,9 @@ def test_bad_sample_is_named_and_left_out(tmp_path, name):
     members, reason = BAD_SAMPLES[name]
     make_tar(tmp_path / "x.tar", samples(60) + members + samples(60, 60))
     index = ShardIndex.open(tmp_path)
-    assert len(index.problems) == 1
-    assert index.problems[0].startswith("x.tar: member bad: ")
-    assert reason in index.problems[0]
+    assert len(index.warnings) == 1
+    assert index.warnings[0].startswith("x.tar: member bad: ")
+    assert reason in index.warnings[0]
     assert len(index) == (121 if name == "twice" else 120)
     assert index.texts[119] == "a red dress"
     make_tar(tmp_path / "x.tar", samples(20) + members)  # now 1 of 21: too many
@@ -213,8 +211,8 @@ def test_truncated_tar(tmp_path, cut):
     (tmp_path / "01.tar").write_bytes(whole[:cut])
     index = ShardIndex.open(tmp_path)
     assert len(index) == 150
-    assert len(index.problems) == 1
-    assert index.problems[0].startswith("01.tar: the file ends inside")
+    assert len(index.warnings) == 1
+    assert index.warnings[0].startswith("01.tar: the file ends inside")
 
 
 def test_not_a_tar_and_missing_end(tmp_path):
@@ -225,8 +223,8 @@ def test_not_a_tar_and_missing_end(tmp_path):
     (tmp_path / "02.tar").write_bytes(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512))
     index = ShardIndex.open(tmp_path)
     assert len(index) == 201
-    assert "01.tar" in index.problems[0]
-    assert "end of the archive is missing" in index.problems[1]
+    assert "01.tar" in index.warnings[0]
+    assert "end of the archive is missing" in index.warnings[1]
 
 
 def test_plain_webdataset(tmp_path):
@@ -247,7 +245,7 @@ def test_plain_webdataset(tmp_path):
     assert index.key(0) == "a/0"
     assert index.product_ids.tolist() == [0, 1]
     assert index.category.codes.tolist() == [-1, -1]
-    assert index.jpeg(0) == jpeg(fmt="PNG")
+    assert index.image_bytes(0) == jpeg(fmt="PNG")
 
 
 @pytest.mark.parametrize(
@@ -263,13 +261,13 @@ def test_plain_webdataset(tmp_path):
     ],
 )
 def test_product_numbers(ids, expected):
-    assert shard_index.number_products(ids).tolist() == expected
+    assert shard_index.encode_product_ids(ids).tolist() == expected
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1), st.text(max_size=3)), max_size=20))
 def test_product_numbers_tell_products_apart(ids):
-    numbers = shard_index.number_products(ids).tolist()
+    numbers = shard_index.encode_product_ids(ids).tolist()
     for i, a in enumerate(ids):
         for j, b in enumerate(ids):
             same = i == j or (a is not None and b is not None and str(a) == str(b))
@@ -284,7 +282,7 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
         again = ShardIndex.open(tmp_path)
     assert list(again.texts) == list(first.texts)
     assert again.record(2) == first.record(2)
-    assert again.jpeg(1) == first.jpeg(1)
+    assert again.image_bytes(1) == first.image_bytes(1)
     make_tar(tmp_path / "y.tar", samples(2, 3))
     assert len(ShardIndex.open(tmp_path)) == 5
     os.utime(tmp_path / "y.tar", ns=(1, 1))
@@ -322,8 +320,7 @@ def test_processes_build_at_once(tmp_path):
     code = f"from syncmask_fast.data.shards import ShardIndex; print(len(ShardIndex.open({str(tmp_path)!r})))"
     root = Path(__file__).parents[1]
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
     assert [run.communicate()[0].strip() for run in runs] == ["300"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [shard_index.CACHE_NAME, "x.tar"]
@@ -354,7 +351,7 @@ def test_shard_that_shrinks_is_a_user_error(tmp_path):
     index = ShardIndex.open(tmp_path)
     os.truncate(tmp_path / "x.tar", 600)
     with pytest.raises(UserError, match="was changed while the run read it"):
-        index.jpeg(2)
+        index.image_bytes(2)
 
 
 def test_many_shards_few_open_files(tmp_path, monkeypatch):
@@ -364,5 +361,5 @@ def test_many_shards_few_open_files(tmp_path, monkeypatch):
             writer.write(f"k{i}", jpeg(8 + i), {"text": "a dress"})
     index = ShardIndex.open(tmp_path)
     for i in [0, 5, 1, 4, 0, 3, 2]:
-        assert index.jpeg(i) == jpeg(8 + i)
+        assert index.image_bytes(i) == jpeg(8 + i)
     assert len(index._files) == 2

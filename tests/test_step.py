@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.attention import Layout
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.encoders import pack_pairs
-from syncmask_fast.losses import Queue, contrastive_loss, patch_pixels
-from syncmask_fast.masking import Masks, random_masks, sync_masks
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.step import draw_negatives, make_teacher, training_losses, update_teacher
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.losses import Queue, itc_loss, normalized_patches
+from syncmask_fast.objective.masking import Masks, random_masks, sync_masks
+from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses, sample_hard_negatives, update_teacher
 from tests.helpers import small_batch, small_config, small_tokenizer
 
 PAIRS = 6
@@ -37,25 +37,34 @@ def small_model(config: TrainConfig, seed: int = 0) -> SyncMaskModel:
 
 
 def some_queue(config: TrainConfig) -> Queue:
-    queue = Queue.empty(config.loss.queue, config.embed, torch.device("cpu"))
-    feats = F.normalize(torch.randn(2, 7, config.embed, generator=torch.Generator().manual_seed(9)), dim=-1)
-    queue.push(feats[0], feats[1], torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
+    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
+    feats = F.normalize(torch.randn(2, 7, config.embed_dim, generator=torch.Generator().manual_seed(9)), dim=-1)
+    queue.enqueue(feats[0], feats[1], torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
     return queue
 
 
 def losses_of(config: TrainConfig, model: SyncMaskModel, batch: Batch, *, seed: int = SEED, share: float = 0.5, **more):
     teacher = more.pop("teacher", None) or make_teacher(model)
-    return training_losses(model, teacher, batch, some_queue(config), config, sync_share=share, alpha=0.3, seed=seed, **more)
+    return pretraining_losses(
+        model, teacher, batch, some_queue(config), config, sync_share=share, alpha=0.3, seed=seed, **more
+    )
 
 
 class TestAgainstTheSlowWay:
     """The model, its teacher and the batch of all of them; the teacher is another model, so that no one takes the wrong one."""
 
-    @pytest.fixture(params=[("sync", 1.0, "pixels", "replace"), ("sync", 0.0, "teacher", "visible"), ("random", 0.5, "pixels", "replace")], ids=str)
+    @pytest.fixture(
+        params=[
+            ("sync", 1.0, "pixels", "replace"),
+            ("sync", 0.0, "teacher", "visible"),
+            ("random", 0.5, "pixels", "replace"),
+        ],
+        ids=str,
+    )
     def case(self, request: pytest.FixtureRequest):
         masking, share, target, copy = request.param
         base = small_config(masking=masking)
-        loss = dataclasses.replace(base.loss, mim_target=target, mim_copy=copy, itc=2.0, itm=3.0, mlm=5.0, mim=7.0)
+        loss = dataclasses.replace(base.loss, mim_target=target, mim_input=copy, itc=2.0, itm=3.0, mlm=5.0, mim=7.0)
         config = dataclasses.replace(base, loss=loss)
         model, teacher = small_model(config), make_teacher(small_model(config, seed=1))
         batch = small_batch(config, seed=3)
@@ -71,23 +80,28 @@ class TestAgainstTheSlowWay:
     def masks(cls, case) -> Masks:
         """The masks that the seed gives; share 0 or 1 makes the blend all of one kind."""
         config, model, teacher, batch, share, *_ = case
-        layout = Layout.of(batch.lengths)
+        layout = PackedLayout.of(batch.lengths)
         if config.masking == "sync" and share == 1:
             with torch.no_grad():
-                return sync_masks(teacher, teacher.image(batch.pixels), teacher.text(batch.token_ids, layout), layout, config.mask)
+                return sync_masks(
+                    teacher, teacher.image(batch.pixels), teacher.text(batch.token_ids, layout), layout, config.mask
+                )
         return random_masks(layout, model.image.patches, config.mask, torch.Generator().manual_seed(SEED))
 
     @staticmethod
     @torch.no_grad()
     def fused(model: SyncMaskModel, ids: Tensor, pixels: Tensor) -> Tensor:
-        alone = Layout.of([len(ids)])
-        return model.fusion(model.text(ids, alone), pack_pairs(alone), model.image(pixels[None]))
+        alone = PackedLayout.of([len(ids)])
+        return model.fusion(model.text(ids, alone), one_to_one(alone), model.image(pixels[None]))
 
     @staticmethod
     @torch.no_grad()
     def features(model: SyncMaskModel, batch: Batch) -> tuple[Tensor, Tensor]:
         images = torch.cat([model.project_images(model.image(x[None])) for x in batch.pixels])
-        texts = [model.project_texts(model.text(ids, Layout.of([len(ids)])), Layout.of([len(ids)])) for ids in batch.token_ids.split(batch.lengths)]
+        texts = [
+            model.project_texts(model.text(ids, PackedLayout.of([len(ids)])), PackedLayout.of([len(ids)]))
+            for ids in batch.token_ids.split(batch.lengths)
+        ]
         return images, torch.cat(texts)
 
     def test_itc(self, case):
@@ -95,15 +109,15 @@ class TestAgainstTheSlowWay:
         for ours, slow in zip(momentum, self.features(teacher, batch), strict=True):
             assert torch.allclose(ours, slow, atol=1e-5)
         feats = (*self.features(model, batch), *self.features(teacher, batch))
-        slow = contrastive_loss(*feats, batch.product_ids, some_queue(config), model.temperature, 0.3)
+        slow = itc_loss(*feats, batch.product_ids, some_queue(config), model.temperature, 0.3)
         assert found.itc.item() == pytest.approx(slow.item(), rel=1e-4)
 
     def test_itm(self, case):
         config, model, _, batch, _, found, _ = case
         images, texts = self.features(model, batch)
-        draw = (batch.product_ids, config.group.margin, config.loss.temperature)
-        negative_text, has_text = draw_negatives(images, texts, *draw, SEED)
-        negative_image, has_image = draw_negatives(texts, images, *draw, SEED + 1)
+        draw = (batch.product_ids, config.batch.margin, config.loss.temperature)
+        negative_text, has_text = sample_hard_negatives(images, texts, *draw, SEED)
+        negative_image, has_image = sample_hard_negatives(texts, images, *draw, SEED + 1)
         assert has_text.all()
         assert has_image.all()
         pairs = [(i, i, 1) for i in range(PAIRS)]
@@ -111,7 +125,7 @@ class TestAgainstTheSlowWay:
         pairs += [(int(negative_image[i]), i, 0) for i in range(PAIRS)]
         ids, total = self.texts(batch), 0.0
         for image, text, matched in pairs:
-            logits = model.match_head(self.fused(model, ids[text], batch.pixels[image])[0]).double()
+            logits = model.itm_head(self.fused(model, ids[text], batch.pixels[image])[0]).double()
             total -= logits.log_softmax(0)[matched].item()
         assert found.itm.item() == pytest.approx(total / len(pairs), rel=1e-4)
 
@@ -119,9 +133,9 @@ class TestAgainstTheSlowWay:
         _, model, _, batch, _, found, _ = case
         masks, total, count = self.masks(case), 0.0, 0
         for i, ids in enumerate(self.texts(batch)):
-            at = masks.words[i, : len(ids)].nonzero()[:, 0]
+            at = masks.token_mask[i, : len(ids)].nonzero()[:, 0]
             hidden = ids.index_fill(0, at, model.mask_id)
-            logits = model.word_head(self.fused(model, hidden, batch.pixels[i])[at], model.text.words.weight).double()
+            logits = model.mlm_head(self.fused(model, hidden, batch.pixels[i])[at], model.text.words.weight).double()
             total += F.cross_entropy(logits, ids[at], reduction="sum").item()
             count += len(at)
         assert count >= PAIRS
@@ -131,44 +145,50 @@ class TestAgainstTheSlowWay:
         config, model, teacher, batch, _, found, _ = case
         masks, errors = self.masks(case), []
         for i, ids in enumerate(self.texts(batch)):
-            alone, pixels, mask = Layout.of([len(ids)]), batch.pixels[i : i + 1], masks.patches[i : i + 1]
+            alone, pixels, mask = PackedLayout.of([len(ids)]), batch.pixels[i : i + 1], masks.patch_mask[i : i + 1]
             at = mask[0].nonzero()[:, 0]
             with torch.no_grad():
                 text = model.text(ids, alone)
-                if config.loss.mim_copy == "visible":
+                if config.loss.mim_input == "visible":
                     vit = model.image.vit
                     rows = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + (~mask[0]).nonzero()[:, 0]])
                     seen = vit.norm(vit.blocks(vit._pos_embed(vit.patch_embed(pixels))[:, rows]))
-                    predicted = model.patch_head(model.image.mask_queries(at[None]), text, alone, seen)
+                    predicted = model.mim_head(model.image.mask_token_queries(at[None]), text, alone, seen)
                 else:
-                    predicted = model.patch_head(model.image(pixels, mask)[1:, 1 + at], text, alone)
+                    predicted = model.mim_head(model.image(pixels, mask)[1:, 1 + at], text, alone)
                 if config.loss.mim_target == "pixels":
-                    target = patch_pixels(pixels, config.image.patch, at[None])
+                    target = normalized_patches(pixels, config.image.patch, at[None])
                 else:
                     full = teacher.image(pixels)[:, 1 + at]
-                    target = (full - full.mean(-1, keepdim=True)) / (full.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+                    target = (full - full.mean(-1, keepdim=True)) / (
+                        full.var(-1, correction=0, keepdim=True) + 1e-5
+                    ).sqrt()
             errors.append((predicted - target).double() ** 2)
         assert found.mim.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-4)
 
     def test_total_is_the_weighted_sum(self, case):
         found = case[5]
-        assert found.total.item() == pytest.approx((2 * found.itc + 3 * found.itm + 5 * found.mlm + 7 * found.mim).item(), rel=1e-6)
+        assert found.total.item() == pytest.approx(
+            (2 * found.itc + 3 * found.itm + 5 * found.mlm + 7 * found.mim).item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize(("target", "copy"), [("pixels", "replace"), ("teacher", "replace"), ("pixels", "visible")])
 @pytest.mark.parametrize("masking", ["sync", "random", "none"])
 def test_every_parameter_learns(masking: str, target: str, copy: str):
     config = small_config(masking=masking)
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target, mim_copy=copy))
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target, mim_input=copy))
     model = small_model(config)
     found, _ = losses_of(config, model, small_batch(config))
     found.total.backward()
     assert all(x.isfinite() for x in found[:5])
     assert (found.mlm == 0) == (found.mim == 0) == (masking == "none")
-    masked_only = ("image.mask_token", "word_head.", "patch_head.")
+    masked_only = ("image.mask_token", "mlm_head.", "mim_head.")
     for name, parameter in model.named_parameters():
         learns = masking != "none" or not name.startswith(masked_only)
-        assert (parameter.grad is not None and bool(parameter.grad.isfinite().all() and parameter.grad.any())) == learns, name
+        assert (
+            parameter.grad is not None and bool(parameter.grad.isfinite().all() and parameter.grad.any())
+        ) == learns, name
 
 
 @pytest.mark.parametrize(("stem", "ratio"), [("patch", 0.5), ("conv", 0.5), ("patch", 1.0)])
@@ -177,7 +197,7 @@ def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: fl
     config = small_config(masking="random")
     config = dataclasses.replace(
         config,
-        loss=dataclasses.replace(config.loss, mim_copy="visible", itc=0.0, itm=0.0, mlm=0.0),
+        loss=dataclasses.replace(config.loss, mim_input="visible", itc=0.0, itm=0.0, mlm=0.0),
         mask=dataclasses.replace(config.mask, patch_ratio=ratio),
         image=dataclasses.replace(config.image, patch=16, stem=stem),
     )
@@ -188,9 +208,9 @@ def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: fl
         found, _ = losses_of(config, model, batch, teacher=teacher)
         found.total.backward()
         errors.append(found.mim.item())
-        parts = [model.image.vit.blocks[0].attn.qkv, model.text.layers[0].attention.qkv, model.patch_head.look.kv]
+        parts = [model.image.vit.blocks[0].attn.qkv, model.text.layers[0].attention.qkv, model.mim_head.look.kv]
         if ratio < 1:  # otherwise there is [CLS] alone to look at, however it is asked for
-            parts.append(model.patch_head.look.q)
+            parts.append(model.mim_head.look.q)
         assert all(part.weight.grad.any() for part in parts)
         optimizer.step()
         optimizer.zero_grad()
@@ -200,10 +220,12 @@ def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: fl
 def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
     """As in bfloat16, here in float32. Fewer positions than the largest filling: it must come in several sequences."""
     config = small_config(masking="sync")
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=3))
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_negatives=3))
     model, batch, outcomes = small_model(config), small_batch(config), []
     for multiple in (1, 2, 64, 1000):
-        monkeypatch.setattr("syncmask_fast.step.rows_multiple", lambda device, multiple=multiple: multiple)
+        monkeypatch.setattr(
+            "syncmask_fast.objective.pretraining.rows_multiple", lambda device, multiple=multiple: multiple
+        )
         model.zero_grad()
         found, _ = losses_of(config, model, batch)
         found.total.backward()
@@ -221,7 +243,7 @@ def test_alignment_alone_leaves_the_fusion_out():
     found.total.backward()
     assert found.total == found.itc * config.loss.itc
     assert found.itc.item() == pytest.approx(losses_of(config, model, small_batch(config))[0].itc.item(), rel=1e-5)
-    later = ("image.mask_token", "fusion.", "match_head.", "word_head.", "patch_head.")
+    later = ("image.mask_token", "fusion.", "itm_head.", "mlm_head.", "mim_head.")
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(later), name
 
@@ -229,7 +251,7 @@ def test_alignment_alone_leaves_the_fusion_out():
 @pytest.mark.parametrize("fuse", [True, False])
 def test_presence_is_added_and_teaches_the_first_cross_attention(fuse: bool):
     config = small_config()
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=11.0, presence_images=3))
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=11.0, presence_negatives=3))
     model, batch = small_model(config), small_batch(config)
     found, _ = losses_of(config, model, batch, fuse=fuse)
     without, _ = losses_of(small_config(), model, batch, fuse=fuse)
@@ -243,7 +265,7 @@ def test_presence_is_added_and_teaches_the_first_cross_attention(fuse: bool):
 def test_collages_add_to_presence_and_teach_the_image_encoder_too():
     config = small_config()
     plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, itc=0.0, presence=1.0))
-    cut = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, cuts=0.5))
+    cut = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, collages=0.5))
     model, batch = small_model(config), small_batch(config)
     without, found = (losses_of(c, model, batch, fuse=False)[0] for c in (plain, cut))
     assert found.presence.item() > without.presence.item()  # each part is a cross-entropy
@@ -255,7 +277,9 @@ def test_presence_compares_with_every_other_image_where_there_are_few():
     config = small_config()
     model, batch, losses = small_model(config), small_batch(config), []
     for images in (PAIRS - 1, 100):
-        changed = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_images=images))
+        changed = dataclasses.replace(
+            config, loss=dataclasses.replace(config.loss, presence=1.0, presence_negatives=images)
+        )
         losses.append(losses_of(changed, model, batch))
     assert losses[0][0].presence.item() == pytest.approx(losses[1][0].presence.item(), rel=1e-5)
 
@@ -264,10 +288,10 @@ def test_the_teacher_is_not_asked_where_nobody_needs_it(monkeypatch: pytest.Monk
     config = small_config()
     model, batch = small_model(config), small_batch(config)
     teacher = make_teacher(small_model(config, seed=1))
-    empty = Queue.empty(0, config.embed, torch.device("cpu"))
+    empty = Queue.empty(0, config.embed_dim, torch.device("cpu"))
     draw = {"sync_share": 0.0, "seed": SEED}
     monkeypatch.setattr(teacher.image, "forward", lambda *_: pytest.fail("the teacher was asked"))
-    found, momentum = training_losses(model, teacher, batch, empty, config, fuse=False, alpha=0.0, **draw)
+    found, momentum = pretraining_losses(model, teacher, batch, empty, config, fuse=False, alpha=0.0, **draw)
     assert found.itc.isfinite()
     assert not momentum.images.requires_grad
     assert torch.allclose(momentum.images, model.project_images(model.image(batch.pixels)), atol=1e-6)
@@ -292,7 +316,13 @@ def test_one_product_in_the_batch_has_no_negatives():
     ids = batch.token_ids.split(batch.lengths)
     slow = 0.0
     for i in range(PAIRS):
-        slow -= model.match_head(TestAgainstTheSlowWay.fused(model, ids[i], batch.pixels[i])[0]).double().log_softmax(0)[1].item() / PAIRS
+        slow -= (
+            model.itm_head(TestAgainstTheSlowWay.fused(model, ids[i], batch.pixels[i])[0])
+            .double()
+            .log_softmax(0)[1]
+            .item()
+            / PAIRS
+        )
     assert found.itm.item() == pytest.approx(slow, rel=1e-4)
 
 
@@ -302,7 +332,7 @@ def test_texts_with_hardly_a_word(lengths: list[int]):
     config = small_config()
     pairs = len(lengths)
     ids = torch.cat([torch.tensor([2, *([7] * (n - 2)), 3]) for n in lengths])
-    starts, places = Layout.of(lengths).starts, torch.arange(pairs)
+    starts, places = PackedLayout.of(lengths).cu_seqlens, torch.arange(pairs)
     batch = Batch(torch.randn(pairs, 3, 48, 48), ids, starts, lengths, places, places, places, np.arange(pairs))
     model = small_model(config)
     found, _ = losses_of(config, model, batch, share=1.0)
@@ -319,13 +349,13 @@ def test_negatives_are_other_products_and_less_similar_where_there_are_such(gene
     similarity = anchors.double() @ candidates.double().T
     fit = (ids[:, None] != ids) & (similarity < similarity.diagonal()[:, None] - margin)
     for seed in range(40):
-        index, some = draw_negatives(anchors, candidates, ids, margin, 0.5, seed)
+        index, some = sample_hard_negatives(anchors, candidates, ids, margin, 0.5, seed)
         assert some.all()
         assert (ids[index] != ids).all()
         for i in range(24):
             assert fit[i, index[i]] or not fit[i].any()
     assert fit.any(1).all() == (margin == -torch.inf)  # otherwise the fallback was seen too
-    first, again = (draw_negatives(anchors, candidates, ids, margin, 0.5, 3)[0] for _ in range(2))
+    first, again = (sample_hard_negatives(anchors, candidates, ids, margin, 0.5, 3)[0] for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -337,7 +367,7 @@ def test_negatives_are_drawn_in_proportion_to_their_similarity():
     # Rows are the anchors' own pairs, so that only the first four candidates are of other products.
     candidates = torch.cat([others, torch.tensor([[1.0, 0.0]]).expand(3996, 2)])
     ids = torch.tensor([1, 2, 3, *([0] * 3997)])
-    index, some = draw_negatives(anchors, candidates, ids, -torch.inf, 0.5, 11)
+    index, some = sample_hard_negatives(anchors, candidates, ids, -torch.inf, 0.5, 11)
     assert some.all()
     drawn = index[3:].bincount(minlength=3)[:3] / 3997
     expected = (others[:3, 0] / 0.5).softmax(0)
@@ -346,7 +376,7 @@ def test_negatives_are_drawn_in_proportion_to_their_similarity():
 
 def test_no_other_product_is_no_negative(generator: torch.Generator):
     anchors, candidates = torch.randn(2, 5, 4, generator=generator)
-    index, some = draw_negatives(anchors, candidates, torch.full((5,), 7), 0.0, 0.1, 0)
+    index, some = sample_hard_negatives(anchors, candidates, torch.full((5,), 7), 0.0, 0.1, 0)
     assert not some.any()
     assert ((index >= 0) & (index < 5)).all()  # safe to gather with
 

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from syncmask_fast.sync import SyncMask, SyncTruth, partners, sync_metrics, truth
+from syncmask_fast.tasks.mask_quality import MaskTruth, SyncMask, partners, sync_metrics, truth
 
 #            0         1         2         3
 #            0123456789012345678901234567890123456789
 TEXT = "a red dress with a star and a zip"
-SPANS = np.array([[0, 1], [2, 5], [6, 11], [12, 16], [17, 18], [19, 21], [21, 23], [24, 27], [28, 29], [30, 33]])  # "star" in two pieces
+SPANS = np.array(
+    [[0, 1], [2, 5], [6, 11], [12, 16], [17, 18], [19, 21], [21, 23], [24, 27], [28, 29], [30, 33]]
+)  # "star" in two pieces
 
 NO_SCORE = np.zeros(0)  # patch scores are for the report alone
 
@@ -88,11 +90,11 @@ def test_partners_where_there_is_no_choice():
     assert partner.tolist() == [1, 0, 2]  # one product in the view; one sample in the view
 
 
-def by_hand() -> tuple[list[SyncTruth], list[SyncMask], np.ndarray]:
+def by_hand() -> tuple[list[MaskTruth], list[SyncMask], np.ndarray]:
     truths = [
-        SyncTruth(bools("xxx.x"), bools("xx..."), bools("xx.."), bools("xxx.")),
-        SyncTruth(bools(".xx"), bools("..x"), bools("...x"), bools("...x")),
-        SyncTruth(bools("...."), bools("...."), bools("...."), bools("....")),
+        MaskTruth(bools("xxx.x"), bools("xx..."), bools("xx.."), bools("xxx.")),
+        MaskTruth(bools(".xx"), bools("..x"), bools("...x"), bools("...x")),
+        MaskTruth(bools("...."), bools("...."), bools("...."), bools("....")),
     ]
     masks = [
         SyncMask(bools("x.xx."), bools("x.x."), np.array([3.0, 1, 2, 9, 1]), NO_SCORE),
@@ -132,25 +134,38 @@ def test_random_rates_are_those_of_drawn_masks():
     for _ in range(30):
         m = int(rng.integers(3, 20))
         attribute = rng.random(m) < 0.6
-        truths.append(SyncTruth(attribute, attribute & (rng.random(m) < 0.5), rng.random(16) < 0.2, rng.random(16) < 0.6))
-        masks.append(SyncMask(rng.permutation(np.arange(m) < max(1, m // 4)), rng.permutation(np.arange(16) < 5), rng.random(m), NO_SCORE))
+        truths.append(
+            MaskTruth(attribute, attribute & (rng.random(m) < 0.5), rng.random(16) < 0.2, rng.random(16) < 0.6)
+        )
+        masks.append(
+            SyncMask(
+                rng.permutation(np.arange(m) < max(1, m // 4)),
+                rng.permutation(np.arange(16) < 5),
+                rng.random(m),
+                NO_SCORE,
+            )
+        )
     expected = sync_metrics(truths, masks, np.arange(30))
     drawn: dict[str, list[float]] = {}
     for _ in range(150):
-        random = [SyncMask(rng.permutation(m.words), rng.permutation(m.patches), m.word_score, NO_SCORE) for m in masks]
+        random = [
+            SyncMask(rng.permutation(m.words), rng.permutation(m.patches), m.token_score, NO_SCORE) for m in masks
+        ]
         found = sync_metrics(truths, random, np.arange(30))
         for name in ("words", "patches", "any-patches"):
             drawn.setdefault(name, []).append(found[f"{name}/precision"])
             assert found[f"{name}/random"] == pytest.approx(expected[f"{name}/random"])
     for name, values in drawn.items():
         error = np.std(values) / math.sqrt(len(values))
-        assert abs(np.mean(values) - expected[f"{name}/random"]) < 5 * error + 0.3, name  # 0.3: a mean of ratios, not a ratio of means
+        assert abs(np.mean(values) - expected[f"{name}/random"]) < 5 * error + 0.3, (
+            name
+        )  # 0.3: a mean of ratios, not a ratio of means
 
 
 def test_perfect_and_reversed_scores():
     truths, masks, partner = by_hand()
     for sign, auc in ((1.0, 100.0), (-1.0, 0.0)):
-        scored = [m._replace(word_score=sign * t.visible.astype(float)) for t, m in zip(truths, masks, strict=True)]
+        scored = [m._replace(token_score=sign * t.visible.astype(float)) for t, m in zip(truths, masks, strict=True)]
         assert sync_metrics(truths, scored, partner)["words/auc"] == auc
 
 

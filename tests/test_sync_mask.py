@@ -23,8 +23,14 @@ PATCH_RULES = ("mean", "cls", "weighted", "max")
 # (B, H, T, P, D): all ones; odd; primes; one below and above a power of two; the model's own at 96 px; one more
 # than the C++ kernel's vectors (16), its words at a time (64 or 24) and its keys at a time (24, 12, 8, 6).
 SHAPES = [
-    (1, 1, 1, 1, 1), (3, 3, 5, 9, 7), (2, 5, 13, 31, 11), (2, 2, 17, 63, 33), (4, 4, 32, 36, 64), (2, 1, 97, 24, 17), (1, 2, 150, 61, 16),
-]  # fmt: skip
+    (1, 1, 1, 1, 1),
+    (3, 3, 5, 9, 7),
+    (2, 5, 13, 31, 11),
+    (2, 2, 17, 63, 33),
+    (4, 4, 32, 36, 64),
+    (2, 1, 97, 24, 17),
+    (1, 2, 150, 61, 16),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -248,7 +254,9 @@ def test_strides(backend, generator):
     plain = ops.sync_mask(q, k, maskable, v=v, token_score="output", backend=backend)
     # As a projection leaves them: [B, T, H, D] seen as [B, H, T, D].
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    got = ops.sync_mask(strided[0], strided[1], maskable.T.contiguous().T, v=strided[2], token_score="output", backend=backend)
+    got = ops.sync_mask(
+        strided[0], strided[1], maskable.T.contiguous().T, v=strided[2], token_score="output", backend=backend
+    )
     one_image = k[:1].expand(3, -1, -1, -1)
     expanded = ops.sync_mask(q, one_image, maskable[:1].expand(3, -1), backend=backend)
     repeated = ops.sync_mask(q, one_image.contiguous(), maskable[:1].repeat(3, 1), backend=backend)
@@ -333,7 +341,9 @@ def test_errors(change, names):
 
 def test_unknown_backends_name_what_there_is(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend is 'triton', which sync_mask does not have on cpu; expected 'auto' or 'reference'"):
+    with pytest.raises(
+        ValueError, match="backend is 'triton', which sync_mask does not have on cpu; expected 'auto' or 'reference'"
+    ):
         ops.sync_mask(**good(), backend="triton")
 
 
@@ -365,7 +375,9 @@ def test_attention_summary(backend, generator):
 
 
 # Several times what the kernel takes at once: words, keys, and a head width that is no multiple of a vector.
-@pytest.mark.parametrize("shape", [(1, 1, 512, 300, 24), (1, 2, 40, 4096, 128), (17, 3, 130, 97, 40), (2, 16, 3, 1, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 512, 300, 24), (1, 2, 40, 4096, 128), (17, 3, 130, 97, 40), (2, 16, 3, 1, 16)], ids=str
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_shapes(shape, backend, generator):
     q, k, v, maskable = draw(shape, generator)
@@ -427,7 +439,9 @@ def test_threads_do_not_show(generator):
             results = []
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                results.append(ops.sync_mask(q, k, maskable, v=v, token_score="output", patch_score=rule, backend="cpp"))
+                results.append(
+                    ops.sync_mask(q, k, maskable, v=v, token_score="output", patch_score=rule, backend="cpp")
+                )
             for other in results[1:]:
                 assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
     finally:
@@ -440,7 +454,17 @@ def test_threads_do_not_show(generator):
 def test_other_instruction_sets(capability):
     """The same tests with the kernels of lesser processors, in a process of its own (chosen at loading)."""
     tests = "test_matches_oracle or test_large_shapes or test_infinite or test_strides_of or test_threads or test_ties or test_nan"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({tests}) and not reference"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        f"({tests}) and not reference",
+    ]
     run = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -457,7 +481,9 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ops.sync_mask(q, k, words, backend="cpp")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(__file__))
+    )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 16 << 10  # KiB
 

@@ -40,7 +40,9 @@ def draw(shape, generator, dtype=torch.float32, spread=1.0):
 
 def run(q, k, maskable, v=None, token_ratio=0.15, patch_ratio=0.5, token_score="peak", patch_score="max", scale=None):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return SyncMask(*launcher.sync_mask_triton(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale))
+    return SyncMask(
+        *launcher.sync_mask_triton(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
+    )
 
 
 def truth(q, k, maskable, v=None, **options):
@@ -118,7 +120,9 @@ def test_counts(ratio, generator):
     maskable = torch.arange(31)[None] < torch.arange(31)[:, None]  # 0 to 30 words, in order
     got = run(q, k, maskable.to(DEVICE), token_ratio=ratio, patch_ratio=ratio)
     # 0.15 * 10 and 0.35 * 10 are halves in float64 and not in float32.
-    assert got.token_mask.sum(1).tolist() == [min(m, max(1, math.floor(ratio * m + 0.5))) if ratio else 0 for m in range(31)]
+    assert got.token_mask.sum(1).tolist() == [
+        min(m, max(1, math.floor(ratio * m + 0.5))) if ratio else 0 for m in range(31)
+    ]
     assert got.patch_mask.sum(1).tolist() == [max(1, math.floor(ratio * 13 + 0.5)) if ratio else 0] * 31
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
-from syncmask_fast.composed import ClassQueries, composed_recall
-from syncmask_fast.data.lookbook import draw_lookbook
-from syncmask_fast.data.lookbook.triplets import SAME, write_triplets
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.triplets import open_triplets
-from syncmask_fast.errors import UserError
-from syncmask_fast.recognition import recognition_metrics
+from syncmask_fast.sources.lookbook import draw_lookbook
+from syncmask_fast.sources.lookbook.triplets import SAME, write_triplets
+from syncmask_fast.tasks.composed import ClassQueries, composed_recall
+from syncmask_fast.tasks.recognition import recognition_metrics
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_lookbook
 
 
@@ -65,7 +65,9 @@ def test_chance_is_what_random_features_get():
     hits = []
     for _ in range(40):
         pictures = torch.randn(150, 8, generator=generator)
-        classes = {"bag": ClassQueries(torch.randn(50, 8, generator=generator), 3 * torch.arange(50), torch.arange(150))}
+        classes = {
+            "bag": ClassQueries(torch.randn(50, 8, generator=generator), 3 * torch.arange(50), torch.arange(150))
+        }
         found = composed_recall(classes, pictures, product)
         hits.append(found["mean/R@10"])
     assert found["mean/R@10/chance"] == pytest.approx(100 * (1 - np.prod([(140 - i) / (150 - i) for i in range(3)])))
@@ -119,7 +121,9 @@ def test_triplets_tell_what_differs(data: Path):
                 name = phrase.removeprefix("has no ")
                 assert name == "pattern" or (name in before["facts"] and name not in after["facts"])
             elif phrase != SAME:
-                told = [name for name, value in after["facts"].items() if said in (value, f"{value.removesuffix('s')}s")]
+                told = [
+                    name for name, value in after["facts"].items() if said in (value, f"{value.removesuffix('s')}s")
+                ]
                 assert any(before["facts"].get(name) != after["facts"][name] for name in told), phrase
     assert {name: len(pool) for name, pool in triplets.galleries.items()} == {
         name: (index.category.codes == code).sum() for code, name in enumerate(index.category.names)
@@ -130,7 +134,9 @@ def test_an_older_lookbook_gets_its_triplets(tmp_path: Path):
     """They follow from the records: the shards are not touched, and the content is that of a fresh drawing."""
     draw = {"products": 12, "eval_products": 4, "size": 32, "workers": 1}
     draw_lookbook(tmp_path / "lb", **draw)
-    files = [tmp_path / "lb" / split / name for split in ("train", "eval") for name in ("triplets.json", "galleries.json")]
+    files = [
+        tmp_path / "lb" / split / name for split in ("train", "eval") for name in ("triplets.json", "galleries.json")
+    ]
     fresh = [json.loads(file.read_text()) for file in files]
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")}
     for file in files:
@@ -142,18 +148,33 @@ def test_an_older_lookbook_gets_its_triplets(tmp_path: Path):
 
 def test_wording(tmp_path: Path):
     base = {"category": "shoe", "subcategory": "sneaker", "colour": "red", "pattern": "solid", "zip": "blue zip"}
-    other = {"category": "shoe", "subcategory": "ankle boot", "colour": "orange", "pattern": "white stripes", "lacing": "olive lacing"}
+    other = {
+        "category": "shoe",
+        "subcategory": "ankle boot",
+        "colour": "orange",
+        "pattern": "white stripes",
+        "lacing": "olive lacing",
+    }
     samples = [
-        (f"{i}_front", {"view": "front", "category": "shoe", "product_id": i, "facts": facts}) for i, facts in enumerate((base, other, base))
+        (f"{i}_front", {"view": "front", "category": "shoe", "product_id": i, "facts": facts})
+        for i, facts in enumerate((base, other, base))
     ]
     write_triplets(tmp_path, samples)
     found = json.loads((tmp_path / "triplets.json").read_text())
     assert {(t["candidate"][0], t["target"][0]) for t in found} == {("1", "0"), ("0", "1"), ("2", "1"), ("1", "2")}
     phrases = {phrase for t in found for caption in t["captions"] for phrase in caption.split(" and ")}
     assert phrases <= {
-        "is red", "is orange", "has no pattern", "has white stripes", "has a blue zip", "has no zip", "has olive lacing", "has no lacing",
-        "is a pair of sneakers", "is a pair of ankle boots",
-    }  # fmt: skip
+        "is red",
+        "is orange",
+        "has no pattern",
+        "has white stripes",
+        "has a blue zip",
+        "has no zip",
+        "has olive lacing",
+        "has no lacing",
+        "is a pair of sneakers",
+        "is a pair of ankle boots",
+    }
 
 
 def test_triplets_that_do_not_fit(data: Path, tmp_path: Path):
@@ -162,10 +183,18 @@ def test_triplets_that_do_not_fit(data: Path, tmp_path: Path):
     whole = Split(index, np.arange(len(index)))
     with pytest.raises(UserError, match=r"triplets\.json is missing"):
         open_triplets(whole)
-    for content in ("[", '[{"class": "bag"}]', '[{"class": "bag", "candidate": "x", "target": "y", "captions": ["z"]}]', "[]", "[3]"):
+    for content in (
+        "[",
+        '[{"class": "bag"}]',
+        '[{"class": "bag", "candidate": "x", "target": "y", "captions": ["z"]}]',
+        "[]",
+        "[3]",
+    ):
         (tmp_path / "triplets.json").write_text(content)
         with pytest.raises(UserError, match=r"triplets\.json"):
             open_triplets(whole)
-    (tmp_path / "triplets.json").write_text(r'[{"class": "bag", "candidate": "x", "target": "y", "captions": ["\ud800"]}]')
+    (tmp_path / "triplets.json").write_text(
+        r'[{"class": "bag", "candidate": "x", "target": "y", "captions": ["\ud800"]}]'
+    )
     with pytest.raises(UserError, match=r"triplets\.json has a text that is not valid Unicode"):
         open_triplets(whole)

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from syncmask_fast.data import text as text_module
-from syncmask_fast.data.text import TokenCache, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
-from syncmask_fast.data.text_table import StringTable, TextTable
-from syncmask_fast.data.wordpiece import learn_pieces
-from syncmask_fast.errors import UserError
+from syncmask_fast.data import tokenizer as text_module
+from syncmask_fast.data.strings import StringArray, UniqueStrings
+from syncmask_fast.data.tokenizer import TokenCache, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from syncmask_fast.data.wordpiece import train_wordpiece
+from syncmask_fast.utils.errors import UserError
 
 COLOURS, GARMENTS = ("red", "navy", "olive", "Café-brown"), ("dress", "trousers", "cardigan", "jumpsuit")
-TEXTS = [f"A {colour} {garment}, no. {i}, with a patch pocket" for i, (colour, garment) in enumerate(
-    (c, g) for c in COLOURS for g in GARMENTS
-)]  # fmt: skip
+TEXTS = [
+    f"A {colour} {garment}, no. {i}, with a patch pocket"
+    for i, (colour, garment) in enumerate((c, g) for c in COLOURS for g in GARMENTS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +48,23 @@ def test_trained_tokenizer(tokenizer):
 
 def test_learn_pieces_by_hand():
     words = {"low": 5, "lower": 2, "new": 6, "newer": 3}
-    pieces = [piece for piece in learn_pieces(words, 1000) if len(piece.removeprefix("##")) > 1]
+    pieces = [piece for piece in train_wordpiece(words, 1000) if len(piece.removeprefix("##")) > 1]
     # frequencies at first: (n, ##e) 9, (##e, ##w) 9, (l, ##o) 7, (##o, ##w) 7, (##e, ##r) 5, (##w, ##e) 5
     # (##e, ##w) comes first in alphabetical order ("#" before letters)
     assert pieces == ["##ew", "new", "##ow", "low", "##er", "newer", "lower"]
-    assert learn_pieces({}, 10)[:1] == ["##0"]
+    assert train_wordpiece({}, 10)[:1] == ["##0"]
 
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "from syncmask_fast.data.text import train_tokenizer\n"
+        "from syncmask_fast.data.tokenizer import train_tokenizer\n"
         "import hashlib, random; random.seed(1)\n"
         "texts = [''.join(random.choices('abcde ', k=60)) for _ in range(200)]\n"
         "print(hashlib.sha256(train_tokenizer(texts, 300).to_str().encode()).hexdigest())"
     )
     root = Path(__file__).parents[1]
     runs = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     first, second = (run.communicate()[0] for run in runs)
     assert len(first) > 60
@@ -101,9 +101,7 @@ def test_cased_vocabulary_stays_cased(tmp_path):
 
 
 def test_load_errors(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_HUB_OFFLINE", True
-    )  # else the hub's client tries again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub's client tries again and again
     with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -135,12 +133,12 @@ def test_cache_equals_tokenizer(tokenizer, tmp_path):
 def test_gather(tokenizer, tmp_path):
     cache = TokenCache.open(tmp_path, tokenizer, TEXTS * 2, 64)
     picks = np.array([17, 3, 3, 0])
-    ids, cu_seqlens = cache.gather(picks)
+    ids, cu_seqlens = cache.pack(picks)
     assert ids.dtype == np.int64
     assert cu_seqlens.dtype == np.int32
     assert cu_seqlens.tolist() == [0, *np.cumsum(cache.lengths[picks])]
     assert ids.tolist() == np.concatenate([cache.ids(i) for i in picks]).tolist()
-    assert cache.gather(np.array([], np.int64))[1].tolist() == [0]
+    assert cache.pack(np.array([], np.int64))[1].tolist() == [0]
 
 
 def test_truncation_and_literal_special_tokens(tokenizer, tmp_path):
@@ -174,15 +172,15 @@ def test_cache_is_kept_renewed_and_mended(tokenizer, tmp_path, monkeypatch):
 
 
 def test_nowhere_to_write(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "write_aside", lambda places, write: None)
+    monkeypatch.setattr(text_module, "atomic_folder", lambda places, write: None)
     assert TokenCache.open(tmp_path, tokenizer, TEXTS, 64).ids(0).tolist() == tokenizer.encode(TEXTS[0]).ids
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=12))
 def test_tables_hold_any_text(texts):
-    assert list(StringTable.of(texts)) == texts
-    table = TextTable.of(texts)
+    assert list(StringArray.of(texts)) == texts
+    table = UniqueStrings.of(texts)
     assert list(table) == texts
-    assert len(set(table.distinct)) == len(table.distinct) == len(set(texts))
+    assert len(set(table.unique)) == len(table.unique) == len(set(texts))
     assert table[::-2] == texts[::-2]

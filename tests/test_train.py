@@ -18,20 +18,28 @@ import torch
 from PIL import Image
 
 from syncmask_fast import train
-from syncmask_fast.checkpoint import checkpoints
-from syncmask_fast.errors import UserError, run_command
-from syncmask_fast.model import SyncMaskModel
+from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.train import main
+from syncmask_fast.training.checkpoint import checkpoints
+from syncmask_fast.utils.errors import UserError, run_command
 from tests.helpers import SPEED, small_lookbook
 
 ROOT = Path(__file__).parent.parent
 BATCH = 16
 SMALL = (
     "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
-    f" --text.fusion-layers 2 --text.mlm-steps 2 --embed 16 --batch-size {BATCH} --loss.queue 32"
-    " --save-every 3 --log-every 2 --threads 1 --device cpu"
+    f" --text.fusion-layers 2 --text.pretrain-steps 2 --embed-dim 16 --batch-size {BATCH} --loss.queue 32"
+    " --save-every 3 --log-every 2 --decode-threads 1 --device cpu"
 ).split()
-SIX = ["--steps", "6", "--loss.align", "0.34", "--mask.ramp", "0.2", "0.6"]  # two steps of ITC alone, then masks from random to sync
+SIX = [
+    "--steps",
+    "6",
+    "--loss.itc-only",
+    "0.34",
+    "--mask.ramp",
+    "0.2",
+    "0.6",
+]  # two steps of ITC alone, then masks from random to sync
 KEYS = {"step", "epoch", *(SPEED - {"plan_s"}), "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
 
@@ -50,7 +58,10 @@ def write_plain_dataset(folder: Path, samples: int) -> None:
             picture = Image.fromarray(rng.integers(0, 255, (40 + n % 7, 30 + n % 5, 3), dtype=np.uint8))
             buffer = io.BytesIO()
             (picture.convert("L") if n % 4 == 0 else picture).save(buffer, "JPEG")
-            for name, content in ((f"{n:04d}.jpg", buffer.getvalue()), (f"{n:04d}.txt", f"coat number {n} with {n % 3} zips".encode())):
+            for name, content in (
+                (f"{n:04d}.jpg", buffer.getvalue()),
+                (f"{n:04d}.txt", f"coat number {n} with {n % 3} zips".encode()),
+            ):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
@@ -67,7 +78,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps, which go into the second epoch, without a break; loaded with DALI."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
     return out
 
 
@@ -89,7 +100,9 @@ def assert_same_model(a: Path, b: Path) -> None:
 
 
 def test_folder_of_a_run(run: Path, data: Path):
-    assert {"config.json", "metrics.jsonl", "results.json", "report.html", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "results.json", "report.html", "checkpoints", "model"} <= {
+        p.name for p in run.iterdir()
+    }
     assert not [p for p in run.rglob("*") if "partial" in p.name]
     config = json.loads((run / "config.json").read_text())
     assert config["batch_size"] == BATCH
@@ -115,7 +128,9 @@ def test_metrics_of_every_step(run: Path):
         fused = row["step"] > 2
         assert all((name in row) == (fused or name == "loss_itc") for name in LOSSES)
         if fused:
-            assert row["loss"] == pytest.approx(sum(row[name] for name in (*LOSSES, "loss_presence")), rel=1e-4)  # all weights are 1
+            assert row["loss"] == pytest.approx(
+                sum(row[name] for name in (*LOSSES, "loss_presence")), rel=1e-4
+            )  # all weights are 1
     assert [row["epoch"] for row in found if "plan_s" in row] == [1]
     assert "sync/words/auc" in found[-1]
     assert found[0]["lr"] > 0
@@ -129,7 +144,15 @@ def test_results(run: Path):
             assert f"retrieval/{way}/101-candidate/R@{k}/std" in results
     assert results["retrieval/i2t/full/R@1"] <= results["retrieval/i2t/full/R@10"]
     assert results["retrieval/products"] == 105
-    for name in ("words/precision", "words/random", "words/shuffled", "words/auc", "patches/precision", "patches/random", "patches/shuffled"):
+    for name in (
+        "words/precision",
+        "words/random",
+        "words/shuffled",
+        "words/auc",
+        "patches/precision",
+        "patches/random",
+        "patches/shuffled",
+    ):
         assert 0 <= results[f"sync/{name}"] <= 100
 
 
@@ -145,7 +168,7 @@ def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, data: Pa
         shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "ep')
-    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
     assert learnt(out) == learnt(run)
     assert_same_model(run, out)
     assert (out / "report.html").is_file()
@@ -155,16 +178,18 @@ def test_finished_run_is_evaluated_again_and_no_more(run: Path, data: Path, tmp_
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "results.json").unlink()
-    main(["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)])
+    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
     assert rows(out) == rows(run)
     assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
 
 
-def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run goes on to what it would have been."""
     out = tmp_path / "run"
-    flags = ["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(out)]
-    step = train.one_step
+    flags = ["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)]
+    step = train.train_step
 
     def interrupted(config, state, *more):
         if state.step == 3:
@@ -172,7 +197,7 @@ def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(run: Path, data: Path, tmp_
         return step(config, state, *more)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "one_step", interrupted)
+    monkeypatch.setattr(train, "train_step", interrupted)
     with pytest.raises(SystemExit) as left:
         main(flags)
     monkeypatch.undo()
@@ -203,15 +228,28 @@ def test_resume_of_another_run(run: Path, data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--masking random --batching random --loss.mim-copy visible",
+        "--masking random --batching random --loss.mim-input visible",
         "--masking none --batching hard",
-        "--loss.mim-target teacher --optim.accumulate 2 --loss.queue 0 --mask.ramp 0 0",
+        "--loss.mim-target teacher --optim.grad-accum 2 --loss.queue 0 --mask.ramp 0 0",
         "--epochs 1 --batch-size 32 --batching hard --precision bfloat16",
     ],
 )
 def test_modes(pairs: Path, tmp_path: Path, flags: str):
     length = [] if "--epochs" in flags else ["--steps", "2"]
-    main(["tiny", *SMALL, "--loss.align", "0", *length, *flags.split(), "--data", str(pairs), "--out", str(tmp_path / "run")])
+    main(
+        [
+            "tiny",
+            *SMALL,
+            "--loss.itc-only",
+            "0",
+            *length,
+            *flags.split(),
+            "--data",
+            str(pairs),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     found = rows(tmp_path / "run")
     assert len(found) == 2
     for row in found:
@@ -222,7 +260,22 @@ def test_modes(pairs: Path, tmp_path: Path, flags: str):
 
 def test_plain_webdataset(pairs: Path, tmp_path: Path):
     out = tmp_path / "run"
-    main(["tiny", *SMALL, "--steps", "2", "--loss.align", "0", "--eval.holdout", "0.1", "--data", str(pairs), "--out", str(out)])
+    main(
+        [
+            "tiny",
+            *SMALL,
+            "--steps",
+            "2",
+            "--loss.itc-only",
+            "0",
+            "--eval.holdout-fraction",
+            "0.1",
+            "--data",
+            str(pairs),
+            "--out",
+            str(out),
+        ]
+    )
     assert len(rows(out)) == 2
     results = json.loads((out / "results.json").read_text())
     assert results["retrieval/products"] == 7  # each pair is its own product; too few for 101 candidates
@@ -236,10 +289,27 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as archive:
         member = archive.getmember("0007.jpg")
-    content[member.offset_data + member.size // 3 : member.offset_data + member.size] = bytes(member.size - member.size // 3)
+    content[member.offset_data + member.size // 3 : member.offset_data + member.size] = bytes(
+        member.size - member.size // 3
+    )
     tar.write_bytes(content)
     out = tmp_path / "run"
-    main(["tiny", *SMALL, "--steps", "3", "--loss.align", "0", "--eval.holdout", "0", "--data", str(tmp_path / "shards"), "--out", str(out)])
+    main(
+        [
+            "tiny",
+            *SMALL,
+            "--steps",
+            "3",
+            "--loss.itc-only",
+            "0",
+            "--eval.holdout-fraction",
+            "0",
+            "--data",
+            str(tmp_path / "shards"),
+            "--out",
+            str(out),
+        ]
+    )
     assert all(math.isfinite(value) for row in rows(out) for value in row.values())
     assert len(rows(out)) == 3
 
@@ -260,7 +330,9 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
         (["--image.heads", "5"], "--image"),
     ],
 )
-def test_one_sentence_for_a_mistake(data: Path, tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch):
+def test_one_sentence_for_a_mistake(
+    data: Path, tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as error:
         main(["tiny", *SMALL, *SIX, "--data", str(data), "--out", str(tmp_path / "run"), *flags])
@@ -272,13 +344,13 @@ def test_a_mended_mistake_may_use_the_same_folder(data: Path, tmp_path: Path):
     flags = ["tiny", *SMALL, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--batch-size"):
         main([*flags, "--batch-size", "5000"])
-    main([*flags, "--loss.align", "1"])
+    main([*flags, "--loss.itc-only", "1"])
     assert len(rows(tmp_path / "run")) == 1
 
 
 def test_existing_run(run: Path, data: Path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    again = ["tiny", *SMALL, *SIX, "--loader", "dali", "--data", str(data), "--out", str(run)]
+    again = ["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(run)]
     with pytest.raises(UserError, match="--resume never"):
         main([*again, "--resume", "never"])
     with pytest.raises(UserError, match="seed"):
@@ -289,7 +361,16 @@ def test_existing_run(run: Path, data: Path):
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path: Path):
-    command = [sys.executable, "-m", "syncmask_fast.train", "tiny", "--data", "no/such/folder", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "syncmask_fast.train",
+        "tiny",
+        "--data",
+        "no/such/folder",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no/such/folder ")

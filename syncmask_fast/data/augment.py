@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 
 ATTEMPTS = 10  # tries for a crop that fits, as torchvision's RandomResizedCrop has
 
@@ -27,7 +27,7 @@ class AugmentConfig:
     brightness: float = 0.2  # factor drawn from 1 - x to 1 + x, and so on
     contrast: float = 0.2
     saturation: float = 0.2
-    word_drop: float = 0.0  # share of the words that is left out of each text, anew in each epoch
+    token_dropout: float = 0.0  # share of the words that is left out of each text, anew in each epoch
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -38,13 +38,13 @@ class AugmentConfig:
             raise UserError(f"augment.ratio must be two positive numbers, low before high, not {self.ratio}")
         if not 0 <= self.flip <= 1:
             raise UserError(f"augment.flip must lie in 0 to 1, not {self.flip}")
-        for name in ("brightness", "contrast", "saturation", "word_drop"):
+        for name in ("brightness", "contrast", "saturation", "token_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} must lie in 0 to 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class CropParams:
+class AugmentParams:
     """What is done to B images: a crop in pixels of the stored image; after the resize, colours and a flip.
 
     x, y, width, height:              int32 [B], a window of at least 1 x 1 within the image
@@ -64,19 +64,14 @@ class CropParams:
     def __len__(self) -> int:
         return len(self.x)
 
-    def take(self, rows: np.ndarray) -> CropParams:
+    def take(self, rows: np.ndarray) -> AugmentParams:
         """The same for some of the images. rows: int64 [n] or bool [B]."""
-        return CropParams(**{name: values[rows] for name, values in vars(self).items()})
+        return AugmentParams(**{name: values[rows] for name, values in vars(self).items()})
 
 
-def crop_params(
-    seed: int,
-    epoch: int,
-    positions: np.ndarray,
-    widths: np.ndarray,
-    heights: np.ndarray,
-    config: AugmentConfig,
-) -> CropParams:
+def sample_augmentations(
+    seed: int, epoch: int, positions: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig
+) -> AugmentParams:
     """Draws a random resized crop, a flip and colour factors for each position of an epoch.
 
     seed:      0 <= seed < 2**64.     epoch: 0 <= epoch < 2**32.
@@ -105,39 +100,36 @@ def crop_params(
     colour = _uniform(seed, epoch, np.asarray(positions), np.array([ATTEMPTS]))[0]  # [B, 4]
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     factors = (1 + strengths * (2 * colour[:, 1:] - 1)).astype(np.float32)
-    return CropParams(
+    return AugmentParams(
         *(values.astype(np.int32) for values in (x, y, width, height)),
         colour[:, 0] < config.flip,
         *np.ascontiguousarray(factors.T),
     )
 
 
-def kept_tokens(seed: int, epoch: int, positions: np.ndarray, lengths: np.ndarray, word_drop: float) -> np.ndarray:
+def token_dropout_mask(
+    seed: int, epoch: int, positions: np.ndarray, lengths: np.ndarray, token_dropout: float
+) -> np.ndarray:
     """Draws which tokens of each text stay: bool [total], the texts' tokens behind each other; the first and the last always stay.
 
     positions: int64 [B], places in the epoch.     lengths: int [B], tokens of each text, [CLS] and [SEP] included.
     """
     longest = int(lengths.max(initial=1))
-    draws = _uniform(seed, epoch, np.asarray(positions), ATTEMPTS + 1 + np.arange(-(-longest // 4)))  # [ceil(L / 4), B, 4]
-    keep = draws.transpose(1, 0, 2).reshape(len(lengths), -1)[:, :longest] >= word_drop
+    draws = _uniform(
+        seed, epoch, np.asarray(positions), ATTEMPTS + 1 + np.arange(-(-longest // 4))
+    )  # [ceil(L / 4), B, 4]
+    keep = draws.transpose(1, 0, 2).reshape(len(lengths), -1)[:, :longest] >= token_dropout
     place = np.arange(longest)
     keep |= (place == 0) | (place == lengths[:, None] - 1)
     return keep[place < lengths[:, None]]
 
 
-def whole_images(widths: np.ndarray, heights: np.ndarray) -> CropParams:
+def no_augmentation(widths: np.ndarray, heights: np.ndarray) -> AugmentParams:
     """The evaluation mode: the whole image, unchanged but for the resize."""
     count = len(widths)
     zero, one = np.zeros(count, np.int32), np.ones(count, np.float32)
-    return CropParams(
-        zero,
-        zero,
-        np.asarray(widths, np.int32),
-        np.asarray(heights, np.int32),
-        np.zeros(count, bool),
-        one,
-        one,
-        one,
+    return AugmentParams(
+        zero, zero, np.asarray(widths, np.int32), np.asarray(heights, np.int32), np.zeros(count, bool), one, one, one
     )
 
 

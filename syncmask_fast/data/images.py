@@ -61,11 +61,7 @@ def _check_jpeg(data: bytes) -> tuple[int, int, bool]:
             at += 2
         elif 0xC0 <= marker <= 0xCF and marker not in _NOT_SIZES:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            return (
-                width,
-                height,
-                data.rfind(b"\xff\xd9") > at,
-            )  # the end mark; it cannot occur within coded data
+            return (width, height, data.rfind(b"\xff\xd9") > at)  # the end mark; it cannot occur within coded data
         elif marker == 0xDA or marker == 0xD9:  # the picture or its end before its size
             return 0, 0, True
         else:

@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from syncmask_fast.data.augment import AugmentConfig, crop_params, kept_tokens, whole_images
-from syncmask_fast.data.decoding import Decoder, ImageJob
+from syncmask_fast.data.augment import AugmentConfig, no_augmentation, sample_augmentations, token_dropout_mask
+from syncmask_fast.data.decode.base import Decoder, DecodeRequest
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.data.text import TokenCache
-from syncmask_fast.errors import UserError
-from syncmask_fast.parts import Part
+from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.distributed.shard import BatchShard
+from syncmask_fast.utils.errors import UserError
 
 __all__ = ["Batch", "Loader", "decode_image"]
 
 MAX_BAD_IMAGES = 32  # beyond this many, a share of more than 1 % ends the run
-HALF = (0.5, 0.5, 0.5)
-BACKENDS = ("auto", "native", "dali", "torchvision")
+PIXEL_MEAN = (0.5, 0.5, 0.5)
+BACKENDS = ("auto", "cpp", "dali", "torchvision")
 _log = logging.getLogger("syncmask_fast")
 
 
@@ -45,10 +45,10 @@ class Batch:
     cu_seqlens: Tensor  # int32 [B + 1], on the device
     lengths: list[int]  # tokens of each text, on the host
     product_ids: Tensor  # int64 [B], on the device
-    samples: Tensor  # int64 [B], sample numbers in the index, on the device
-    positions: Tensor  # int64 [B], places in the epoch, on the device
-    sample_numbers: np.ndarray  # int64 [B], the same as `samples`, on the host
-    part: Part | None = field(default=None, kw_only=True)  # of a batch that is cut over several processes
+    sample_ids: Tensor  # int64 [B], sample numbers in the index, on the device
+    epoch_positions: Tensor  # int64 [B], places in the epoch, on the device
+    sample_ids_host: np.ndarray  # int64 [B], the same as `samples`, on the host
+    shard: BatchShard | None = field(default=None, kw_only=True)  # of a batch that is cut over several processes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,8 +61,8 @@ class Loader:
                 is left out).
     size:       width and height of the pixels; the aspect ratio of crops is not kept.
     augment:    random crop, flip and colours; None resizes the whole image (evaluation).
-    seed:       0 or more; see `crop_params`.
-    backend:    "native", "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
+    seed:       0 or more; see `sample_augmentations`.
+    backend:    "cpp", "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
                 rounding.
     threads:    for decoding; None takes the cores that this process may use, at most 16.
     prefetch:   batches whose bytes are read ahead.
@@ -90,15 +90,13 @@ class Loader:
         threads: int | None = None,
         prefetch: int = 4,
         drop_last: bool = False,
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
+        mean: tuple[float, float, float] = PIXEL_MEAN,
+        std: tuple[float, float, float] = PIXEL_MEAN,
     ) -> None:
         if len(tokens) != len(index):
             raise ValueError(f"{len(tokens)} texts were tokenised for {len(index)} samples")
         if min(batch_size, size, prefetch) < 1:
-            raise ValueError(
-                f"batch_size {batch_size}, size {size} and prefetch {prefetch} must be at least 1"
-            )
+            raise ValueError(f"batch_size {batch_size}, size {size} and prefetch {prefetch} must be at least 1")
         self.index, self.tokens, self.augment, self.seed = index, tokens, augment, seed
         self.batch_size, self.prefetch, self.drop_last = batch_size, prefetch, drop_last
         self.device = torch.device(device)
@@ -168,7 +166,7 @@ class Loader:
             for i in range(self.batches(len(order), start))
         ]
         waiting = deque(parts)
-        reading: deque[Future[ImageJob]] = deque()
+        reading: deque[Future[DecodeRequest]] = deque()
         started = 0
         try:
             for _ in parts:
@@ -177,11 +175,11 @@ class Loader:
                     while waiting and len(reading) < self.prefetch:
                         part = waiting.popleft()
                         reading.append(self._readers.submit(self._read, order[part], positions[part], epoch))
-                    if not reading or started >= self._decoder.ahead or (started and not reading[0].done()):
+                    if not reading or started >= self._decoder.depth or (started and not reading[0].done()):
                         break
-                    self._decoder.start(reading.popleft().result())
+                    self._decoder.submit(reading.popleft().result())
                     started += 1
-                job, pixels, refused = self._decoder.finish()
+                job, pixels, refused = self._decoder.result()
                 started -= 1
                 for sample, reason in refused.items():
                     self._skip(sample, reason)
@@ -192,16 +190,16 @@ class Loader:
         finally:
             for future in reading:
                 future.cancel()
-            self._decoder.drain()
+            self._decoder.flush()
 
-    def _read(self, samples: np.ndarray, positions: np.ndarray, epoch: int) -> ImageJob:
+    def _read(self, samples: np.ndarray, positions: np.ndarray, epoch: int) -> DecodeRequest:
         """Reads and checks the images of a batch; damaged ones are left out."""
         rows, encoded, sizes = [], [], []
         for row, sample in enumerate(samples.tolist()):
             if sample in self._refused:
                 continue
             try:
-                data = self.index.jpeg(sample)
+                data = self.index.image_bytes(sample)
                 sizes.append(check_image(data))
             except (ValueError, OSError) as error:
                 self._skip(sample, str(error))
@@ -211,37 +209,35 @@ class Loader:
         samples, positions = samples[rows], positions[rows]
         widths, heights = np.array(sizes, np.int64).reshape(-1, 2).T
         if self.augment is None:
-            params = whole_images(widths, heights)
+            params = no_augmentation(widths, heights)
         else:
-            params = crop_params(self.seed, epoch, positions, widths, heights, self.augment)
-        return ImageJob(samples, positions, encoded, params, epoch)
+            params = sample_augmentations(self.seed, epoch, positions, widths, heights, self.augment)
+        return DecodeRequest(samples, positions, encoded, params, epoch)
 
     def _skip(self, sample: int, reason: str) -> None:
         if sample in self._refused:
             return
         self._refused.add(sample)
         self.skipped.append((sample, reason))
-        _log.warning(
-            "%s: member %s: %s; skipped", self.index.shard_of(sample), self.index.key(sample), reason
-        )
+        _log.warning("%s: member %s: %s; skipped", self.index.shard_path(sample), self.index.key(sample), reason)
         if len(self.skipped) > max(MAX_BAD_IMAGES, 0.01 * len(self.index)):
             raise UserError(
                 f"{len(self.skipped)} of the {len(self.index)} images in {self.index.folder} are damaged; "
                 f"repair or repack the shards (the last: member {self.index.key(sample)}, {reason})"
             )
 
-    def _batch(self, job: ImageJob, pixels: Tensor) -> Batch:
-        token_ids, cu_seqlens = self.tokens.gather(job.samples)
-        if self.augment is not None and self.augment.word_drop:
-            keep = kept_tokens(self.seed, job.epoch, job.positions, np.diff(cu_seqlens), self.augment.word_drop)
+    def _batch(self, job: DecodeRequest, pixels: Tensor) -> Batch:
+        token_ids, cu_seqlens = self.tokens.pack(job.samples)
+        if self.augment is not None and self.augment.token_dropout:
+            keep = token_dropout_mask(
+                self.seed, job.epoch, job.positions, np.diff(cu_seqlens), self.augment.token_dropout
+            )
             token_ids, cu_seqlens = token_ids[keep], np.append(0, np.cumsum(keep))[cu_seqlens].astype(np.int32)
         product_ids = self.index.product_ids[job.samples]
         tokens, products, samples, positions, starts = self._upload(
             token_ids, product_ids, job.samples, job.positions, cu_seqlens
         )
-        return Batch(
-            pixels, tokens, starts, np.diff(cu_seqlens).tolist(), products, samples, positions, job.samples
-        )
+        return Batch(pixels, tokens, starts, np.diff(cu_seqlens).tolist(), products, samples, positions, job.samples)
 
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]
@@ -251,7 +247,7 @@ class Loader:
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """ "native", "dali" or "torchvision". "auto" takes the first that runs here: DALI before the compiled way on CUDA, where it
+    """ "cpp", "dali" or "torchvision". "auto" takes the first that runs here: DALI before the compiled way on CUDA, where it
     decodes on the GPU, and after it on the CPU.
 
     errors: UserError for an unknown name, or for one that does not run here.
@@ -259,38 +255,48 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise UserError(f"backend {backend} is not known; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
     if backend == "auto":
-        order = ("dali", "native") if device.type == "cuda" else ("native", "dali")
-        return next((name for name in order if backend_problem(name) is None), "torchvision")
-    problem = backend_problem(backend)
+        order = ("dali", "cpp") if device.type == "cuda" else ("cpp", "dali")
+        return next((name for name in order if why_unavailable(name) is None), "torchvision")
+    problem = why_unavailable(backend)
     if problem is not None:
-        raise UserError(f"the loader cannot use {backend} here ({problem}); or choose torchvision, which runs everywhere")
+        raise UserError(
+            f"the loader cannot use {backend} here ({problem}); or choose torchvision, which runs everywhere"
+        )
     return backend
 
 
-def backend_problem(backend: str) -> str | None:
+def why_unavailable(backend: str) -> str | None:
     """Why a backend cannot be used here and how to get it, or None if it can."""
     if backend == "dali":
-        from syncmask_fast.data.decode_dali import dali_problem
+        from syncmask_fast.data.decode.dali import why_dali_unavailable
 
-        problem = dali_problem()
+        problem = why_dali_unavailable()
         return problem and f"{problem}; to have it, `pip install nvidia-dali-cuda130`"
-    if backend == "native":
-        from syncmask_fast.data.render import native_problem
+    if backend == "cpp":
+        from syncmask_fast.data.decode.transform import why_cpp_unavailable
 
-        return native_problem()
+        return why_cpp_unavailable()
     return None
 
 
 def make_decoder(
-    backend: str, *, mean: tuple[float, ...], std: tuple[float, ...], jitter: bool, batch_size: int, size: int, device: torch.device, threads: int
+    backend: str,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    jitter: bool,
+    batch_size: int,
+    size: int,
+    device: torch.device,
+    threads: int,
 ) -> Decoder:
     """The decoder of a chosen backend. jitter: whether colours change; the others as in `Loader`."""
     options = dict(batch_size=batch_size, size=size, device=device, threads=threads)
     if backend == "dali":
-        from syncmask_fast.data.decode_dali import DaliDecoder
+        from syncmask_fast.data.decode.dali import DaliDecoder
 
         return DaliDecoder(mean=mean, std=std, jitter=jitter, **options)
-    from syncmask_fast.data.decode_threads import ThreadedDecoder
-    from syncmask_fast.data.render import NativeRenderer, TorchvisionRenderer
+    from syncmask_fast.data.decode.threads import ThreadedDecoder
+    from syncmask_fast.data.decode.transform import CppTransform, TorchvisionTransform
 
-    return ThreadedDecoder({"native": NativeRenderer, "torchvision": TorchvisionRenderer}[backend](mean, std), **options)
+    return ThreadedDecoder({"cpp": CppTransform, "torchvision": TorchvisionTransform}[backend](mean, std), **options)

@@ -20,18 +20,26 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from syncmask_fast.data.caches import user_cache
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.caches import user_cache
+from syncmask_fast.utils.errors import UserError
 
 THREADS = 8
 MAX_SHARDS = 1_000_000
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHANGE = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")  # what file systems call the date or hash
+_CHANGE = (
+    "ETag",
+    "etag",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "created",
+)  # what file systems call the date or hash
 _STATE = ".remote.json"
 
 
-def local_folder(data: str | Path) -> Path:
+def fetch_if_remote(data: str | Path) -> Path:
     """The folder on this machine that holds the shards of `data`, after fetching those that are missing where `data` is an address.
 
     errors: UserError where nothing is there, the server does not answer, a library for its protocol is missing, or the disk is too small.
@@ -49,14 +57,20 @@ def local_folder(data: str | Path) -> Path:
         found = {name: system.info(path) for name, path in shards.items()}
         _fetch(system, address, shards, found, folder)
     except ImportError as error:
-        raise UserError(f"{address}: this protocol needs another package ({error}); pip install 'syncmask_fast[remote]'") from None
+        raise UserError(
+            f"{address}: this protocol needs another package ({error}); pip install 'syncmask_fast[remote]'"
+        ) from None
     except FileNotFoundError as error:
-        raise UserError(f"{address}: {error} is not there, or the server does not answer; check the address and the network") from None
+        raise UserError(
+            f"{address}: {error} is not there, or the server does not answer; check the address and the network"
+        ) from None
     except UserError:
         raise
     except Exception as error:  # each protocol's library raises its own kinds
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        raise UserError(f"{address} cannot be read ({reason}); check the address, the credentials and the network") from None
+        raise UserError(
+            f"{address} cannot be read ({reason}); check the address, the credentials and the network"
+        ) from None
     return folder
 
 
@@ -66,8 +80,13 @@ def _find(system: Any, address: str, root: str) -> dict[str, str]:
     if numbers:
         first, last = numbers[1], numbers[2]
         if not 0 <= int(last) - int(first) < MAX_SHARDS or _RANGE.search(address, numbers.end()):
-            raise UserError(f"{address}: {numbers[0]} is no rising range of at most {MAX_SHARDS:,} numbers, or not the only one")
-        each = (address[: numbers.start()] + f"{n:0{len(first)}d}" + address[numbers.end() :] for n in range(int(first), int(last) + 1))
+            raise UserError(
+                f"{address}: {numbers[0]} is no rising range of at most {MAX_SHARDS:,} numbers, or not the only one"
+            )
+        each = (
+            address[: numbers.start()] + f"{n:0{len(first)}d}" + address[numbers.end() :]
+            for n in range(int(first), int(last) + 1)
+        )
         return {path.rpartition("/")[2]: system._strip_protocol(path) for path in each}
     if address.endswith(".tar"):
         return {address.rpartition("/")[2]: root}
@@ -77,14 +96,21 @@ def _find(system: Any, address: str, root: str) -> dict[str, str]:
         inner = {f"{name}/": system.ls(names[name].rstrip("/"), detail=False) for name in folders}
     else:
         inner = {"": names.values()}
-    shards = {prefix + path.rpartition("/")[2]: path for prefix, paths in inner.items() for path in paths if path.endswith(".tar")}
+    shards = {
+        prefix + path.rpartition("/")[2]: path
+        for prefix, paths in inner.items()
+        for path in paths
+        if path.endswith(".tar")
+    }
     if not shards:
         raise UserError(f"{address} lists no .tar shards; name them with a range, as in {address}/{{00000..00099}}.tar")
     return dict(sorted(shards.items()))
 
 
 def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, dict[str, Any]], folder: Path) -> None:
-    state = {name: [info.get("size"), *(str(info[key]) for key in _CHANGE if key in info)] for name, info in found.items()}
+    state = {
+        name: [info.get("size"), *(str(info[key]) for key in _CHANGE if key in info)] for name, info in found.items()
+    }
     try:
         known = json.loads((folder / _STATE).read_text())
     except (OSError, ValueError):
@@ -100,9 +126,18 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
     if total > free:
         need = f"{address} has {total / 1e9:.1f} GB to fetch, but {folder} has room for {free / 1e9:.1f}"
         raise UserError(f"{need}; point XDG_CACHE_HOME to a larger disk")
-    columns = (TextColumn(f"fetching {len(wanted)} shards"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(f"fetching {len(wanted)} shards"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     noting = threading.Lock()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress, ThreadPoolExecutor(THREADS) as pool:
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
         task = progress.add_task("", total=total)
 
         def fetch(name: str) -> None:
@@ -113,7 +148,9 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
                 system.get_file(shards[name], str(aside))
                 size = found[name].get("size")
                 if size is not None and aside.stat().st_size != size:
-                    raise UserError(f"{shards[name]} ended after {aside.stat().st_size:,} of {size:,} bytes; start again")
+                    raise UserError(
+                        f"{shards[name]} ended after {aside.stat().st_size:,} of {size:,} bytes; start again"
+                    )
                 os.replace(aside, target)
             finally:
                 aside.unlink(missing_ok=True)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from syncmask_fast.data.caches import cache_places
 from syncmask_fast.data.images import image_format
+from syncmask_fast.data.strings import StringArray, UniqueStrings
 from syncmask_fast.data.tar import BrokenTar, Buffer, tar_members
-from syncmask_fast.data.text_table import StringTable, TextTable
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.caches import cache_candidates
+from syncmask_fast.utils.errors import UserError
 
 FORMAT = 2
 CACHE_NAME = ".syncmask-index.npz"
@@ -38,7 +38,7 @@ class Labels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DatasetArrays:
+class IndexArrays:
     """All that is known of N samples without opening a shard. Offsets and sizes are in bytes of the shard's
     file."""
 
@@ -50,22 +50,22 @@ class DatasetArrays:
     json_offset: np.ndarray  # int64 [N]
     json_bytes: np.ndarray  # int64 [N], 0 where the sample has no JSON member
     product_ids: np.ndarray  # int64 [N]
-    keys: StringTable
-    texts: TextTable
+    keys: StringArray
+    texts: UniqueStrings
     labels: dict[str, Labels]
-    problems: list[str]
+    warnings: list[str]
 
 
 class BadSample(Exception):
     """Why one sample cannot be used."""
 
 
-def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
+def load_or_build(folder: Path, max_bad: float) -> IndexArrays:
     """The arrays of all shards in `folder`, from the cache if it fits the shards as they are. See
     `ShardIndex.open`."""
     shards = _find_shards(folder)
     state = _state(shards)
-    caches = cache_places(folder, CACHE_NAME)
+    caches = cache_candidates(folder, CACHE_NAME)
     for cache in caches:
         loaded = _load(cache, state)
         if loaded is not None:
@@ -77,7 +77,7 @@ def load_or_build(folder: Path, max_bad: float) -> DatasetArrays:
             any(_save(cache, state, arrays, bad) for cache in caches)
     count = len(arrays.product_ids)
     if count == 0 or bad > max_bad * (count + bad):
-        shown = "; ".join(arrays.problems[:3]) + ("; ..." if len(arrays.problems) > 3 else "")
+        shown = "; ".join(arrays.warnings[:3]) + ("; ..." if len(arrays.warnings) > 3 else "")
         raise UserError(
             f"{folder} has {bad} bad samples beside {count} good ones, which is too many to train on; "
             "repair or repack the shards" + (f" ({shown})" if shown else "")
@@ -110,7 +110,7 @@ def _state(shards: list[Path]) -> list[list]:
 # Building
 
 
-def _build(shards: list[Path], state: list[list]) -> tuple[DatasetArrays, int]:
+def _build(shards: list[Path], state: list[list]) -> tuple[IndexArrays, int]:
     columns: dict[str, list] = {name: [] for name in (*_ARRAYS, "keys", "texts", *LABELS)}
     problems: list[str] = []
     bad = 0
@@ -130,21 +130,17 @@ def _build(shards: list[Path], state: list[list]) -> tuple[DatasetArrays, int]:
             columns["keys"].append(key)
             for name, value in row.items():
                 columns[name].append(value)
-    product_ids = number_products(columns["product_ids"])
-    arrays = DatasetArrays(
+    product_ids = encode_product_ids(columns["product_ids"])
+    arrays = IndexArrays(
         shard_names=[path.name for path in shards],
         shard_states=[known[1:] for known in state],
         shard=np.array(columns["shard"], np.int32),
-        **{
-            name: np.array(columns[name], np.int64)
-            for name in _ARRAYS
-            if name not in ("shard", "product_ids")
-        },
+        **{name: np.array(columns[name], np.int64) for name in _ARRAYS if name not in ("shard", "product_ids")},
         product_ids=product_ids,
-        keys=StringTable.of(columns["keys"]),
-        texts=TextTable.of(columns["texts"]),
+        keys=StringArray.of(columns["keys"]),
+        texts=UniqueStrings.of(columns["texts"]),
         labels={name: _number_labels(columns[name]) for name in LABELS},
-        problems=problems,
+        warnings=problems,
     )
     return arrays, bad
 
@@ -205,9 +201,7 @@ def _read_sample(archive: Buffer, members: Members) -> dict[str, Any]:
         raise BadSample("has no .json or .txt")
     image_offset, image_bytes = members["image"]
     if image_format(archive[image_offset : image_offset + 12]) is None:
-        raise BadSample(
-            "the image is empty" if image_bytes == 0 else "the image is neither JPEG, PNG nor WebP"
-        )
+        raise BadSample("the image is empty" if image_bytes == 0 else "the image is neither JPEG, PNG nor WebP")
     json_offset, json_bytes = members.get("json", (0, 0))
     record = {}
     if "json" in members:
@@ -250,9 +244,7 @@ def check_record(record: dict[str, Any]) -> None:
     except UnicodeEncodeError:
         raise BadSample("the text is not valid Unicode") from None
     product = record.get("product_id")
-    if not (
-        product is None or isinstance(product, str) or (_is_int(product) and -(2**63) <= product < 2**63)
-    ):
+    if not (product is None or isinstance(product, str) or (_is_int(product) and -(2**63) <= product < 2**63)):
         raise BadSample("product_id is neither an integer nor a string")
     attributes = record.get("attributes")
     if attributes is not None and not (
@@ -269,10 +261,7 @@ def _good_attribute(attribute: object, length: int) -> bool:
         if not (type(start) is int and type(end) is int and 0 <= start <= end <= length):
             return False
         return box is None or (
-            type(box) is list
-            and len(box) == 4
-            and _NUMBERS.issuperset(map(type, box))
-            and all(map(math.isfinite, box))
+            type(box) is list and len(box) == 4 and _NUMBERS.issuperset(map(type, box)) and all(map(math.isfinite, box))
         )
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return False
@@ -282,7 +271,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def number_products(ids: list[int | str | None]) -> np.ndarray:
+def encode_product_ids(ids: list[int | str | None]) -> np.ndarray:
     """int64 [N]: integers as they are if all present ids are integers, else numbers by first appearance; None
     is a new product."""
     present = [value for value in ids if value is not None]
@@ -315,7 +304,7 @@ def _number_labels(values: Iterable[object]) -> Labels:
 # Cache
 
 
-def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
+def _load(cache: Path, state: list[list]) -> tuple[IndexArrays, int] | None:
     try:
         with open(cache, "rb") as stored, np.load(stored, allow_pickle=False) as file:
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
@@ -323,71 +312,84 @@ def _load(cache: Path, state: list[list]) -> tuple[DatasetArrays, int] | None:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT or meta["shards"] != state:
                 return None
-            arrays = DatasetArrays(
+            arrays = IndexArrays(
                 shard_names=[name for name, _, _ in state],
                 shard_states=[known[1:] for known in state],
                 **{name: file[name] for name in _ARRAYS},
-                keys=StringTable(file["key_data"], file["key_offsets"]),
-                texts=TextTable(StringTable(file["text_data"], file["text_offsets"]), file["text_index"]),
+                keys=StringArray(file["key_data"], file["key_offsets"]),
+                texts=UniqueStrings(StringArray(file["text_data"], file["text_offsets"]), file["text_index"]),
                 labels={name: Labels(file[name], meta["labels"][name]) for name in LABELS},
-                problems=[str(problem) for problem in meta["problems"]],
+                warnings=[str(problem) for problem in meta["warnings"]],
             )
             _check(arrays)
             return arrays, int(meta["bad"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RecursionError, NotImplementedError, zipfile.BadZipFile):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        MemoryError,
+        RecursionError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+    ):
         return None  # absent, of an older format or damaged: build anew
 
 
-def _check(arrays: DatasetArrays) -> None:
+def _check(arrays: IndexArrays) -> None:
     """Raises ValueError where arrays of a cache do not fit one another or the shards, whoever wrote it."""
     count = len(arrays.product_ids)
-    columns = {name: getattr(arrays, name) for name in _ARRAYS} | {name: labels.codes for name, labels in arrays.labels.items()}
+    columns = {name: getattr(arrays, name) for name in _ARRAYS} | {
+        name: labels.codes for name, labels in arrays.labels.items()
+    }
     columns["text_index"] = arrays.texts.index
     for name, column in columns.items():
         if column.shape != (count,) or column.dtype.kind != "i":
             raise ValueError(f"{name} is {column.dtype} {column.shape}")
-    for table in (arrays.keys, arrays.texts.distinct):
+    for table in (arrays.keys, arrays.texts.unique):
         table.check()
     if len(arrays.keys) != count:
         raise ValueError(f"{len(arrays.keys)} keys for {count} samples")
     names = {name: len(labels.names) for name, labels in arrays.labels.items()}
     if not all(isinstance(name, str) for labels in arrays.labels.values() for name in labels.names):
         raise ValueError("labels are not strings")
-    ends = {"shard": len(arrays.shard_names), "text_index": len(arrays.texts.distinct), **names}
+    ends = {"shard": len(arrays.shard_names), "text_index": len(arrays.texts.unique), **names}
     for name, end in ends.items():
         if count and not (columns[name].min() >= (-1 if name in names else 0) and columns[name].max() < end):
             raise ValueError(f"{name} has values outside 0 to {end - 1}")
     sizes = np.array([size for size, _ in arrays.shard_states], np.int64)[arrays.shard]
     for kind in ("image", "json"):
         offset, length = columns[f"{kind}_offset"], columns[f"{kind}_bytes"]
-        if count and not (offset.min() >= 0 and length.min() >= 0 and (length <= sizes).all() and (offset <= sizes - length).all()):
+        if count and not (
+            offset.min() >= 0 and length.min() >= 0 and (length <= sizes).all() and (offset <= sizes - length).all()
+        ):
             raise ValueError(f"{kind} members lie outside the shards")
 
 
-def _save(cache: Path, state: list[list], arrays: DatasetArrays, bad: int) -> bool:
+def _save(cache: Path, state: list[list], arrays: IndexArrays, bad: int) -> bool:
     """Writes the cache aside and renames it, so that no process ever sees half of it. False where the folder
     cannot be written."""
     meta = {
         "format": FORMAT,
         "shards": state,
         "bad": bad,
-        "problems": arrays.problems,
+        "warnings": arrays.warnings,
         "labels": {name: labels.names for name, labels in arrays.labels.items()},
     }
     columns = {name: getattr(arrays, name) for name in _ARRAYS}
     columns |= {name: labels.codes for name, labels in arrays.labels.items()}
     columns |= {"key_data": arrays.keys.data, "key_offsets": arrays.keys.offsets}
     columns |= {
-        "text_data": arrays.texts.distinct.data,
-        "text_offsets": arrays.texts.distinct.offsets,
+        "text_data": arrays.texts.unique.data,
+        "text_offsets": arrays.texts.unique.offsets,
         "text_index": arrays.texts.index,
     }
     columns["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False) as file:
             try:
                 np.savez(file, **columns)
                 os.fchmod(file.fileno(), 0o644)  # other users may share the dataset

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from syncmask_fast.data.images import image_format
-from syncmask_fast.data.shard_index import DatasetArrays, Labels, load_or_build
-from syncmask_fast.data.text_table import TextTable
-from syncmask_fast.errors import UserError
+from syncmask_fast.data.shard_index import IndexArrays, Labels, load_or_build
+from syncmask_fast.data.strings import UniqueStrings
+from syncmask_fast.utils.errors import UserError
 
 __all__ = ["Labels", "ShardFile", "ShardIndex", "ShardWriter"]
 
@@ -117,9 +117,7 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}); choose another output folder"
-            ) from None
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}); choose another output folder") from None
         old = sorted(self.folder.glob(f"{prefix}[0-9][0-9][0-9][0-9][0-9].tar"))
         if old:
             raise UserError(f"{old[0]} already exists; delete it or choose another output folder")
@@ -164,20 +162,20 @@ class ShardIndex:
 
     product_ids:   int64 [N]; the ids of the records where all are integers, otherwise numbered by first
                    appearance. A sample without an id is a product of its own.
-    texts:         TextTable, a read-only sequence of N str; `texts.distinct` holds each different text once.
+    texts:         UniqueStrings, a read-only sequence of N str; `texts.unique` holds each different text once.
     category, subcategory, view: Labels(codes int32 [N], names); code -1 where the record has none; names are
                                  sorted.
-    problems:      one line for each shard or sample that was left out.
+    warnings:      one line for each shard or sample that was left out.
 
     Methods may be called from several threads at once.
     """
 
-    def __init__(self, folder: Path, arrays: DatasetArrays) -> None:
+    def __init__(self, folder: Path, arrays: IndexArrays) -> None:
         self.folder = folder
         self.shards = [folder / name for name in arrays.shard_names]
-        self.problems = arrays.problems
+        self.warnings = arrays.warnings
         self.product_ids = arrays.product_ids
-        self.texts: TextTable = arrays.texts
+        self.texts: UniqueStrings = arrays.texts
         self.category, self.subcategory, self.view = (
             arrays.labels[name] for name in ("category", "subcategory", "view")
         )
@@ -210,12 +208,20 @@ class ShardIndex:
         """A mark of keys, texts, products and sizes of images: the same wherever the shards lie, another when they are made anew otherwise."""
         arrays = self._arrays
         digest = hashlib.sha256()
-        texts = arrays.texts.distinct
-        for part in (arrays.keys.data, arrays.keys.offsets, texts.data, texts.offsets, arrays.texts.index, arrays.product_ids, arrays.image_bytes):
+        texts = arrays.texts.unique
+        for part in (
+            arrays.keys.data,
+            arrays.keys.offsets,
+            texts.data,
+            texts.offsets,
+            arrays.texts.index,
+            arrays.product_ids,
+            arrays.image_bytes,
+        ):
             digest.update(np.ascontiguousarray(part))
         return digest.hexdigest()
 
-    def jpeg(self, i: int) -> bytes:
+    def image_bytes(self, i: int) -> bytes:
         """The encoded image of sample i, as stored."""
         arrays = self._arrays
         return self._read(int(arrays.shard[i]), int(arrays.image_offset[i]), int(arrays.image_bytes[i]))
@@ -229,14 +235,14 @@ class ShardIndex:
             return record | {"text": self.texts[i]}
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
-                f"{self.shard_of(i)}: the record of {self.key(i)!a} is no longer what was indexed ({error}): delete the cached index and start again"
+                f"{self.shard_path(i)}: the record of {self.key(i)!a} is no longer what was indexed ({error}): delete the cached index and start again"
             ) from None
 
     def key(self, i: int) -> str:
         """The key of sample i: its members' name without extension."""
         return self._arrays.keys[i]
 
-    def shard_of(self, i: int) -> Path:
+    def shard_path(self, i: int) -> Path:
         """The shard that holds sample i."""
         return self.shards[int(self._arrays.shard[i])]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from syncmask_fast.data.remote import local_folder
+from syncmask_fast.data.remote import fetch_if_remote
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ def open_splits(data: str | Path, holdout: float = 0.05) -> tuple[Split, Split]:
     With folders `train` and `eval` inside, these; otherwise the folder's own shards, of which the share `holdout` of the products, the same in every
     run, is held out. Raises `UserError` where there are no shards.
     """
-    folder = local_folder(data)
+    folder = fetch_if_remote(data)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: --data takes a folder of .tar shards, or one with train and eval inside.")
+        raise UserError(
+            f"{folder} is not a folder: --data takes a folder of .tar shards, or one with train and eval inside."
+        )
     if (folder / "train").is_dir() and (folder / "eval").is_dir():
         return _whole(ShardIndex.open(folder / "train")), _whole(ShardIndex.open(folder / "eval"))
     index = ShardIndex.open(folder)
@@ -43,13 +45,13 @@ def open_splits(data: str | Path, holdout: float = 0.05) -> tuple[Split, Split]:
 
 def open_evaluation(data: str | Path, holdout: float = 0.05) -> Split:
     """The evaluation samples alone; a folder of shards without `train` and `eval` inside is one evaluation set, whole, if `holdout` is 1."""
-    folder = local_folder(data)
+    folder = fetch_if_remote(data)
     if (folder / "eval").is_dir():
         return _whole(ShardIndex.open(folder / "eval"))
     return open_splits(folder, holdout)[1]
 
 
-def cut_validation(split: Split, share: float) -> tuple[Split, Split]:
+def split_validation(split: Split, share: float) -> tuple[Split, Split]:
     """A training split in two: what is left to train on, and the share `share` of its products, the same in every run, to choose a model by."""
     products = np.unique(split.index.product_ids[split.samples])
     held = np.random.Generator(np.random.Philox(key=1)).permutation(products)[: round(share * len(products))]

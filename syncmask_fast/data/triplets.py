@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from syncmask_fast.data.splits import Split
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 
 TRIPLETS, GALLERIES = "triplets.json", "galleries.json"
 
@@ -38,10 +38,16 @@ class Triplets:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def take(self, rows: np.ndarray) -> Triplets:
+    def subset(self, rows: np.ndarray) -> Triplets:
         """Some of the triplets (row numbers, or bool [Q]), without the original galleries, which belong to all of them."""
         rows = np.arange(len(self))[rows]
-        return Triplets([self.classes[i] for i in rows], self.candidate[rows], self.target[rows], [self.captions[i] for i in rows], {})
+        return Triplets(
+            [self.classes[i] for i in rows],
+            self.candidate[rows],
+            self.target[rows],
+            [self.captions[i] for i in rows],
+            {},
+        )
 
 
 def open_triplets(split: Split) -> Triplets:
@@ -51,7 +57,9 @@ def open_triplets(split: Split) -> Triplets:
     """
     index, path = split.index, split.index.folder / TRIPLETS
     if not path.is_file():
-        raise UserError(f"{path} is missing: composed retrieval needs the triplets that `pack fashioniq` and `pack lookbook` write.")
+        raise UserError(
+            f"{path} is missing: composed retrieval needs the triplets that `pack fashioniq` and `pack lookbook` write."
+        )
     number = {index.key(i): i for i in range(len(index))}
     try:
         found = _load(path)
@@ -62,14 +70,18 @@ def open_triplets(split: Split) -> Triplets:
         listed = _load(index.folder / GALLERIES) if (index.folder / GALLERIES).is_file() else {}
         galleries = {name: np.array([number[key] for key in keys], np.int64) for name, keys in listed.items()}
     except KeyError as error:
-        raise UserError(f"{path} does not fit the shards beside it ({error} is missing): pack the data again.") from None
+        raise UserError(
+            f"{path} does not fit the shards beside it ({error} is missing): pack the data again."
+        ) from None
     except UnicodeEncodeError:
         raise UserError(f"{path} has a text that is not valid Unicode: pack the data again.") from None
     except (TypeError, AttributeError):
-        raise UserError(f"{path} is not a list of class, candidate, target and captions: pack the data again.") from None
+        raise UserError(
+            f"{path} is not a list of class, candidate, target and captions: pack the data again."
+        ) from None
     triplets = Triplets(classes, *(np.array(x, np.int64) for x in pictures), captions, galleries)
     if len(split) < len(index):
-        triplets = triplets.take(np.isin(triplets.candidate, split.samples) & np.isin(triplets.target, split.samples))
+        triplets = triplets.subset(np.isin(triplets.candidate, split.samples) & np.isin(triplets.target, split.samples))
     if not len(triplets):
         raise UserError(f"{path} has no triplets of pictures that are in use: choose other data.")
     return triplets

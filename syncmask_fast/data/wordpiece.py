@@ -20,7 +20,7 @@ PREFIX = "##"
 Pair = tuple[str, str]
 
 
-def learn_pieces(words: Mapping[str, int], size: int, min_count: int = 2) -> list[str]:
+def train_wordpiece(words: Mapping[str, int], size: int, min_count: int = 2) -> list[str]:
     """The pieces of a vocabulary: letters first, then merged pieces in the order of learning; "##" marks
     those that continue a word.
 
@@ -32,15 +32,11 @@ def learn_pieces(words: Mapping[str, int], size: int, min_count: int = 2) -> lis
     for word, count in words.items():
         for letter in word:
             letters[letter] += count
-    kept = {
-        letter for letter, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:MAX_LETTERS]
-    }
+    kept = {letter for letter, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:MAX_LETTERS]}
     spelt = sorted((word, count) for word, count in words.items() if kept.issuperset(word))
     pieces = [[word[0], *(PREFIX + letter for letter in word[1:])] for word, _ in spelt]
     counts = [count for _, count in spelt]
-    alphabet = (
-        {piece for word in pieces for piece in word} | set(ALWAYS) | {PREFIX + letter for letter in ALWAYS}
-    )
+    alphabet = {piece for word in pieces for piece in word} | set(ALWAYS) | {PREFIX + letter for letter in ALWAYS}
     vocabulary = dict.fromkeys(sorted(alphabet))
 
     frequency: Counter[Pair] = Counter()

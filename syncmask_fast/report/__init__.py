@@ -115,9 +115,7 @@ def run_section(config: dict, summary: dict[str, str]) -> str:
         body += f'<div class="command"><pre>{said}</pre>{button}</div>'
     facts = {key: value for key, value in summary.items() if key not in ("about", "command")}
     if facts:
-        rows = "".join(
-            f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items()
-        )
+        rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
         body += f'<dl class="terms facts">{rows}</dl>'
     if config:
         settings = {key: str(value) for key, value in flatten(config).items()}

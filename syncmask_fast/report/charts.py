@@ -40,9 +40,7 @@ def series(
 
 def is_number(value: object) -> bool:
     """True for ints, floats and numpy's, False for bools and everything else."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(
-        value, bool | np.bool_
-    )
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
 
 
 def line_chart(title: str, note: str, lines: list[Series], unit: str = "", floor: float | None = None) -> str:
@@ -69,17 +67,13 @@ def line_chart(title: str, note: str, lines: list[Series], unit: str = "", floor
     for tick in ticks:
         y = float(y_of(np.array(tick)))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y + 3.4:.1f}" text-anchor="end">{short(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.4:.1f}" text-anchor="end">{short(tick)}</text>')
     ends = sorted({first, (first + last) / 2, last}) if last > first else [first]
     for step in ends:
         anchor = "middle" if step == (first + last) / 2 else ("start" if step == first else "end")
         x = float(x_of(np.array(step)))
         label = f"step {short(round(step))}" if step == ends[0] else short(round(step))
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="{anchor}">{label}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="{anchor}">{label}</text>')
     for line, curve in zip(lines, smoothed, strict=True):
         style = escape(line.style)
         if line.smooth and line.values.size > 3:
@@ -91,8 +85,7 @@ def line_chart(title: str, note: str, lines: list[Series], unit: str = "", floor
         parts.append(f'<polyline class="line {style}" points="{_points(xs, ys)}"/>')
         if curve.size <= 20:
             parts += [
-                f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
-                for x, y in zip(xs, ys, strict=True)
+                f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in zip(xs, ys, strict=True)
             ]
         hover.append(
             {
@@ -104,9 +97,7 @@ def line_chart(title: str, note: str, lines: list[Series], unit: str = "", floor
                 "v": [f"{number(value)}{unit}" for value in curve[rows]],
             }
         )
-    ending = " · ".join(
-        _ending(line, curve, unit, len(lines) > 1) for line, curve in zip(lines, smoothed, strict=True)
-    )
+    ending = " · ".join(_ending(line, curve, unit, len(lines) > 1) for line, curve in zip(lines, smoothed, strict=True))
     data = escape(json.dumps(hover, separators=(",", ":")), quote=True)
     return (
         f'<figure class="chart{" several" * (len(lines) > 1)}" data-lines="{data}">'
@@ -175,9 +166,7 @@ def _envelope(values: np.ndarray) -> np.ndarray:
     return np.array(sorted(rows))
 
 
-def _y_axis(
-    lines: list[Series], smoothed: list[np.ndarray], floor: float | None
-) -> tuple[float, float, list[float]]:
+def _y_axis(lines: list[Series], smoothed: list[np.ndarray], floor: float | None) -> tuple[float, float, list[float]]:
     """(low, high, ticks) so that every smoothed value and 98 % of the raw ones are inside."""
     raw = np.concatenate([line.values for line in lines])
     curve = np.concatenate(smoothed)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from syncmask_fast import sync
+from syncmask_fast.tasks import mask_quality as sync
 
 Which = Literal["random", "sync"]
 Box = tuple[float, float, float, float]
@@ -101,9 +101,7 @@ class RetrievalExample:
         if self.rank_of_truth < 1:
             raise ValueError(f"rank_of_truth counts from 1, got {self.rank_of_truth}")
         if (self.query_text if self.direction == "t2i" else self.query_image) is None:
-            raise ValueError(
-                f"a {self.direction} example needs query_{'text' if self.direction == 't2i' else 'image'}"
-            )
+            raise ValueError(f"a {self.direction} example needs query_{'text' if self.direction == 't2i' else 'image'}")
         if self.query_image is not None:
             check_picture(self.query_image, "query_image")
 
@@ -211,9 +209,7 @@ def frames(example: MaskExample, radius: float = 1.0) -> list[Frame]:
     return sorted(out, key=lambda frame: not frame.detail)
 
 
-def _free_corner(
-    box: Box, taken: list[tuple[float, float]], radius: float, side: float
-) -> tuple[float, float]:
+def _free_corner(box: Box, taken: list[tuple[float, float]], radius: float, side: float) -> tuple[float, float]:
     """The first corner of `box` where a disc meets no other, or else the one farthest from the others."""
     corners = [(box[0], box[1]), (box[2], box[1]), (box[0], box[3]), (box[2], box[3])]
     places = [tuple(float(np.clip(value, radius, side - radius)) for value in corner) for corner in corners]

@@ -68,20 +68,13 @@ def mask_overlay(example: MaskExample, scale: int = 3) -> Image.Image:
     width = columns[-1] + side + margin
 
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    parts: dict[Which, list[Segment]] = {
-        "random": segments(example, "random"),
-        "sync": segments(example, "sync"),
-    }
+    parts: dict[Which, list[Segment]] = {"random": segments(example, "random"), "sync": segments(example, "sync")}
     line_height = round(23 * unit)
     lines = {which: _layout(probe, parts[which], body, side) for which in parts}
     details, large = key_of(example)
-    keys = [f"{number}  {name}" for number, name in enumerate(details, 1)] + (
-        [f"–  {large}"] if large else []
-    )
+    keys = [f"{number}  {name}" for number, name in enumerate(details, 1)] + ([f"–  {large}"] if large else [])
     keys = [line for key in keys for line in _break(probe, key, body, side)]
-    heads = {
-        which: _break(probe, _subtitle(example, which), small, side) for which in (None, "random", "sync")
-    }
+    heads = {which: _break(probe, _subtitle(example, which), small, side) for which in (None, "random", "sync")}
     longest = max(len(lines["random"]), len(lines["sync"]))
     rows = max(longest + 1, len(keys) + 2)
     top = margin + round((30 + 18 * max(map(len, heads.values()))) * unit)
@@ -91,9 +84,7 @@ def mask_overlay(example: MaskExample, scale: int = 3) -> Image.Image:
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     photo = Image.fromarray(example.image).resize((side, side), Image.Resampling.BICUBIC)
-    for x, head, which in zip(
-        columns, ("The photo", "Random mask", "SyncMask"), (None, "random", "sync"), strict=True
-    ):
+    for x, head, which in zip(columns, ("The photo", "Random mask", "SyncMask"), (None, "random", "sync"), strict=True):
         draw.text((x, margin), head, font=title, fill=ACCENT if which == "sync" else INK)
         for row, line in enumerate(heads[which]):
             draw.text((x, margin + round((23 + 17 * row) * unit)), line.lstrip(), font=small, fill=MUTED)
@@ -157,12 +148,8 @@ def _outline(panel: Image.Image, example: MaskExample, unit: float, numbers: boo
         draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=BOX, outline=(255, 255, 255))
         draw.text((x, y), str(number), font=font, fill=INK, anchor="mm")
     corner = Image.new("L", (out.width * 2, out.height * 2), 0)
-    ImageDraw.Draw(corner).rounded_rectangle(
-        (0, 0, corner.width - 1, corner.height - 1), radius=20 * unit, fill=255
-    )
-    return Image.composite(
-        out, Image.new("RGB", out.size, PAPER), corner.resize(out.size, Image.Resampling.LANCZOS)
-    )
+    ImageDraw.Draw(corner).rounded_rectangle((0, 0, corner.width - 1, corner.height - 1), radius=20 * unit, fill=255)
+    return Image.composite(out, Image.new("RGB", out.size, PAPER), corner.resize(out.size, Image.Resampling.LANCZOS))
 
 
 def _dashes(draw: ImageDraw.ImageDraw, box: list[float], unit: float) -> None:
@@ -203,9 +190,7 @@ def _break(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> list[str]:
     return lines
 
 
-def _layout(
-    draw: ImageDraw.ImageDraw, parts: Iterable[Segment], font, width: int
-) -> list[list[tuple[float, Segment]]]:
+def _layout(draw: ImageDraw.ImageDraw, parts: Iterable[Segment], font, width: int) -> list[list[tuple[float, Segment]]]:
     """Styled runs in lines no wider than `width`; every entry is (x, a run without spaces)."""
     lines: list[list[tuple[float, Segment]]] = [[]]
     x, space = 0.0, draw.textlength(" ", font=font)
@@ -254,9 +239,7 @@ def _draw_line(draw, line, at, font, colour, unit) -> None:
         draw.text((left, y), part.text, font=font, fill=colour if part.masked else INK)
         if part.masked:
             middle = y + ascent * 0.66
-            draw.line(
-                (left - unit, middle, right + unit, middle), fill=colour, width=max(1, round(1.6 * unit))
-            )
+            draw.line((left - unit, middle, right + unit, middle), fill=colour, width=max(1, round(1.6 * unit)))
         if part.visible is False:
             step, dot = 4 * unit, 0.9 * unit
             for px in np.arange(left + dot, right, step):

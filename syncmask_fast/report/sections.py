@@ -32,11 +32,7 @@ LOSSES = (
         "Matching (ITM)",
         "Are true pairs told from near misses? With one true pair in three, 0.64 is blind guessing.",
     ),
-    (
-        "loss_mlm",
-        "Hidden words (MLM)",
-        "Surprise at the hidden words, given the picture and the other words.",
-    ),
+    ("loss_mlm", "Hidden words (MLM)", "Surprise at the hidden words, given the picture and the other words."),
     ("loss_mim", "Hidden patches (MIM)", "Error in filling the hidden patches, given the whole text."),
     ("loss_presence", "Words in view", "Does the picture show the word? 0.69 is blind guessing."),
 )
@@ -56,11 +52,7 @@ MEASURED = {
         "The same, counting colour, material and category too, which cover the whole garment.",
     ),
 }
-BASE_RATES = {
-    "precision": ("SyncMask", "main"),
-    "shuffled": ("shuffled", "shuffled"),
-    "random": ("random", "random"),
-}
+BASE_RATES = {"precision": ("SyncMask", "main"), "shuffled": ("shuffled", "shuffled"), "random": ("random", "random")}
 
 
 def masks_section(masks: list[MaskExample]) -> str:
@@ -79,9 +71,7 @@ def masks_section(masks: list[MaskExample]) -> str:
     if any(frame.detail for frame in outlined):
         key.insert(0, '<span><i class="swatch boxed"></i>a detail that the text names</span>')
     if unseen:
-        key.append(
-            '<span><span class="w unseen">word</span> names something that this view does not show</span>'
-        )
+        key.append('<span><span class="w unseen">word</span> names something that this view does not show</span>')
     cards = [_mask_example(mask, index) for index, mask in enumerate(masks)]
     return (
         '<section id="masks"><h2>What gets hidden</h2>'
@@ -112,9 +102,7 @@ def _mask_example(mask: MaskExample, index: int) -> str:
     source = data_uri(mask.image, MASK_SIDE, MASK_BYTES)
     photo = f'<image id="p{index}" width="{side}" height="{side}" href="{source}"/>'
     details, large = key_of(mask)
-    names = "".join(
-        f"<li><b>{count}</b><span>{escape(name)}</span></li>" for count, name in enumerate(details, 1)
-    )
+    names = "".join(f"<li><b>{count}</b><span>{escape(name)}</span></li>" for count, name in enumerate(details, 1))
     if large:
         names += f'<li><i class="swatch dashed"></i><span>{escape(large)}</span></li>'
     what = "Outlined: what the text names and this view shows" if names else "As the model gets it"
@@ -194,9 +182,7 @@ def _segment(part: Segment) -> str:
     if part.score is None and not part.masked and part.visible is None:
         return escape(part.text)
     classes = ["w"] + ["hidden"] * part.masked + ["unseen"] * (part.visible is False)
-    said = {True: "names a detail in view", False: "names something this view does not show", None: ""}[
-        part.visible
-    ]
+    said = {True: "names a detail in view", False: "names something this view does not show", None: ""}[part.visible]
     title = f' title="{said}"' if said else ""
     style = f' style="--h:{part.score:.2f}"' if part.score is not None else ""
     tag = "s" if part.masked else "span"
@@ -228,9 +214,7 @@ def _query(example: RetrievalExample) -> str:
         ask += f'<p class="ask">“{escape(example.query_text)}”</p>' if example.query_text else ""
     rank = example.rank_of_truth
     style, said = (
-        ("rank first", "Right answer in first place")
-        if rank == 1
-        else ("rank", f"Right answer at rank {rank:,}")
+        ("rank first", "Right answer in first place") if rank == 1 else ("rank", f"Right answer at rank {rank:,}")
     )
     pictures = all(item.image is not None for item in example.results)
     items = "".join(_hit_picture(item) if pictures else _hit_text(item) for item in example.results)
@@ -271,11 +255,7 @@ def curves_section(metrics: list[dict]) -> str:
     charts += _measured_charts(metrics)
     charts += [
         line_chart(
-            "Throughput",
-            "Image-text pairs a second.",
-            [series(metrics, "pairs_per_s", "pairs/s")],
-            " /s",
-            floor=0.0,
+            "Throughput", "Image-text pairs a second.", [series(metrics, "pairs_per_s", "pairs/s")], " /s", floor=0.0
         ),
         line_chart(
             "Waiting for data",
@@ -284,9 +264,7 @@ def curves_section(metrics: list[dict]) -> str:
             " %",
             floor=0.0,
         ),
-        line_chart(
-            "Learning rate", "Size of the steps.", [series(metrics, "lr", "lr", smooth=False)], floor=0.0
-        ),
+        line_chart("Learning rate", "Size of the steps.", [series(metrics, "lr", "lr", smooth=False)], floor=0.0),
     ]
     shown = "".join(charts)
     if not shown:
@@ -301,12 +279,7 @@ def curves_section(metrics: list[dict]) -> str:
 
 def _measured_charts(metrics: list[dict]) -> list[str]:
     """A chart for each group of sync/ and eval/ keys: a precision shares one with its two base rates."""
-    keys = {
-        key: None
-        for row in metrics
-        for key in row
-        if key.startswith(("sync/", "eval/")) and is_number(row[key])
-    }
+    keys = {key: None for row in metrics for key in row if key.startswith(("sync/", "eval/")) and is_number(row[key])}
     groups: dict[str, list[str]] = {}
     for key in keys:
         head, _, tail = key.rpartition("/")
@@ -317,9 +290,7 @@ def _measured_charts(metrics: list[dict]) -> list[str]:
         title, note = MEASURED.get(group, (group, "Measured now and then during training."))
         if based:
             members = sorted(based, key=lambda key: list(BASE_RATES).index(key.rpartition("/")[2]))
-            lines = [
-                series(metrics, key, *BASE_RATES[key.rpartition("/")[2]], smooth=False) for key in members
-            ]
+            lines = [series(metrics, key, *BASE_RATES[key.rpartition("/")[2]], smooth=False) for key in members]
         else:
             lines = [series(metrics, group, title, smooth=False)]
         charts.append(line_chart(title, note, lines))

@@ -103,9 +103,8 @@ def _recall_card(results: dict[str, float]) -> str:
             continue
         k, value = rows[0]
         base, count = chance(protocol, k), candidates(protocol)
-        bars = (
-            '<span></span><span></span><span class="beside">model</span><span class="beside">chance</span>'
-            * bool(base)
+        bars = '<span></span><span></span><span class="beside">model</span><span class="beside">chance</span>' * bool(
+            base
         )
         bars += "".join(_recall_bar(rank, recall, chance(protocol, rank)) for rank, recall in rows)
         times = f", <b>{value / base:.0f}\u00a0×</b> chance" if base else ""
@@ -157,16 +156,12 @@ def _lifts(results: dict[str, float], kind: str) -> str:
     value = measured(results, f"sync/{kind}/precision")
     base = {name: measured(results, f"sync/{kind}/{name}") for name in ("random", "shuffled")}
     known = {name: rate for name, rate in base.items() if rate is not None}
-    times = " and ".join(
-        f"<b>{value / rate:.2f}\u00a0×</b> {name}" for name, rate in known.items() if rate > 0
-    )
+    times = " and ".join(f"<b>{value / rate:.2f}\u00a0×</b> {name}" for name, rate in known.items() if rate > 0)
     verdict = ""
     if known:
         lost = [name for name, rate in known.items() if value <= rate]
         said = (
-            f"not above {' and '.join(lost)}"
-            if lost
-            else f"above {'both' if len(known) == 2 else next(iter(known))}"
+            f"not above {' and '.join(lost)}" if lost else f"above {'both' if len(known) == 2 else next(iter(known))}"
         )
         verdict = f', <span class="verdict {"no" if lost else "yes"}">{said}</span>'
     lift = f'<p class="lift">{times or "masks"}{verdict}</p>' if verdict else ""
@@ -192,9 +187,7 @@ def results_section(results: dict[str, float]) -> str:
     sync, used_sync = _sync_table(results)
     other = {key: _said(value) for key, value in results.items() if key not in used | used_sync}
     rest = f"<h3>More numbers</h3>{flat_table(other)}" if other else ""
-    full = flat_table(
-        {key: repr(float(value)) if is_number(value) else str(value) for key, value in results.items()}
-    )
+    full = flat_table({key: repr(float(value)) if is_number(value) else str(value) for key, value in results.items()})
     return (
         '<section id="results"><h2>All results</h2><p class="intro">In percent, unless a name says that it '
         "counts something. Figures of different protocols cannot be compared.</p>"
@@ -251,12 +244,9 @@ def _sync_table(results: dict[str, float]) -> tuple[str, set[str]]:
         bases = [measured(results, f"{head}/{name}") for name in ("random", "shuffled")]
         lifts = [value / base if value is not None and base else None for base in bases]
         said = [
-            "" if lift is None else f'<span class="{"above" if lift > 1 else ""}">{lift:.2f}</span>'
-            for lift in lifts
+            "" if lift is None else f'<span class="{"above" if lift > 1 else ""}">{lift:.2f}</span>' for lift in lifts
         ]
-        rows.append(
-            [escape(head.removeprefix("sync/")), *(_cell(results, f"{head}/{name}") for name in names), *said]
-        )
+        rows.append([escape(head.removeprefix("sync/")), *(_cell(results, f"{head}/{name}") for name in names), *said])
     titles = ["", *(RATES[name] for name in names), "÷ random", "÷ shuffled"]
     heading = "<h3>Masks against ground truth</h3>"
     return f"{heading}{_table(titles, rows)}{_terms(TERMS)}", found.keys() | _deviations(results, found)
@@ -293,7 +283,5 @@ def _terms(terms: dict[str, str]) -> str:
 
 def flat_table(rows: dict[str, str]) -> str:
     """A table of two columns, both escaped here."""
-    body = "".join(
-        f"<tr><td>{escape(str(key))}</td><td>{escape(value)}</td></tr>" for key, value in rows.items()
-    )
+    body = "".join(f"<tr><td>{escape(str(key))}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
     return f'<div class="scroll"><table class="flat"><tbody>{body}</tbody></table></div>'

@@ -16,13 +16,19 @@ import h5py
 import numpy as np
 
 from syncmask_fast.data.images import MAX_PIXELS
-from syncmask_fast.errors import UserError
-from syncmask_fast.sources.cleaning import clean, decode_field, join, label
-from syncmask_fast.sources.rows import Dropped, Row, Unit, cut
+from syncmask_fast.sources.base import Row, RowError, Unit, cut
+from syncmask_fast.sources.text_cleaning import clean, decode_field, join, label
+from syncmask_fast.utils.errors import UserError
 
 IMAGES, PRODUCTS = "input_image", "input_productID"
 LABELS = {"category": "input_category", "subcategory": "input_subcategory", "view": "input_pose"}
-FACTS = ("brand", "composition", "department", "gender", "season")  # kept in the record as they are, where the file has them
+FACTS = (
+    "brand",
+    "composition",
+    "department",
+    "gender",
+    "season",
+)  # kept in the record as they are, where the file has them
 BLOCK_BYTES = 16 * 2**20  # of pixels read at once ...
 CHUNK_BYTES = 256 * 2**20  # ... unless the file is stored in larger pieces, up to this
 MAX_FIELD = 2**20  # bytes of one text
@@ -40,7 +46,13 @@ class FashionGen:
 
     def describe(self) -> dict[str, Any]:
         stat = self._stat()
-        return {"source": str(self.path.resolve()), "kind": "fashiongen", "bytes": stat.st_size, "changed": stat.st_mtime_ns, "text": self.text}
+        return {
+            "source": str(self.path.resolve()),
+            "kind": "fashiongen",
+            "bytes": stat.st_size,
+            "changed": stat.st_mtime_ns,
+            "text": self.text,
+        }
 
     def units(self, rows: int) -> list[Unit]:
         with self._open() as file:
@@ -70,9 +82,9 @@ class FashionGen:
                     record = {"product_id": int(products[at]), "text": join([fields[name][at] for name in self.text])}
                     record |= {name: label(values[at]) for name, values in named.items() if values[at]}
                     record |= {name: fields[name][at] for name in FACTS if name in fields and fields[name][at]}
-                    image: np.ndarray | Dropped = pixels[at]
+                    image: np.ndarray | RowError = pixels[at]
                     if not pixels[at, ::16].any() and not pixels[at].any():
-                        image = Dropped("the picture is black throughout")
+                        image = RowError("the picture is black throughout")
                     yield Row(f"row {start + at}", f"{start + at:08d}", image, record)
                 start = stop
 
@@ -94,16 +106,25 @@ class FashionGen:
             return h5py.File(self.path, "r")
         except OSError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.path} is not a whole HDF5 file ({reason}); FashionGen's .h5 was expected: copy it anew") from None
+            raise UserError(
+                f"{self.path} is not a whole HDF5 file ({reason}); FashionGen's .h5 was expected: copy it anew"
+            ) from None
 
     def _check(self, file: h5py.File) -> int:
         """The number of rows, after looking at every dataset that is read. errors: UserError."""
         wanted = [IMAGES, PRODUCTS, *(f"input_{name}" for name in self.text)]
-        optional = [key for key in (*LABELS.values(), *(f"input_{name}" for name in FACTS)) if key in file and key not in wanted]
+        optional = [
+            key for key in (*LABELS.values(), *(f"input_{name}" for name in FACTS)) if key in file and key not in wanted
+        ]
         for key in (*wanted, *optional):
             self._check_storage(file, key)
         images, products = file[IMAGES], file[PRODUCTS]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not 0 < math.prod(images.shape[1:3]) <= MAX_PIXELS:
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[3] != 3
+            or not 0 < math.prod(images.shape[1:3]) <= MAX_PIXELS
+        ):
             self._fail(IMAGES, f"is {images.dtype} of {_size(images.shape)}", "uint8 of rows x height x width x 3")
         if products.dtype.kind not in "iu":
             self._fail(PRODUCTS, f"is {products.dtype}", "a column of integers")
@@ -124,7 +145,9 @@ class FashionGen:
         link = file.get(key, getlink=True)
         if link is None:
             there = ", ".join(list(file)[:20]) or "nothing"
-            raise UserError(f"{self.path} has no dataset {key}; it has {there}; give FashionGen's .h5, or choose the fields of the text by --text")
+            raise UserError(
+                f"{self.path} has no dataset {key}; it has {there}; give FashionGen's .h5, or choose the fields of the text by --text"
+            )
         data = None if isinstance(link, h5py.ExternalLink) else file.get(key)
         if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
             self._fail(key, "is a link, a group or data of another file", "a dataset in this file")

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from syncmask_fast.errors import UserError
-from syncmask_fast.sources.cleaning import clean
-from syncmask_fast.sources.rows import Dropped, Row, Unit, cut, share
+from syncmask_fast.sources.base import Row, RowError, Unit, cut, share
+from syncmask_fast.sources.text_cleaning import clean
+from syncmask_fast.utils.errors import UserError
 
 CLASSES = ("dress", "shirt", "toptee")
 SPLITS = {"train": "train", "eval": "val"}  # folder of the output, FashionIQ's name
@@ -55,7 +55,12 @@ class FashionIQ:
     def describe(self) -> dict[str, Any]:
         parts = sorted(path for name in ("captions", "image_splits") for path in (self.folder / name).glob("*.json"))
         changed = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in parts}
-        return {"source": str(self.folder.resolve()), "kind": "fashioniq", "images": str(self._images.resolve()), "annotation": changed}
+        return {
+            "source": str(self.folder.resolve()),
+            "kind": "fashioniq",
+            "images": str(self._images.resolve()),
+            "annotation": changed,
+        }
 
     def units(self, rows: int) -> list[Unit]:
         return [unit for split in SPLITS for unit in cut(len(self._pictures[split]), rows, split)]
@@ -63,18 +68,26 @@ class FashionIQ:
     def read(self, unit: Unit) -> Iterator[Row]:
         for picture in self._pictures[unit.folder][unit.start : unit.stop]:
             path = self._files.get(picture.asin)
-            image = path if path is not None else Dropped("the picture is missing", f"{picture.asin} is not in {self._images}")
+            image = (
+                path
+                if path is not None
+                else RowError("the picture is missing", f"{picture.asin} is not in {self._images}")
+            )
             record = {"product_id": picture.asin, "text": picture.text, "category": picture.classes[0]}
             yield Row(f"{unit.folder}/{picture.asin}", picture.asin, image, record)
 
     def missing(self) -> dict[str, list[str]]:
         """The ASINs of each split that have no picture."""
-        return {split: [p.asin for p in pictures if p.asin not in self._files] for split, pictures in self._pictures.items()}
+        return {
+            split: [p.asin for p in pictures if p.asin not in self._files] for split, pictures in self._pictures.items()
+        }
 
     def refuse_missing(self, allowed: float) -> None:
         """UserError if more than the share `allowed` of the pictures is missing."""
         if not self._files:
-            raise UserError(f"{self._images} holds no pictures; ASIN.jpg or ASIN.png were expected: give their folder by --images")
+            raise UserError(
+                f"{self._images} holds no pictures; ASIN.jpg or ASIN.png were expected: give their folder by --images"
+            )
         lost = [asin for names in self.missing().values() for asin in names]
         count = sum(map(len, self._pictures.values()))
         if len(lost) > allowed * count:
@@ -89,19 +102,30 @@ class FashionIQ:
         triplets = {
             split: {
                 "all": len(self._triplets[split]),
-                "with both pictures": sum(not {t["candidate"], t["target"]} & lost[split] for t in self._triplets[split]),
+                "with both pictures": sum(
+                    not {t["candidate"], t["target"]} & lost[split] for t in self._triplets[split]
+                ),
             }
             for split in SPLITS
         }
         bare = {split: sum(not p.captions for p in pictures) for split, pictures in self._pictures.items()}
-        return {"missing pictures": self.missing(), "triplets": triplets, "pictures that are no target": bare, "left out": "the test split"}
+        return {
+            "missing pictures": self.missing(),
+            "triplets": triplets,
+            "pictures that are no target": bare,
+            "left out": "the test split",
+        }
 
     def companions(self) -> dict[str, Any]:
         found = {}
         for split, name in SPLITS.items():
             lost = set(self.missing()[split])
-            found[f"{split}/triplets.json"] = [t for t in self._triplets[split] if not {t["candidate"], t["target"]} & lost]
-            found[f"{split}/galleries.json"] = {kind: [a for a in self._gallery(kind, name) if a not in lost] for kind in CLASSES}
+            found[f"{split}/triplets.json"] = [
+                t for t in self._triplets[split] if not {t["candidate"], t["target"]} & lost
+            ]
+            found[f"{split}/galleries.json"] = {
+                kind: [a for a in self._gallery(kind, name) if a not in lost] for kind in CLASSES
+            }
         return found
 
     @property
@@ -152,7 +176,9 @@ class FashionIQ:
                 for asin in (triplet["candidate"], triplet["target"]):
                     classes.setdefault(asin, {})[triplet["class"]] = None
                 captions.setdefault(triplet["target"], {}).update(dict.fromkeys(triplet["captions"]))
-            found[split] = [Picture(asin, tuple(kinds), tuple(captions.get(asin, ()))) for asin, kinds in classes.items()]
+            found[split] = [
+                Picture(asin, tuple(kinds), tuple(captions.get(asin, ()))) for asin, kinds in classes.items()
+            ]
         return found
 
     def _gallery(self, kind: str, split: str) -> list[str]:
@@ -168,14 +194,20 @@ class FashionIQ:
                 raise UserError(f"{path} has more than {MAX_JSON >> 20} MB, which no FashionIQ file has")
             found = json.loads(path.read_bytes())
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); a folder with FashionIQ's captions and image_splits was expected") from None
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); a folder with FashionIQ's captions and image_splits was expected"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); get it anew from FashionIQ's repository") from None
         if not isinstance(found, list):
-            raise UserError(f"{path} is not a list, which FashionIQ's files are; get it anew from FashionIQ's repository")
+            raise UserError(
+                f"{path} is not a list, which FashionIQ's files are; get it anew from FashionIQ's repository"
+            )
         return found
 
 
 def _check_asin(asin: Any, path: Path, number: int) -> None:
     if not isinstance(asin, str) or not _ASIN.fullmatch(asin):
-        raise UserError(f"{path}: entry {number} names the picture {asin!r}, where an ASIN of letters and digits was expected")
+        raise UserError(
+            f"{path}: entry {number} names the picture {asin!r}, where an ASIN of letters and digits was expected"
+        )

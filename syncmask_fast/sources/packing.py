@@ -27,12 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from syncmask_fast.data.shards import ShardFile
-from syncmask_fast.errors import UserError
-from syncmask_fast.sources.rows import Dropped, Encoding, Source, Unit, share, usable_text
+from syncmask_fast.sources.base import Encoding, RowError, Source, Unit, share, validate_text
+from syncmask_fast.utils.errors import UserError
 
 FORMAT = 1  # of the shards made from the same source: raise it when they come out otherwise
 WORK = ".pack"
@@ -54,7 +62,14 @@ class Job:
 
 
 def pack(
-    source: Source, out: Path, *, encoding: Encoding, rows_per_shard: int = 2000, workers: int | None = None, allow_dropped: float = 0.01, flag: str
+    source: Source,
+    out: Path,
+    *,
+    encoding: Encoding,
+    rows_per_shard: int = 2000,
+    workers: int | None = None,
+    allow_dropped: float = 0.01,
+    flag: str,
 ) -> dict[str, Any]:
     """Packs a source into OUT, goes on where an earlier call stopped, and returns the report that it also writes to OUT/report.json.
 
@@ -135,9 +150,17 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 def _same_plan(out: Path, found: dict[str, Any] | None, plan: dict[str, Any]) -> None:
     if found is None or found == plan:  # none: it was killed before it had begun
         return
-    ours, theirs = ({**p.get("source", {}), **p.get("encoding", {}), "rows per shard": p.get("rows per shard")} for p in (plan, found))
-    names = ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))) or "version"
-    raise UserError(f"{out} was packed from another source or with other settings ({names}); delete it or choose another output folder")
+    ours, theirs = (
+        {**p.get("source", {}), **p.get("encoding", {}), "rows per shard": p.get("rows per shard")}
+        for p in (plan, found)
+    )
+    names = (
+        ", ".join(sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)))
+        or "version"
+    )
+    raise UserError(
+        f"{out} was packed from another source or with other settings ({names}); delete it or choose another output folder"
+    )
 
 
 @contextlib.contextmanager
@@ -150,13 +173,17 @@ def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another process is packing into {out}; wait for it or choose another output folder") from None
+                raise UserError(
+                    f"another process is packing into {out}; wait for it or choose another output folder"
+                ) from None
             for partial in work.rglob(".*.partial"):
                 partial.unlink()
             _write_json(work / "plan.json", plan)
             yield
     except OSError as error:
-        raise UserError(f"{error.filename or out} cannot be written ({error.strerror or error}); choose another output folder") from None
+        raise UserError(
+            f"{error.filename or out} cannot be written ({error.strerror or error}); choose another output folder"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -186,11 +213,11 @@ def pack_unit(source: Source, encoding: Encoding, job: Job, advance: Callable[[]
         for row in source.read(job.unit):
             rows += 1
             try:
-                if isinstance(row.image, Dropped):
+                if isinstance(row.image, RowError):
                     raise row.image
-                usable_text(row.record["text"])
+                validate_text(row.record["text"])
                 image = encoding.stored(row.image)
-            except Dropped as why:
+            except RowError as why:
                 dropped.append({"row": row.name, "reason": why.reason, "detail": why.detail})
             else:
                 shard.write(row.key, image, row.record)
@@ -205,7 +232,9 @@ def pack_unit(source: Source, encoding: Encoding, job: Job, advance: Callable[[]
                         counter[row.record[name]] += 1
             advance()
         if rows != len(job.unit):  # what is not counted would be lost without a word
-            raise UserError(f"{source.describe()['source']} changed while it was packed: {rows} rows came instead of {len(job.unit)}; start again")
+            raise UserError(
+                f"{source.describe()['source']} changed while it was packed: {rows} rows came instead of {len(job.unit)}; start again"
+            )
     size = job.shard.stat().st_size if samples else 0
     found = {"rows": rows, "samples": samples, "alone": alone, "image bytes": image_bytes, "bytes": size}
     found |= {"products": sorted(products, key=str), **{name: dict(counter) for name, counter in labels.items()}}
@@ -244,7 +273,13 @@ def _pack_in_worker(job: Job) -> None:
 
 
 def _pack_all(source: Source, encoding: Encoding, jobs: list[Job], total: int, workers: int) -> None:
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TaskProgressColumn(show_speed=True))
+    columns = (
+        TextColumn("packing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TaskProgressColumn(show_speed=True),
+    )
     columns += (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         before = total - sum(len(job.unit) for job in jobs)
@@ -271,7 +306,9 @@ def _in_processes(source: Source, encoding: Encoding, jobs: list[Job], workers: 
                 yield counter.value
         except BrokenProcessPool:
             mend = "start the same command again, which goes on, with fewer --workers"
-            raise UserError(f"a worker process was ended from outside, most often because memory ran out; {mend}") from None
+            raise UserError(
+                f"a worker process was ended from outside, most often because memory ran out; {mend}"
+            ) from None
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -286,7 +323,9 @@ def _cores() -> int:
 
 def _report(plan: dict[str, Any], source: Source, jobs: list[Job]) -> dict[str, Any]:
     tallies = [json.loads(job.tally.read_bytes()) for job in jobs]
-    totals = {name: sum(tally[name] for tally in tallies) for name in ("rows", "samples", "alone", "image bytes", "bytes")}
+    totals = {
+        name: sum(tally[name] for tally in tallies) for name in ("rows", "samples", "alone", "image bytes", "bytes")
+    }
     products = {str(product) for tally in tallies for product in tally["products"]}
     reasons: Counter[str] = Counter()
     labels: dict[str, Counter[str]] = {"category": Counter(), "subcategory": Counter()}
@@ -320,7 +359,11 @@ def _refusal(report: dict[str, Any], allowed: float, flag: str, out: Path) -> st
         return f"{source} has no rows, where at least one was expected"
     first = dropped["list"][0]
     detail = f" ({first['detail']})" if first["detail"] else ""
-    mend = f"mend them, or let them go with {flag} {share(dropped['rows'], report['rows'])}" if report["samples"] else "mend them"
+    mend = (
+        f"mend them, or let them go with {flag} {share(dropped['rows'], report['rows'])}"
+        if report["samples"]
+        else "mend them"
+    )
     return (
         f"{source}: {dropped['rows']:,} of {report['rows']:,} rows cannot be used, more than {flag} {allowed:g} lets go; "
         f"the first is {first['row']}: {first['reason']}{detail}; all are listed in {where}; {mend}"
@@ -331,9 +374,16 @@ def _show(report: dict[str, Any], out: Path, work: tuple[int, float] | None = No
     table = Table(title=str(out), show_header=False, title_justify="left")
     dropped = report["dropped"]
     categories = {name: len(report[name]) for name in ("category", "subcategory")}
-    lines: list[tuple[str, Any]] = [(name, f"{report[name]:,}") for name in ("rows", "samples", "products", "empty texts", "shards")]
+    lines: list[tuple[str, Any]] = [
+        (name, f"{report[name]:,}") for name in ("rows", "samples", "products", "empty texts", "shards")
+    ]
     lines += [("categories", f"{categories['category']} and {categories['subcategory']} subcategories")]
-    lines += [("bytes", f"{report['bytes'] / 1e6:,.1f} MB, {report['image bytes'] / max(report['samples'], 1) / 1e3:.1f} kB a picture")]
+    lines += [
+        (
+            "bytes",
+            f"{report['bytes'] / 1e6:,.1f} MB, {report['image bytes'] / max(report['samples'], 1) / 1e3:.1f} kB a picture",
+        )
+    ]
     lines += [("dropped rows", f"{dropped['rows']:,}")]
     lines += [(f"  {reason}", f"{count:,}") for reason, count in dropped["reasons"].items()]
     if work:

@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from syncmask_fast.errors import UserError
-from syncmask_fast.sources.cleaning import clean
-from syncmask_fast.sources.rows import MAX_IMAGE_BYTES, Dropped, Row, Unit, cut
+from syncmask_fast.sources.base import MAX_IMAGE_BYTES, Row, RowError, Unit, cut
+from syncmask_fast.sources.text_cleaning import clean
+from syncmask_fast.utils.errors import UserError
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 IMAGE_NAMES = ("image", "img", "jpg", "picture", "photo", "image_path", "path", "file_name", "filename", "filepath")
@@ -49,7 +49,13 @@ class TableSource:
     def describe(self) -> dict[str, Any]:
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self._files}
         columns = {"image": self.image, "text": self.text, "product": self.product}
-        return {"source": str(self.path.resolve()), "kind": "table", "files": stats, "columns": columns, "images": str(self._root)}
+        return {
+            "source": str(self.path.resolve()),
+            "kind": "table",
+            "files": stats,
+            "columns": columns,
+            "images": str(self._root),
+        }
 
     def units(self, rows: int) -> list[Unit]:
         found: list[Unit] = []
@@ -72,11 +78,19 @@ class TableSource:
                 record["product_id"] = self._product(values[product], product, path, number)
             content = values.get(text)
             if content is not None and not isinstance(content, str):
-                content = " ".join(content) if isinstance(content, list) and all(isinstance(c, str) for c in content) else None
+                content = (
+                    " ".join(content)
+                    if isinstance(content, list) and all(isinstance(c, str) for c in content)
+                    else None
+                )
                 if content is None:
                     raise UserError(f"{path}: row {number}: {text} is {values[text]!r:.60}, where a text was expected")
             record["text"] = clean(content or "")
-            named = {key: clean(values[key]) for key in LABELS if key not in (image, text) and isinstance(values.get(key), str)}
+            named = {
+                key: clean(values[key])
+                for key in LABELS
+                if key not in (image, text) and isinstance(values.get(key), str)
+            }
             record |= {key: value for key, value in named.items() if value}
             yield Row(name, f"{prefix}{number:08d}", self._picture(values.get(image), path, number), record)
 
@@ -93,7 +107,9 @@ class TableSource:
         if self.path.is_dir():
             files = sorted(self.path.glob("*.parquet"))
             if not files:
-                raise UserError(f"{self.path} holds no .parquet files; give a .csv, .jsonl or .parquet file, or a folder of .parquet files")
+                raise UserError(
+                    f"{self.path} holds no .parquet files; give a .csv, .jsonl or .parquet file, or a folder of .parquet files"
+                )
             return files
         if not self.path.is_file():
             raise UserError(f"{self.path} does not exist; give a .csv, .jsonl or .parquet file")
@@ -129,9 +145,15 @@ class TableSource:
         found = []
         for flag, chosen, usual in (("--image", self.image, IMAGE_NAMES), ("--text", self.text, TEXT_NAMES)):
             lower = {name.lower(): name for name in reversed(names)}
-            name = chosen if chosen is not None else next((lower[usual_name] for usual_name in usual if usual_name in lower), None)
+            name = (
+                chosen
+                if chosen is not None
+                else next((lower[usual_name] for usual_name in usual if usual_name in lower), None)
+            )
             if name not in names and (name is None or names):
-                asked = f"column {name!r}" if name is not None else f"column of a usual name ({', '.join(usual[:3])} ...)"
+                asked = (
+                    f"column {name!r}" if name is not None else f"column of a usual name ({', '.join(usual[:3])} ...)"
+                )
                 raise UserError(f"{path} has no {asked}; name one by {flag} of: {', '.join(names)[:300] or 'none'}")
             found.append(name)
         if self._kind == "jsonl":  # any object may lack it
@@ -170,9 +192,13 @@ class TableSource:
                 yield from itertools.islice(self._objects(path, file, unit.line), len(unit))
                 return
             names = self._names(path)
-            for number, row in enumerate(itertools.islice(self._csv_rows(path, file, unit.line), len(unit)), unit.start):
+            for number, row in enumerate(
+                itertools.islice(self._csv_rows(path, file, unit.line), len(unit)), unit.start
+            ):
                 if len(row) != len(names):
-                    raise UserError(f"{path}: row {number} has {len(row)} columns, where {len(names)} were expected, as in the first line")
+                    raise UserError(
+                        f"{path}: row {number} has {len(row)} columns, where {len(names)} were expected, as in the first line"
+                    )
                 yield dict(zip(names, row, strict=True))
 
     # CSV and JSONL ----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +212,9 @@ class TableSource:
         try:
             return next((row for row in rows if (row.strip() if isinstance(row, str) else row)), None)
         except csv.Error as error:
-            raise UserError(f'{path}: line {lines.number} is not valid CSV ({error}); columns between commas, quoted by ", were expected') from None
+            raise UserError(
+                f'{path}: line {lines.number} is not valid CSV ({error}); columns between commas, quoted by ", were expected'
+            ) from None
 
     def _csv_rows(self, path: Path, file: BinaryIO, first: int = 1) -> Iterator[list[str]]:
         lines = _Lines(path, file, first)
@@ -202,27 +230,35 @@ class TableSource:
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                raise UserError(f"{path}: line {lines.number} is not valid JSON ({reason}); one object on each line was expected") from None
+                reason = (
+                    f"{error.msg} at column {error.colno}"
+                    if isinstance(error, json.JSONDecodeError)
+                    else "nested too deeply"
+                )
+                raise UserError(
+                    f"{path}: line {lines.number} is not valid JSON ({reason}); one object on each line was expected"
+                ) from None
             if not isinstance(found, dict):
-                raise UserError(f'{path}: line {lines.number} is not an object, where {{"image": ..., "text": ...}} was expected')
+                raise UserError(
+                    f'{path}: line {lines.number} is not an object, where {{"image": ..., "text": ...}} was expected'
+                )
             yield found
 
     # Values -----------------------------------------------------------------------------------------------------------------------------
 
-    def _picture(self, value: Any, path: Path, number: int) -> bytes | Path | Dropped:
+    def _picture(self, value: Any, path: Path, number: int) -> bytes | Path | RowError:
         if isinstance(value, dict):  # Hugging Face: bytes, or else a path
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
             if isinstance(value, str) and self._kind == "jsonl" and _is_base64(value):
                 return base64.b64decode(value)
         if value is None or value == "" or value == b"":
-            return Dropped("there is no picture")
+            return RowError("there is no picture")
         if isinstance(value, (bytes, bytearray)):
             return bytes(value)
         if not isinstance(value, str):
             raise UserError(f"{path}: row {number}: the picture is {value!r:.60}, where a path or bytes were expected")
         if "\0" in value or len(value) > 4096:
-            return Dropped("the picture's path is no path", repr(value[:60]))
+            return RowError("the picture's path is no path", repr(value[:60]))
         target = (self._root / value).resolve()
         if not target.is_relative_to(self._root):
             where = f"{path}: row {number}: the picture {value!r:.200} lies outside {self._root}"
@@ -235,7 +271,9 @@ class TableSource:
         if isinstance(value, str) and value.isascii() and value.isdigit() and str(int(value[:20])) == value:
             value = int(value)
         if isinstance(value, bool) or not (isinstance(value, str) or (isinstance(value, int) and -_ID <= value < _ID)):
-            raise UserError(f"{path}: row {number}: {column} is {value!r:.60}, where an integer below 2^63 or a text was expected")
+            raise UserError(
+                f"{path}: row {number}: {column} is {value!r:.60}, where an integer below 2^63 or a text was expected"
+            )
         return value
 
 
@@ -254,12 +292,16 @@ class _Lines:
             raise StopIteration
         self.number += 1
         if len(line) > MAX_LINE:
-            raise UserError(f"{self.path}: line {self.number} has more than {MAX_LINE >> 20} MB, where one row was expected")
+            raise UserError(
+                f"{self.path}: line {self.number} has more than {MAX_LINE >> 20} MB, where one row was expected"
+            )
         at, self.offset = self.offset, self.offset + len(line)
         try:
             return line.decode("utf-8-sig" if at == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: line {self.number} is not UTF-8 (byte {error.start}); save the table as UTF-8") from None
+            raise UserError(
+                f"{self.path}: line {self.number} is not UTF-8 (byte {error.start}); save the table as UTF-8"
+            ) from None
 
 
 def _is_base64(value: str) -> bool:
@@ -288,7 +330,9 @@ def _parquet(path: Path):
             column = file.metadata.row_group(group).column(number)
             packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
             if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * packed:
-                raise UserError(f"{path}: column {column.path_in_schema} unpacks to {unpacked:,} bytes from {packed:,}, as no pictures or texts do")
+                raise UserError(
+                    f"{path}: column {column.path_in_schema} unpacks to {unpacked:,} bytes from {packed:,}, as no pictures or texts do"
+                )
     return file
 
 
@@ -313,7 +357,9 @@ def _parquet_rows(path: Path, unit: Unit, columns: list[str]) -> Iterator[dict[s
             if before >= unit.stop:
                 return
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: rows from {before} on cannot be read ({_one_line(error)}); the file is damaged: write it anew") from None
+        raise UserError(
+            f"{path}: rows from {before} on cannot be read ({_one_line(error)}); the file is damaged: write it anew"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -15,16 +15,52 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from syncmask_fast.checkpoint import NUMBERS, checkpoints
+from syncmask_fast.training.checkpoint import NUMBERS, checkpoints
 from tests.faults.launcher import Launcher
 from tests.helpers import SPEED
 
 SMALL = [
-    "tiny", "--image.size", "48", "--image.patch", "16", "--image.width", "32", "--image.depth", "2", "--image.heads", "2", "--text.width", "32",
-    "--text.heads", "2", "--text.layers", "1", "--text.fusion-layers", "2", "--text.mlm-steps", "2", "--embed", "16", "--batch-size", "16",
-    "--loss.queue", "32", "--loss.align", "0.2", "--mask.ramp", "0.2", "0.6", "--eval.draws", "1", "--log-every", "2", "--threads", "1",
-    "--device", "cpu",
-]  # fmt: skip
+    "tiny",
+    "--image.size",
+    "48",
+    "--image.patch",
+    "16",
+    "--image.width",
+    "32",
+    "--image.depth",
+    "2",
+    "--image.heads",
+    "2",
+    "--text.width",
+    "32",
+    "--text.heads",
+    "2",
+    "--text.layers",
+    "1",
+    "--text.fusion-layers",
+    "2",
+    "--text.pretrain-steps",
+    "2",
+    "--embed-dim",
+    "16",
+    "--batch-size",
+    "16",
+    "--loss.queue",
+    "32",
+    "--loss.itc-only",
+    "0.2",
+    "--mask.ramp",
+    "0.2",
+    "0.6",
+    "--eval.draws",
+    "1",
+    "--log-every",
+    "2",
+    "--decode-threads",
+    "1",
+    "--device",
+    "cpu",
+]
 MOMENTS = ("while starting", "within a step", "within a checkpoint")
 
 
@@ -32,7 +68,9 @@ def arguments(data: Path, out: Path, steps: int, save_every: int = 2) -> list[st
     return [*SMALL, "--steps", str(steps), "--save-every", str(save_every), "--data", str(data), "--out", str(out)]
 
 
-def kill_often(launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0, reach: int = 1) -> Counter[str]:
+def kill_often(
+    launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0, reach: int = 1
+) -> Counter[str]:
     """Starts a run and kills it by SIGKILL, `kills` times, then lets it end. Returns how many kills fell into which moment.
 
     The moment of each kill is drawn: some time after the start, some time after rows of metrics.jsonl were written, or while a checkpoint is being
@@ -84,14 +122,21 @@ def _wait_for(moment: str, out: Path, pid: int, draw: random.Random, times: int)
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Unlike torch.equal: NaN is NaN, and 0 is not -0."""
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+    )
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not share, to the last bit: metrics, checkpoints (weights, teacher, optimiser, queue, bank, plan), model, results."""
     found = []
     learnt = [
-        [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in (out / "metrics.jsonl").read_text().splitlines()]
+        [
+            {name: value for name, value in json.loads(line).items() if name not in SPEED}
+            for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
         for out in (one, other)
     ]
     if learnt[0] != learnt[1]:
@@ -100,7 +145,9 @@ def differences(one: Path, other: Path) -> list[str]:
     numbers = [json.loads((path / "state.json").read_text()) for path in last]
     found += [name for name in NUMBERS if numbers[0][name] != numbers[1][name]]
     files = [*sorted(path.name for path in last[0].glob("*.safetensors"))]
-    for a, b in [(last[0] / name, last[1] / name) for name in files] + [(one / "model/model.safetensors", other / "model/model.safetensors")]:
+    for a, b in [(last[0] / name, last[1] / name) for name in files] + [
+        (one / "model/model.safetensors", other / "model/model.safetensors")
+    ]:
         ours, theirs = load_file(a), load_file(b)
         same_names = ours.keys() == theirs.keys()
         found += [f"{a.name}: names"] if not same_names else []

@@ -25,7 +25,9 @@ class Launcher:
     def __enter__(self) -> Launcher:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "tests.faults.launcher"]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,8 +52,8 @@ class Launcher:
 def serve() -> None:
     import nvidia.dali.fn  # noqa: F401
 
-    from syncmask_fast import examples, finetune, train  # noqa: F401
-    from syncmask_fast.errors import run_command
+    from syncmask_fast import finetune, train  # noqa: F401
+    from syncmask_fast.utils.errors import run_command
 
     for line in sys.stdin:
         asked = json.loads(line)
@@ -61,7 +63,9 @@ def serve() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             if asked["file_limit"] is not None:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit is an error, as on a full disk
+                signal.signal(
+                    signal.SIGXFSZ, signal.SIG_IGN
+                )  # then a write beyond the limit is an error, as on a full disk
                 resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_limit"], resource.RLIM_INFINITY))
             code = 1
             try:

@@ -18,40 +18,78 @@ import numpy as np
 import torch
 from PIL import Image
 
-from syncmask_fast.checkpoint import FeatureBank, TrainState, load_newest, save_checkpoint
 from syncmask_fast.config import to_json
-from syncmask_fast.data.augment import AugmentConfig, crop_params
-from syncmask_fast.data.decoding import ImageJob
+from syncmask_fast.data.augment import AugmentConfig, sample_augmentations
+from syncmask_fast.data.decode.base import DecodeRequest
+from syncmask_fast.data.decode.transform import why_cpp_unavailable
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.loader import make_decoder
-from syncmask_fast.data.render import native_problem
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.text import TokenCache
+from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import open_triplets
-from syncmask_fast.errors import UserError
-from syncmask_fast.log import MetricsLog
-from syncmask_fast.losses import Queue
-from syncmask_fast.model import SyncMaskModel
-from syncmask_fast.optimizer import make_optimizer
-from syncmask_fast.step import make_teacher
-from syncmask_fast.sync import truth
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.losses import Queue
+from syncmask_fast.objective.pretraining import make_teacher
+from syncmask_fast.tasks.mask_quality import truth
+from syncmask_fast.training.checkpoint import FeatureBank, TrainState, load_latest, save_checkpoint
+from syncmask_fast.training.log import MetricsLog
+from syncmask_fast.training.optimizer import make_optimizer
+from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_tokenizer
 
 READ, MENDED, REFUSED = "read", "put right", "refused with a sentence"
 Edit = tuple[str, float, bytes]
 """What is done to bytes: "flip", "insert", "delete", "cut", "zero" or "repeat", where (0 to 1), and with which bytes."""
 KINDS_OF_EDIT = ("flip", "insert", "delete", "cut", "zero", "repeat")
-HOSTILE = (b"\xff" * 8, b"\0" * 8, b"-1", b"99999999999999999999", b"1e999", b"NaN", b"null", b"[[[[", b'{"', b"../../../x", b"/etc/passwd", b"\x80")
+HOSTILE = (
+    b"\xff" * 8,
+    b"\0" * 8,
+    b"-1",
+    b"99999999999999999999",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"[[[[",
+    b'{"',
+    b"../../../x",
+    b"/etc/passwd",
+    b"\x80",
+)
 HOSTILE_VALUES = (
-    None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x" * 5000, "../../x", "\ud800", "\0", [], {}, [[]], [None],
-    {"": ""}, [1, 2, 3], "hf-hub:nobody/nothing", "local-dir:/etc",
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 5000,
+    "../../x",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": ""},
+    [1, 2, 3],
+    "hf-hub:nobody/nothing",
+    "local-dir:/etc",
+)
 
 
 def random_edits(draw: random.Random) -> list[Edit]:
     def one() -> Edit:
-        return draw.choice(KINDS_OF_EDIT), draw.random(), draw.choice([*HOSTILE, draw.randbytes(draw.choice((1, 1, 4, 40)))])
+        return (
+            draw.choice(KINDS_OF_EDIT),
+            draw.random(),
+            draw.choice([*HOSTILE, draw.randbytes(draw.choice((1, 1, 4, 40)))]),
+        )
 
     return [one() for _ in range(draw.choice((1, 1, 1, 2, 5)))]
 
@@ -126,9 +164,13 @@ def picture(kind: str, seed: int = 0, **options: object) -> bytes:
 
 
 RECORD = {
-    "product_id": 7, "text": "a red dress with a zip", "category": "dress", "subcategory": "maxi", "view": "front",
+    "product_id": 7,
+    "text": "a red dress with a zip",
+    "category": "dress",
+    "subcategory": "maxi",
+    "view": "front",
     "attributes": [{"span": [2, 5], "box": [0, 0, 10, 10]}, {"span": [19, 22], "box": None}],
-}  # fmt: skip
+}
 
 
 def shard(records: list[bytes], images: list[bytes]) -> bytes:
@@ -146,11 +188,11 @@ def use_index(folder: Path) -> ShardIndex:
     """Reads all that training and evaluation read of a folder of shards."""
     index = ShardIndex.open(folder, max_bad=0.9)
     tokens = TokenCache.open(folder, small_tokenizer(), index.texts, 24)
-    tokens.gather(np.arange(len(index)))
+    tokens.pack(np.arange(len(index)))
     for i in range(len(index)):
         record = index.record(i)
-        index.key(i), index.shard_of(i)
-        data = index.jpeg(i)
+        index.key(i), index.shard_path(i)
+        data = index.image_bytes(i)
         try:
             width, height = check_image(data)
         except ValueError:
@@ -171,14 +213,16 @@ class Tar(Kind):
         self.folder.mkdir()
         (self.folder / "0.tar").write_bytes(data)
         index = use_index(self.folder)
-        return MENDED if index.problems else READ
+        return MENDED if index.warnings else READ
 
 
 class JsonMember(Tar):
     """The record of one sample of four."""
 
     def mutant(self, draw: random.Random) -> bytes:
-        record = as_json(edited_json(RECORD, draw)) if draw.random() < 0.7 else edited(as_json(RECORD), random_edits(draw))
+        record = (
+            as_json(edited_json(RECORD, draw)) if draw.random() < 0.7 else edited(as_json(RECORD), random_edits(draw))
+        )
         return shard([record, *[as_json(RECORD)] * 3], [picture("JPEG", seed) for seed in range(4)])
 
 
@@ -189,8 +233,14 @@ class Picture(Kind):
         super().__init__(folder)
         kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
         self.images = [picture(kind, **options) for kind, options in kinds]
-        pixels = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "jitter": True, "device": torch.device("cpu"), "threads": 1}
-        self.decoder = make_decoder("torchvision" if native_problem() else "native", batch_size=1, size=16, **pixels)
+        pixels = {
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "jitter": True,
+            "device": torch.device("cpu"),
+            "threads": 1,
+        }
+        self.decoder = make_decoder("torchvision" if why_cpp_unavailable() else "cpp", batch_size=1, size=16, **pixels)
 
     def mutant(self, draw: random.Random) -> bytes:
         return edited(draw.choice(self.images), random_edits(draw))
@@ -201,8 +251,16 @@ class Picture(Kind):
         except ValueError:
             return "left out, with the reason"
         place = np.zeros(1, np.int64)
-        self.decoder.start(ImageJob(place, place, [data], crop_params(0, 0, place, np.array([width]), np.array([height]), AugmentConfig()), 0))
-        _, pixels, refused = self.decoder.finish()
+        self.decoder.submit(
+            DecodeRequest(
+                place,
+                place,
+                [data],
+                sample_augmentations(0, 0, place, np.array([width]), np.array([height]), AugmentConfig()),
+                0,
+            )
+        )
+        _, pixels, refused = self.decoder.result()
         assert refused or (pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all())
         if refused:
             return "left out, with the reason"
@@ -261,7 +319,7 @@ class Tokens(Kind):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.texts = ["a red dress", "a navy coat with a zip", "the green bag"]
-        self.known = TokenCache.open(folder, small_tokenizer(), self.texts, 24).gather(np.arange(3))
+        self.known = TokenCache.open(folder, small_tokenizer(), self.texts, 24).pack(np.arange(3))
         (self.place,) = folder.glob(".tokens-*")
         self.files = {path.name: path.read_bytes() for path in sorted(self.place.iterdir())}
 
@@ -275,7 +333,7 @@ class Tokens(Kind):
         for other, content in self.files.items():
             (self.place / other).write_bytes(content)
         (self.place / name.decode()).write_bytes(data)
-        found = TokenCache.open(self.folder, small_tokenizer(), self.texts, 24).gather(np.arange(3))
+        found = TokenCache.open(self.folder, small_tokenizer(), self.texts, 24).pack(np.arange(3))
         assert all(np.array_equal(a, b) for a, b in zip(found, self.known, strict=True)), "damaged tokens were believed"
         return MENDED if (self.place / name.decode()).read_bytes() != data else READ
 
@@ -352,7 +410,11 @@ class Checkpoint(Kind):
     def mutant(self, draw: random.Random) -> bytes:
         name = draw.choice(self.names)
         data = (self.folder / "kept/step-00000002" / name).read_bytes()
-        changed = as_json(edited_json(json.loads(data), draw)) if name.endswith("json") and draw.random() < 0.5 else edited(data, random_edits(draw))
+        changed = (
+            as_json(edited_json(json.loads(data), draw))
+            if name.endswith("json") and draw.random() < 0.5
+            else edited(data, random_edits(draw))
+        )
         return name.encode() + b"\n" + changed
 
     def outcome(self, data: bytes) -> str:
@@ -365,9 +427,11 @@ class Checkpoint(Kind):
         file.write_bytes(data)
         said = io.StringIO()
         with redirect_stderr(said):
-            taken = load_newest(used, self.state)
+            taken = load_latest(used, self.state)
         if taken.name == "step-00000002":
-            same_json = name.endswith(b"json") and json.loads(data) == json.loads((self.folder / "kept/step-00000002/state.json").read_text())
+            same_json = name.endswith(b"json") and json.loads(data) == json.loads(
+                (self.folder / "kept/step-00000002/state.json").read_text()
+            )
             assert not changed or same_json, "a damaged checkpoint was believed"
             return READ
         assert self.state.step == 1
@@ -380,7 +444,9 @@ class Metrics(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.whole = "".join(json.dumps({"step": step, "loss": 1.5, "epoch": 0}) + "\n" for step in range(1, 9)).encode()
+        self.whole = "".join(
+            json.dumps({"step": step, "loss": 1.5, "epoch": 0}) + "\n" for step in range(1, 9)
+        ).encode()
 
     def outcome(self, data: bytes) -> str:
         (self.folder / "metrics.jsonl").write_bytes(data)
@@ -398,10 +464,15 @@ class TripletFile(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        (folder / "0.tar").write_bytes(shard([as_json(RECORD | {"product_id": n}) for n in range(4)], [picture("JPEG", n) for n in range(4)]))
+        (folder / "0.tar").write_bytes(
+            shard([as_json(RECORD | {"product_id": n}) for n in range(4)], [picture("JPEG", n) for n in range(4)])
+        )
         self.split = Split(ShardIndex.open(folder), np.arange(4))
         self.whole = as_json(
-            [{"class": "dress", "candidate": f"s{a}", "target": f"s{b}", "captions": ["is red", "has a zip"]} for a, b in ((0, 1), (1, 2), (2, 3))]
+            [
+                {"class": "dress", "candidate": f"s{a}", "target": f"s{b}", "captions": ["is red", "has a zip"]}
+                for a, b in ((0, 1), (1, 2), (2, 3))
+            ]
         )
 
     def mutant(self, draw: random.Random) -> bytes:
@@ -418,19 +489,34 @@ class TripletFile(Kind):
 
 
 KINDS: dict[str, type[Kind]] = {
-    "tar": Tar, "JSON member": JsonMember, "image": Picture, "index cache": IndexCache, "index cache, forged": IndexArrays, "token cache": Tokens,
-    "config of a run": Config, "config of a model": ModelFolder, "tokenizer of a model": ModelTokenizer, "weights of a model": ModelWeights,
-    "checkpoint": Checkpoint, "metrics.jsonl": Metrics, "triplets": TripletFile,
-}  # fmt: skip
+    "tar": Tar,
+    "JSON member": JsonMember,
+    "image": Picture,
+    "index cache": IndexCache,
+    "index cache, forged": IndexArrays,
+    "token cache": Tokens,
+    "config of a run": Config,
+    "config of a model": ModelFolder,
+    "tokenizer of a model": ModelTokenizer,
+    "weights of a model": ModelWeights,
+    "checkpoint": Checkpoint,
+    "metrics.jsonl": Metrics,
+    "triplets": TripletFile,
+}
 
 
 def new_state() -> TrainState:
     config = small_config()
     torch.manual_seed(0)
     model = SyncMaskModel(config, small_tokenizer())
-    queue, bank = Queue.empty(8, config.embed, torch.device("cpu")), FeatureBank.empty(5, config.embed, torch.device("cpu"))
-    origin = {"samples": 5, "data": "d", "tokenizer": "t"}
-    return TrainState(model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(5), origin=origin)
+    queue, bank = (
+        Queue.empty(8, config.embed_dim, torch.device("cpu")),
+        FeatureBank.empty(5, config.embed_dim, torch.device("cpu")),
+    )
+    provenance = {"samples": 5, "data": "d", "tokenizer": "t"}
+    return TrainState(
+        model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(5), provenance=provenance
+    )
 
 
 def feed(kind: Kind, data: bytes) -> str:
@@ -447,9 +533,34 @@ def feed(kind: Kind, data: bytes) -> str:
 # What an input must never bring about -----------------------------------------------------------------------------------------------------
 
 _watched: list[tuple[Path, list[str]]] = []
-_FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect", "ctypes.dlopen"}
-_WITH_FOLDERS = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link"}  # whose last arguments are descriptors of folders, or -1
-_CHANGING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "shutil.rmtree"}
+_FORBIDDEN = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "socket.connect",
+    "ctypes.dlopen",
+}
+_WITH_FOLDERS = {
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+}  # whose last arguments are descriptors of folders, or -1
+_CHANGING = {
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "shutil.rmtree",
+}
 
 
 def _hook(event: str, arguments: tuple) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
-    from syncmask_fast.data.lookbook import draw_lookbook
+    from syncmask_fast.sources.lookbook import draw_lookbook
 
     data, whole, killed = folder / "lookbook", folder / "whole", folder / "killed"
     draw_lookbook(data, products=22, eval_products=12, size=48, workers=1)
@@ -51,12 +51,17 @@ def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
         begin = time.perf_counter()
         moments = kill_often(launcher, arguments(data, killed, steps), killed, kills, seed, reach=4)
         found = differences(whole, killed)
-        print(f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, {time.perf_counter() - begin:.0f} s with the kills)\n")
+        print(
+            f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, {time.perf_counter() - begin:.0f} s with the kills)\n"
+        )
         again = killed.with_suffix(".log").read_text().count("going on from")
         print(f"{again} of the {kills + 1} starts went on from a checkpoint\n\n| moment | kills |\n|---|---|")
         for moment, count in moments.items():
             print(f"| {moment} | {count} |")
-        print(f"\ndifferences from the run that was never stopped: {', '.join(found) or 'none, to the last bit'}\n", flush=True)
+        print(
+            f"\ndifferences from the run that was never stopped: {', '.join(found) or 'none, to the last bit'}\n",
+            flush=True,
+        )
         return [f"kills: {name}" for name in found] + soak_full_disk(launcher, folder, data, whole, steps)
 
 
@@ -66,7 +71,11 @@ def soak_full_disk(launcher: Launcher, folder: Path, data: Path, whole: Path, st
     disk.mkdir()
     size = sum(file.stat().st_size for file in (whole / "checkpoints").glob("*/*")) * 5 // 4
     mount = shutil.which("mount")
-    mounted = mount and subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode == 0
+    mounted = (
+        mount
+        and subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode
+        == 0
+    )
     limit = None if mounted else size // 5  # where nothing can be mounted: no file may be larger than this
     try:
         argv = arguments(data, disk / "run", steps)
@@ -78,10 +87,17 @@ def soak_full_disk(launcher: Launcher, folder: Path, data: Path, whole: Path, st
         again = launcher.run(argv, log)
         found = differences(whole, disk / "run") if again == 0 else [log.read_text()[-2000:]]
         print(f"## Disk full ({f'tmpfs of {size:,} bytes' if mounted else f'no file beyond {limit:,} bytes'})\n")
-        print(f"{warned} of {steps // 2} checkpoints could not be written, each with a line that says so; the run ended with code {code}:\n")
-        print(f"    {said[-1]}\n\nthen, with room: code {again}, differences: {', '.join(found) or 'none, to the last bit'}\n", flush=True)
+        print(
+            f"{warned} of {steps // 2} checkpoints could not be written, each with a line that says so; the run ended with code {code}:\n"
+        )
+        print(
+            f"    {said[-1]}\n\nthen, with room: code {again}, differences: {', '.join(found) or 'none, to the last bit'}\n",
+            flush=True,
+        )
         silent = not warned or code not in (0, 2) or any("Traceback" in line for line in said)
-        return [f"disk full: {name}" for name in found] + ["disk full: no line said so, or the run ended in another way"] * silent
+        return [f"disk full: {name}" for name in found] + [
+            "disk full: no line said so, or the run ended in another way"
+        ] * silent
     finally:
         if mounted:
             subprocess.run([shutil.which("umount"), disk], check=True)
@@ -94,8 +110,20 @@ def soak_inputs(mutants: int, seed: int) -> list[str]:
     faults: list[str] = []
     print(f"## {mutants:,} mutants of each kind of input\n\n| input | how they ended |\n|---|---|", flush=True)
     for name in KINDS:
-        command = [sys.executable, "-m", "tests.faults.soak", "--kind", name, "--mutants", str(mutants), "--seed", str(seed)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "tests.faults.soak",
+            "--kind",
+            name,
+            "--mutants",
+            str(mutants),
+            "--seed",
+            str(seed),
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        )
         if done.returncode:
             faults.append(f"{name}: the process ended with {done.returncode}: {done.stderr[-1500:]}")
             print(f"| {name} | PROCESS ENDED |", flush=True)
@@ -125,7 +153,9 @@ def feed_mutants(name: str, folder: Path, mutants: int, seed: int) -> tuple[Coun
             while trace:
                 places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
                 trace = trace.tb_next
-            crashes.append(f"mutant {number}: {type(error).__name__}: {' '.join(str(error).split())[:200]} at {' '.join(places[-4:])}")
+            crashes.append(
+                f"mutant {number}: {type(error).__name__}: {' '.join(str(error).split())[:200]} at {' '.join(places[-4:])}"
+            )
     return outcomes, crashes
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from syncmask_fast.data import render
+from syncmask_fast.data.decode import transform as render
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.errors import UserError
+from syncmask_fast.utils.errors import UserError
 from tests.test_loader import GOOD, by_sample, dataset, every_backend, needs_dali, open_loader, picture
 
 
@@ -86,7 +86,7 @@ def test_worker_that_dies_costs_its_image(data, monkeypatch: pytest.MonkeyPatch)
     index = data[0]
 
     def dying(encoded: bytes) -> np.ndarray:
-        if encoded == index.jpeg(7):
+        if encoded == index.image_bytes(7):
             raise MemoryError
         return real(encoded)
 
@@ -100,7 +100,7 @@ def test_worker_that_dies_costs_its_image(data, monkeypatch: pytest.MonkeyPatch)
 @needs_dali
 def test_dali_pipeline_that_dies_is_rebuilt(data, monkeypatch: pytest.MonkeyPatch):
     """Nothing is wrong with the images: not one of them is lost, and not one bit of their pixels."""
-    from syncmask_fast.data.decode_dali import DaliDecoder
+    from syncmask_fast.data.decode.dali import DaliDecoder
 
     before, _ = all_batches(data, backend="dali")
     real, calls = DaliDecoder._outputs, []
@@ -119,22 +119,22 @@ def test_dali_pipeline_that_dies_is_rebuilt(data, monkeypatch: pytest.MonkeyPatc
 
 @needs_dali
 def test_dali_pipeline_that_keeps_dying_is_a_sentence(data, monkeypatch: pytest.MonkeyPatch):
-    from syncmask_fast.data.decode_dali import DaliDecoder
+    from syncmask_fast.data.decode.dali import DaliDecoder
 
     monkeypatch.setattr(DaliDecoder, "_outputs", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error")))
-    with pytest.raises(UserError, match=r"DALI failed .* CUDA error; choose --loader torchvision"):
+    with pytest.raises(UserError, match=r"DALI failed .* CUDA error; choose --decoder torchvision"):
         all_batches(data, backend="dali")
 
 
 @needs_dali
 def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Pillow reads it in its place, it alone, whichever batch meets it first: else a run that is resumed would see other pixels."""
-    from syncmask_fast.data.decode_dali import DaliDecoder
+    from syncmask_fast.data.decode.dali import DaliDecoder
 
     data = dataset(tmp_path, [picture(60 + n, 50, seed=n) for n in range(12)])
     before, _ = all_batches(data, backend="dali")
     real = DaliDecoder._next_inputs
-    odd = data[0].jpeg(6)
+    odd = data[0].image_bytes(6)
 
     def unreadable(self):
         encoded, *others = real(self)
@@ -185,6 +185,8 @@ def test_missing_shard_ends_a_resume_with_a_sentence(tmp_path: Path):
     """`fingerprint` and the number of samples tell a run that data is gone or another; see `test_resume.py`."""
     marks = []
     for count in (12, 11):
-        marks.append(dataset(tmp_path / str(count), [picture(60 + n, 50, seed=n) for n in range(count)])[0].fingerprint())
+        marks.append(
+            dataset(tmp_path / str(count), [picture(60 + n, 50, seed=n) for n in range(count)])[0].fingerprint()
+        )
     again = ShardIndex.open(tmp_path / "12").fingerprint()
     assert marks[0] == again != marks[1]

@@ -49,6 +49,8 @@ def test_what_is_whole_is_read(kind: Kind):
 def test_the_guard_sees_what_it_forbids(code: str, seen: str, tmp_path: Path):
     program = f"import os, pickle\nfrom tests.faults.mutations import Path, watched\nos.chdir({str(tmp_path)!r})\n"
     program += f"with watched(Path('allowed')):\n    {code}\n"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode != 0
     assert seen in done.stderr

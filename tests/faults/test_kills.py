@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from syncmask_fast.checkpoint import checkpoints
-from syncmask_fast.data.lookbook import draw_lookbook
+from syncmask_fast.sources.lookbook import draw_lookbook
+from syncmask_fast.training.checkpoint import checkpoints
 from tests.faults.kills import arguments, differences, kill_often
 from tests.faults.launcher import Launcher
 
@@ -69,7 +69,9 @@ def test_sigterm_saves_and_leaves(launcher: Launcher, data: Path, whole: Path, t
     step = int(saved.name[-8:])
     assert 0 < step < STEPS
     assert f"stopped at step {step} of {STEPS}" in log.read_text()
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(range(1, step + 1))
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, step + 1)
+    )
     assert launcher.run(argv, log) == 0
     assert differences(whole, out) == []
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncmask_fast.checkpoint import MANIFEST, checkpoints, load_checkpoint, load_newest, save_checkpoint
-from syncmask_fast.errors import UserError
-from syncmask_fast.log import MetricsLog
-from syncmask_fast.safekeeping import save, where_to_go_on
-from syncmask_fast.step import Losses
+from syncmask_fast.objective.pretraining import Losses
+from syncmask_fast.training.checkpoint import MANIFEST, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from syncmask_fast.training.interrupts import find_resume_path, save
+from syncmask_fast.training.log import MetricsLog
+from syncmask_fast.utils.errors import UserError
 from tests.faults.mutations import new_state
 from tests.helpers import small_config
 
@@ -32,7 +32,7 @@ def two(tmp_path: Path) -> Path:
 
 def rewrite(path: Path, change) -> None:
     """Changes a manifest as somebody would who knows the format, checksum and all."""
-    from syncmask_fast import checkpoint
+    from syncmask_fast.training import checkpoint
 
     content = json.loads((path / MANIFEST).read_text())
     content.pop("sha256", None)
@@ -41,14 +41,16 @@ def rewrite(path: Path, change) -> None:
     (path / MANIFEST).write_text(json.dumps({**content, **digest}))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "teacher.safetensors", "optimizer.safetensors", "memory.safetensors", MANIFEST])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "teacher.safetensors", "optimizer.safetensors", "memory.safetensors", MANIFEST]
+)
 def test_one_flipped_bit_sends_a_run_to_the_checkpoint_before(two: Path, name: str, capsys: pytest.CaptureFixture[str]):
     file = two / "step-00000002" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     state = new_state()
-    assert load_newest(two, state).name == "step-00000001"
+    assert load_latest(two, state).name == "step-00000001"
     assert state.step == 1
     said = capsys.readouterr().err
     assert said.startswith(f"WARNING: {two / 'step-00000002'} is not a whole checkpoint")
@@ -63,51 +65,56 @@ def test_no_whole_checkpoint_is_a_sentence_and_no_new_start(two: Path):
     for path in checkpoints(two):
         os.truncate(path / "model.safetensors", 100)
     with pytest.raises(UserError, match="step-00000001 is not a whole checkpoint .* and there is no other"):
-        load_newest(two, new_state())
+        load_latest(two, new_state())
     assert (two / "step-00000001").is_dir()
 
 
 def test_a_checkpoint_of_the_first_layout_is_read(two: Path):
     def as_it_was(content: dict) -> None:
         content["format"] = 1
-        del content["files"], content["origin"]
+        del content["files"], content["provenance"]
 
     rewrite(two / "step-00000002", as_it_was)
     state = new_state()
-    load_newest(two, state)
+    load_latest(two, state)
     assert state.step == 2
 
 
 def test_a_newer_layout_is_refused(two: Path):
     rewrite(two / "step-00000002", lambda content: content.update(format=3))
     with pytest.raises(UserError, match=r"another version \(layout 3, this one reads 1 to 2\)"):
-        load_newest(two, new_state())
+        load_latest(two, new_state())
 
 
-@pytest.mark.parametrize(("name", "said"), [("samples", "4 training samples, but there are 5 now"), ("tokenizer", "another tokenizer")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("samples", "4 training samples, but there are 5 now"), ("tokenizer", "another tokenizer")]
+)
 def test_other_data_is_refused(two: Path, name: str, said: str):
-    rewrite(two / "step-00000002", lambda content: content["origin"].update({name: 4}))
+    rewrite(two / "step-00000002", lambda content: content["provenance"].update({name: 4}))
     with pytest.raises(UserError, match=said):
-        load_newest(two, new_state())
+        load_latest(two, new_state())
 
 
 def test_changed_data_is_said(two: Path, capsys: pytest.CaptureFixture[str]):
-    rewrite(two / "step-00000002", lambda content: content["origin"].update(data="other"))
-    load_newest(two, new_state())
+    rewrite(two / "step-00000002", lambda content: content["provenance"].update(data="other"))
+    load_latest(two, new_state())
     assert "WARNING: the data is no longer what the run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["queue.images", "bank.seen", "order"])
+@pytest.mark.parametrize("name", ["queue.images", "bank.filled", "order"])
 def test_a_forged_checkpoint_that_does_not_fit_is_refused(two: Path, name: str):
     from safetensors.torch import load_file, save_file
 
-    from syncmask_fast.durable import sha256
+    from syncmask_fast.utils.files import sha256
 
     file = two / "step-00000002" / "memory.safetensors"
     tensors = load_file(file)
     tensors[name] = tensors[name][:-1].contiguous() if name != "order" else torch.tensor([0, 1, 2, 3, 99])
     save_file(tensors, file)
-    rewrite(two / "step-00000002", lambda content: content["files"].update({file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}))
+    rewrite(
+        two / "step-00000002",
+        lambda content: content["files"].update({file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}),
+    )
     state = new_state()
     before = state.queue.images.clone()
     with pytest.raises(UserError, match="is not a checkpoint of this run"):
@@ -128,12 +135,12 @@ def test_where_a_run_goes_on(two: Path, tmp_path: Path):
     config = small_config()
     other = tmp_path / "other" / "step-00000007"
     named = small_config(resume=str(other))
-    assert where_to_go_on(config, tmp_path) == two
-    assert where_to_go_on(named, tmp_path) == two
-    assert where_to_go_on(small_config(resume=str(two / "step-00000001")), tmp_path) == two / "step-00000001"
+    assert find_resume_path(config, tmp_path) == two
+    assert find_resume_path(named, tmp_path) == two
+    assert find_resume_path(small_config(resume=str(two / "step-00000001")), tmp_path) == two / "step-00000001"
     shutil.rmtree(two)
-    assert where_to_go_on(named, tmp_path) == other
-    assert where_to_go_on(config, tmp_path) is None
+    assert find_resume_path(named, tmp_path) == other
+    assert find_resume_path(config, tmp_path) is None
 
 
 # metrics.jsonl --------------------------------------------------------------------------------------------------------------------------
@@ -152,7 +159,9 @@ def steps_of(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("rest", [b"", b'{"step": 5, "lo', b'{"step": 5}\n{"step": 6}\n', b"\0" * 4096, b'{"step": 5}\n\xff\xfe\n'])
+@pytest.mark.parametrize(
+    "rest", [b"", b'{"step": 5, "lo', b'{"step": 5}\n{"step": 6}\n', b"\0" * 4096, b'{"step": 5}\n\xff\xfe\n']
+)
 def test_rows_beyond_the_checkpoint_are_cut(tmp_path: Path, rest: bytes):
     log = new_log(tmp_path, 0)
     add(log, 1, 2, 3, 4)

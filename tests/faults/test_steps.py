@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from syncmask_fast import step, train
-from syncmask_fast.checkpoint import TrainState
-from syncmask_fast.errors import UserError
-from syncmask_fast.train import main, one_step
+from syncmask_fast import train
+from syncmask_fast.objective import pretraining as step
+from syncmask_fast.train import main, train_step
+from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.utils.errors import UserError
 from tests.faults.kills import SMALL
 from tests.helpers import small_batch, small_lookbook
 from tests.test_no_host_sync import CASES, NothingReadBack, config_of, state_of
@@ -28,7 +29,7 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
     for number, (_, kept) in enumerate(state.optimizer.states()):
         found |= {f"optimizer.{number}.{name}": value for name, value in kept.items()}
     found |= {f"queue.{name}": value for name, value in state.queue._asdict().items()}
-    found |= {f"bank.{name}": getattr(state.bank, name) for name in ("images", "texts", "seen")}
+    found |= {f"bank.{name}": getattr(state.bank, name) for name in ("images", "texts", "filled")}
     return {name: value.clone() for name, value in found.items()}
 
 
@@ -37,26 +38,28 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize(("masking", "presence", "stem", "mim_copy"), CASES)
+@pytest.mark.parametrize(("masking", "presence", "stem", "mim_input"), CASES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "huge"])
 def test_a_step_that_is_not_finite_changes_nothing(
-    masking: str, presence: float, stem: str, mim_copy: str, bad: str, monkeypatch: pytest.MonkeyPatch
+    masking: str, presence: float, stem: str, mim_input: str, bad: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Not finite from the picture on, or in the gradient alone; the way that CUDA takes, without asking the device."""
-    monkeypatch.setattr(step, "takes_packed", lambda device: True)
-    config = config_of(masking, presence, stem, mim_copy)
+    monkeypatch.setattr(step, "uses_varlen", lambda device: True)
+    config = config_of(masking, presence, stem, mim_input)
     state = state_of(config, torch.device("cpu"))
-    one_step(config, state, iter([small_batch(config, seed=3)]), 100, 1)  # so that the optimiser has a state
+    train_step(config, state, iter([small_batch(config, seed=3)]), 100, 1)  # so that the optimiser has a state
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[1] *= {"nan": torch.nan, "inf": torch.inf, "huge": 1e38}[bad]
     before = tensors_of(state)
     with NothingReadBack():
-        found, _ = one_step(config, state, iter([poisoned]), 100, 1)
+        found, _ = train_step(config, state, iter([poisoned]), 100, 1)
     assert found.total.isnan()
     assert_same(before, tensors_of(state))
-    found, _ = one_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
+    found, _ = train_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
     assert found.total.isfinite()
-    assert any(not torch.equal(before[name], value) for name, value in tensors_of(state).items() if name.startswith("model"))
+    assert any(
+        not torch.equal(before[name], value) for name, value in tensors_of(state).items() if name.startswith("model")
+    )
 
 
 def test_the_first_step_of_all():
@@ -65,26 +68,30 @@ def test_the_first_step_of_all():
     skipped, clean = (state_of(config, torch.device("cpu")) for _ in range(2))
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[:] = torch.nan
-    one_step(config, skipped, iter([poisoned]), 100, 1)
+    train_step(config, skipped, iter([poisoned]), 100, 1)
     for state in (skipped, clean):
-        one_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
+        train_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
     clean_tensors, found = tensors_of(clean), tensors_of(skipped)
     moved = {name for name in found if name.startswith("queue")}  # whose clock went on
-    assert_same(*({name: value for name, value in each.items() if name not in moved} for each in (clean_tensors, found)))
+    assert_same(
+        *({name: value for name, value in each.items() if name not in moved} for each in (clean_tensors, found))
+    )
 
 
 def test_one_bad_part_of_an_accumulated_step_skips_it_all():
     config = config_of("random", 0.0, "patch", "replace")
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=3))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, grad_accum=3))
     state = state_of(config, torch.device("cpu"))
     batches = [small_batch(config, seed=n) for n in range(3)]
     batches[1].pixels[0] = torch.nan
     before = tensors_of(state)
-    found, _ = one_step(config, state, iter(batches), 100, 1)
+    found, _ = train_step(config, state, iter(batches), 100, 1)
     assert found.total.isnan()
     after = tensors_of(state)
     assert_same(before, {name: after[name] for name in before})
-    assert all((value == 0).all() for name, value in after.items() if name not in before)  # the optimiser's state begins at zero
+    assert all(
+        (value == 0).all() for name, value in after.items() if name not in before
+    )  # the optimiser's state begins at zero
 
 
 def test_a_good_step_is_the_one_of_before():
@@ -94,13 +101,13 @@ def test_a_good_step_is_the_one_of_before():
     plain = copy.deepcopy(guarded)
     plain.optimizer = train.make_optimizer(plain.model, config.optim)
     for seed in (1, 2):
-        one_step(config, guarded, iter([small_batch(config, seed=seed)]), 100, 1)
+        train_step(config, guarded, iter([small_batch(config, seed=seed)]), 100, 1)
     update, teach = type(plain.optimizer).step, train.update_teacher
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(plain.optimizer), "step", lambda self, finite: update(self))
         patch.setattr(train, "update_teacher", lambda *arguments: teach(*arguments[:4]))
         for seed in (1, 2):
-            one_step(config, plain, iter([small_batch(config, seed=seed)]), 100, 1)
+            train_step(config, plain, iter([small_batch(config, seed=seed)]), 100, 1)
     assert_same(tensors_of(plain), tensors_of(guarded))
 
 
@@ -114,7 +121,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Batches of these steps, counted from 1, get a picture that is not a number."""
-    real = train.epochs_of_batches
+    real = train.epoch_batches
 
     def batches(config, state, *more):
         for batch in real(config, state, *more):
@@ -122,18 +129,21 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
                 batch.pixels[3] = torch.nan
             yield batch
 
-    monkeypatch.setattr(train, "epochs_of_batches", batches)
+    monkeypatch.setattr(train, "epoch_batches", batches)
 
 
 def rows(out: Path) -> list[dict]:
     return [
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in (out / "metrics.jsonl").read_text().splitlines()
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in (out / "metrics.jsonl").read_text().splitlines()
     ]
 
 
-def test_a_run_skips_and_counts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_run_skips_and_counts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     poison(monkeypatch, {2, 3, 5})
-    main([*SMALL, "--steps", "6", "--data", str(data), "--out", str(tmp_path / "run"), "--loader", "torchvision"])
+    main([*SMALL, "--steps", "6", "--data", str(data), "--out", str(tmp_path / "run"), "--decoder", "torchvision"])
     found = rows(tmp_path / "run")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if row.get("skipped")] == [2, 3, 5]
@@ -145,10 +155,25 @@ def test_a_run_skips_and_counts(data: Path, tmp_path: Path, monkeypatch: pytest.
 def test_a_run_stops_after_too_many_in_a_row(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     poison(monkeypatch, set(range(3, 100)))
     out = tmp_path / "run"
-    argv = [*SMALL, "--steps", "20", "--save-every", "2", "--data", str(data), "--out", str(out), "--loader", "torchvision"]
+    argv = [
+        *SMALL,
+        "--steps",
+        "20",
+        "--save-every",
+        "2",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--decoder",
+        "torchvision",
+    ]
     for _ in range(2):  # started again without a change it stops again, and says the same
-        with pytest.raises(UserError, match=r"in a row up to step \d+ had a loss or gradient that is not finite \(--max-skipped 4\)"):
-            main([*argv, "--max-skipped", "4"])
+        with pytest.raises(
+            UserError,
+            match=r"in a row up to step \d+ had a loss or gradient that is not finite \(--max-skipped-steps 4\)",
+        ):
+            main([*argv, "--max-skipped-steps", "4"])
     (saved, *_) = sorted(out.glob("not-finite-step-*.safetensors"))
     with safe_open(saved, "pt") as file:
         assert file.get_tensor("pixels")[3].isnan().all()
@@ -156,5 +181,5 @@ def test_a_run_stops_after_too_many_in_a_row(data: Path, tmp_path: Path, monkeyp
         assert len(json.loads(file.metadata()["samples"])) == 16
     assert [row["step"] for row in rows(out) if row.get("skipped")][:4] == [3, 4, 5, 6]
     monkeypatch.undo()
-    main([*argv, "--max-skipped", "50"])  # the limit may be raised to go on
+    main([*argv, "--max-skipped-steps", "50"])  # the limit may be raised to go on
     assert rows(out)[-1]["step"] == 20

@@ -1,0 +1,351 @@
+"""The image, text and fusion encoders, on packed sequences.
+
+Shape letters: B images, P patches, S = 1 + P keys of an image ([CLS] first), T tokens of all texts together, C width, H heads, D = C / H.
+The image encoder is timm's VisionTransformer; text and fusion encoder compute what BERT does (post-norm layers; Devlin et al. 2018), the fusion
+layers with cross-attention to an image between self-attention and feed-forward, as in ALBEF (Li et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import Tensor, nn
+
+from syncmask_fast.config import ImageConfig, TextConfig
+from syncmask_fast.model.attention import PackedLayout, attention
+from syncmask_fast.utils.errors import UserError
+
+LAYER_NORM_EPS = 1e-12  # BERT's
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, grad_checkpointing: bool) -> Tensor:
+    """x through one block after the other. checkpointing: what a block computes inside is not kept for the backward pass but computed again."""
+    for block in blocks:
+        if (
+            grad_checkpointing and torch.is_grad_enabled()
+        ):  # nothing random is inside, so that no generator's state need be kept
+            x = torch.utils.checkpoint.checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *context)
+    return x
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """On the CPU, x in the dtype of autocast where it is on, so that residuals and norms stay in it and nothing is converted back and forth between
+    layers. (CUDA's autocast has norms in float32 whatever they are given.)"""
+    on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if on else x
+
+
+class ImageAttention(timm.layers.Attention):
+    """timm's self-attention, through our attention function."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        return self.proj(attention(self.q_norm(q), self.k_norm(k), v).flatten(2))
+
+
+class ImageEncoder(nn.Module):
+    """A timm VisionTransformer that can hide patches."""
+
+    grad_checkpointing = False
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+        try:
+            self.vit = timm.create_model(
+                config.name,
+                img_size=config.size,
+                patch_size=config.patch,
+                num_classes=0,
+                global_pool="",
+                attn_layer=ImageAttention,
+                **{name: value for name, value in sizes.items() if value is not None},
+            )
+        except Exception as error:
+            raise UserError(f"timm cannot make --image.name {config.name}: {error}") from error
+        if not getattr(self.vit, "has_class_token", False):
+            raise UserError(
+                f"--image.name {config.name} is not a VisionTransformer with a class token: name one, such as vit_base_patch16_224."
+            )
+        self.conv_stem = config.stem == "conv"
+        if self.conv_stem:
+            self.vit.patch_embed = conv_stem(config.size, config.patch, self.vit.embed_dim)
+        self.patch, self.width = config.patch, self.vit.embed_dim
+        self.patches = self.vit.patch_embed.num_patches
+        self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        self.mask_token = nn.Parameter(torch.zeros(self.width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Features of images, and of their masked copies behind them where a mask is given, in one pass.
+
+        pixels:     [B, 3, size, size], normalised.
+        patch_mask: bool [B, P], True for the patches to hide in the copies.
+        returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
+        """
+        if patch_mask is None:
+            patches = self._embed(pixels)
+        else:
+            patches, masked = self._embed_with_copy(pixels, patch_mask)
+            patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
+        return self._run(self.vit._pos_embed(patches))
+
+    def forward_visible(self, pixels: Tensor, patch_mask: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, C] of images, and [B, 1 + V, C] of their masked copies, of which only the visible patches are encoded.
+
+        visible: int64 [B, V], the patches that patch_mask leaves; the others as in `forward`.
+        """
+        full, copy = (self.vit._pos_embed(x) for x in self._embed_with_copy(pixels, patch_mask))
+        prefix = self.vit.num_prefix_tokens
+        kept = copy[:, prefix:].gather(1, visible[..., None].expand(-1, -1, self.width))
+        return self._run(full), self._run(torch.cat([copy[:, :prefix], kept], dim=1))
+
+    def mask_token_queries(self, chosen: Tensor) -> Tensor:
+        """[B, n, C]: mask tokens in the places of patches int64 [B, n], of the scale of this encoder's output."""
+        positions = F.embedding(chosen, self.vit.pos_embed[0, -self.patches :])
+        return F.layer_norm(self.mask_token + positions, (self.width,))
+
+    def _embed_with_copy(self, pixels: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches [B, P, C] of images, and of their masked copies, in which the visible patches show nothing of the masked ones."""
+        if not self.conv_stem:
+            patches = self._embed(pixels)
+            return patches, patches
+        # Its convolutions look beyond a patch: what is hidden is taken out of the picture.
+        return self._embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """[B, P, C]; several convolutions are about twice as fast on pixels whose channels lie side by side."""
+        return self.vit.patch_embed(pixels.contiguous(memory_format=torch.channels_last) if self.conv_stem else pixels)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The blocks on embedded patches behind their [CLS] and registers; leaves the registers out."""
+        vit = self.vit
+        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=self.grad_checkpointing))
+        registers = vit.num_prefix_tokens - 1
+        return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
+
+    def to_pixels(self, patch_mask: Tensor) -> Tensor:
+        """A mask of patches, bool [B, P], as one of pixels, bool [B, 1, size, size]."""
+        mask = patch_mask.view(-1, 1, *self.grid)
+        return mask.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+
+
+def conv_stem(size: int, patch: int, width: int) -> nn.Module:
+    """Patches [B, P, width] by convolutions of stride 2: the last has `width` channels, each before it half as many, but at least 16."""
+    halvings = patch.bit_length() - 1
+    channels = tuple(min(width, max(16, width >> (halvings - 1 - i))) for i in range(halvings))
+    backbone = ConvStem(
+        depth=halvings + 1,
+        channels=(*channels, width),
+        kernel_size=(3,) * halvings + (1,),
+        stride=(2,) * halvings + (1,),
+    )
+    return timm.layers.HybridEmbed(backbone, img_size=size, embed_dim=width, proj=False)
+
+
+class SelfAttention(nn.Module):
+    """BERT's self-attention with its output projection, residual and norm; the three input projections are one."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return self.norm(x + self.proj(attention(q, k, v, layout, layout).flatten(1)))
+
+
+class CrossAttention(nn.Module):
+    """BERT's cross-attention: packed queries, grouped by the image they look at; keys and values projected once for each image."""
+
+    def __init__(self, width: int, heads: int, key_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(key_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def project(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [..., H, D] of queries x [..., C], and k, v [..., H, D] of keys [..., key width]."""
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(keys).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, keys: Tensor, x_layout: PackedLayout | None = None, key_layout: PackedLayout | None = None
+    ) -> Tensor:
+        out = attention(*self.project(x, keys), x_layout, key_layout)
+        return self.norm(x + self.proj(out.flatten(-2)))
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward with residual and norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(F.gelu(self.up(x))))
+
+
+class TextLayer(nn.Module):
+    """A BERT layer on packed texts."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        return self.feed_forward(self.attention(x, layout))
+
+
+class FusionLayer(nn.Module):
+    """A BERT layer with cross-attention to an image."""
+
+    def __init__(self, width: int, heads: int, image_width: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads, image_width)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x: Tensor, pack: FusionBatch, images: Tensor) -> Tensor:
+        return self.feed_forward(self.cross(self.attention(x, pack.texts), images, pack.images))
+
+
+class TextEncoder(nn.Module):
+    """BERT's embeddings and its first layers."""
+
+    grad_checkpointing = False
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
+        self.positions = nn.Embedding(config.max_length, config.width)
+        self.token_type = nn.Parameter(torch.zeros(config.width))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.layers = nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))
+
+    def forward(self, token_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """[T, C] features of packed token ids [T]."""
+        layout.materialize()
+        x = to_autocast_dtype(self.norm(self.words(token_ids) + self.positions(layout.position_ids) + self.token_type))
+        return run_blocks(self.layers, x, layout, grad_checkpointing=self.grad_checkpointing)
+
+
+class FusionBatch(NamedTuple):
+    """Sequences for the fusion encoder, ordered by the image that each looks at."""
+
+    rows: Tensor
+    """int64 [total]: the row of the source features that stands in each place."""
+    texts: PackedLayout
+    """A block for each sequence."""
+    images: PackedLayout
+    """A block for each image: all queries that look at it."""
+    first: Tensor
+    """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
+
+    def materialize(self) -> None:
+        """`PackedLayout.materialize` of both."""
+        self.texts.materialize()
+        self.images.materialize()
+
+
+def group_by_image(
+    source: PackedLayout,
+    sequences: Tensor,
+    images: Tensor,
+    n_images: int,
+    capacity: int | None = None,
+    multiple: int = 1,
+) -> FusionBatch:
+    """Orders sequences by image, so that self-attention and cross-attention are block-diagonal over one and the same order.
+
+    source:    layout of the packed text features that the sequences are taken from.
+    sequences: int64 [N], which sequence of the source each is (any number of times).
+    images:    int64 [N], the image that each looks at.
+    capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by more sequences
+               of repeated rows, none longer than the longest, that look at the last image and that nobody reads. None: the total, which is read back.
+    multiple:  the total is filled up to a multiple of it in the same way.
+    """
+    order = torch.argsort(images, stable=True)
+    lengths = source.lengths[sequences[order]]
+    begin = source.cu_seqlens[sequences[order]]
+    per_image = torch.zeros(n_images, dtype=torch.int32, device=images.device).index_add_(
+        0, images, source.lengths[sequences]
+    )
+    read_back = capacity is None
+    used = int(lengths.sum()) if read_back else lengths.sum(dtype=torch.int32)
+    capacity = used if read_back else capacity
+    capacity += -capacity % multiple
+    rest = capacity - used
+    begins = torch.arange(
+        0, rest if read_back else capacity, max(source.max_seqlen, 1), device=images.device, dtype=torch.int32
+    )
+    fillers = (rest - begins).clamp(0, source.max_seqlen)
+    lengths, begin = torch.cat([lengths, fillers]), torch.cat([begin, torch.zeros_like(fillers)])
+    per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
+    zero = lengths.new_zeros(1)
+    starts, image_starts = (torch.cat([zero, x.cumsum(0, dtype=torch.int32)]) for x in (lengths, per_image))
+    texts = PackedLayout(starts, source.max_seqlen, capacity)
+    rows = begin[texts.segment_ids] + texts.position_ids
+    first = torch.empty_like(order).index_copy_(0, order, starts[: len(order)].long())
+    return FusionBatch(
+        rows, texts, PackedLayout(image_starts, int(per_image.max()) if read_back else capacity, capacity), first
+    )
+
+
+def one_to_one(layout: PackedLayout) -> FusionBatch:
+    """The pack in which text n looks at image n."""
+    return FusionBatch(
+        torch.arange(layout.total, device=layout.cu_seqlens.device), layout, layout, layout.cu_seqlens[:-1].long()
+    )
+
+
+class FusionEncoder(nn.Module):
+    """Text layers that look at images."""
+
+    grad_checkpointing = False
+
+    def __init__(self, config: TextConfig, image_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            FusionLayer(config.width, config.heads, image_width) for _ in range(config.fusion_layers)
+        )
+
+    def forward(self, x: Tensor, pack: FusionBatch, images: Tensor) -> Tensor:
+        """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
+        pack.materialize()
+        return run_blocks(self.layers, x, pack, images, grad_checkpointing=self.grad_checkpointing)
+
+    def read(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """[T, C] features of packed text features x [T, C] without any image, as a BERT computes them: no cross-attention."""
+        layout.materialize()
+        for layer in self.layers:
+            x = layer.feed_forward(layer.attention(x, layout))
+        return x
+
+    def cross_attention_qkv(
+        self, x: Tensor, pack: FusionBatch, images: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
+        pack.materialize()
+        for earlier in self.layers[: layer - 1]:
+            x = earlier(x, pack, images)
+        last = self.layers[layer - 1]
+        return last.cross.project(last.attention(x, pack.texts), images)

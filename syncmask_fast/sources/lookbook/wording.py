@@ -1,0 +1,343 @@
+"""What the shop says about a product: one text for all its views, with the character span of every
+attribute in it.
+
+The text never says left or right, and seldom on which side of the product a detail is; the order of mention
+is random. Inside this file an attribute is marked up as [[name|words]]; `describe` takes the marks out and
+gives the spans.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .catalogue import INSIDE, Detail, Product
+from .subcategories import SUBCATEGORIES
+from .words import (
+    BRANDS,
+    COLLARS,
+    FILLERS,
+    LAST_FILLERS,
+    NECKS,
+    OCCASIONS,
+    PATTERN_ADJECTIVE,
+    PATTERN_NOUN,
+    PLURAL_TRIMS,
+    SLEEVES,
+    SYNONYMS,
+    TRIMS,
+)
+
+PLACE_SAID = 0.05  # share of the mentions of details that tell the face
+
+
+MENTION = dict(
+    colour=0.97,
+    material=0.72,
+    pattern=0.85,
+    sleeves=0.5,
+    neckline=0.6,
+    collar=0.6,
+    hood=0.6,
+    trim=0.68,
+    belt=0.68,
+    lining=0.68,
+)
+
+
+MENTION_DETAIL = 0.70
+
+
+MIN_WORDS, MAX_WORDS = 10, 60
+
+
+_MARK = re.compile(r"\[\[([^|\]]+)\|([^\]]+)\]\]")
+
+
+def _choose(g: np.random.Generator, options: tuple) -> Any:
+    return options[int(g.integers(len(options)))]
+
+
+def _article(phrase: str) -> str:
+    first = _MARK.sub(r"\2", phrase).lower()
+    return ("an " if first[0] in "aeio" or first.startswith(("um", "un")) else "a ") + phrase
+
+
+def _detail_words(detail: Detail) -> tuple[str, bool]:
+    """The plain value of a detail ("yellow star print") and whether it takes an article."""
+    c, what = detail.colour, detail.what
+    return {
+        "print": (f"{c} {what} print", True),
+        "embroidery": (f"{c} {what} embroidery", False),
+        "patch": (f"{what} {c} patch", True),
+        "pocket": (f"{c} {what}", True),
+        "zip": (f"{c} zip", True),
+        "buttons": (f"{what} {c} buttons", False),
+        "bow": (f"{c} bow", True),
+        "lacing": (f"{c} lacing", False),
+        "band": (f"{c} stripe" if what == "single" else f"{c} double stripe", True),
+        "studs": (f"{c} studs", False),
+        "fringe": (f"{c} fringe", True),
+        "lace": (f"{c} lace insert", True),
+        "ruffle": (f"{c} ruffle", True),
+        "lettering": (f'{c} "{what}" lettering', False),
+        "strap": (f"{c} buckled strap", True),
+        "tassel": (f"{c} tassel", True),
+        "pompoms": (f"{c} pompoms", False),
+        "label": (f"{c} label", True),
+        "cut-out": (f"{what} cut-out", True),
+        "quilting": (f"{c} quilted panel", True),
+    }[detail.kind]
+
+
+def facts(product: Product) -> dict[str, str]:
+    """The structured product, flat: attribute name -> value."""
+    return {name: value_of(product, name) for name in product.names()}
+
+
+def value_of(product: Product, name: str) -> str:
+    """The value of an attribute as `facts` gives it."""
+    sub = SUBCATEGORIES[product.subcategory]
+    simple = {
+        "category": product.category,
+        "subcategory": product.subcategory,
+        "colour": product.colour,
+        "material": product.material,
+    }
+    if name in simple:
+        return simple[name]
+    if name == "pattern":
+        return f"{product.pattern_colour} {product.pattern}" if product.pattern else "solid"
+    if name == "sleeves":
+        return SLEEVES[product.style.sleeves][0]
+    if name == "neckline":
+        return NECKS[product.style.neck][0].split(" ", 1)[1]
+    if name in ("collar", "hood"):
+        return COLLARS[sub.shape["collar"]][0].removeprefix("a ")
+    if name == "trim":
+        return f"{product.trim_colour} {TRIMS[product.trim or 'hem']}"
+    if name == "belt":
+        return f"{product.belt_colour} belt"
+    if name == "lining":
+        colour, pattern = product.lining
+        return f"{colour} {PATTERN_ADJECTIVE[pattern]} lining" if pattern else f"{colour} lining"
+    return _detail_words(next(d for d in product.details if d.kind == name))[0]
+
+
+def _phrase(product: Product, name: str, g: np.random.Generator) -> str:
+    """A marked-up noun phrase with its article for a sewn-in attribute or a local detail."""
+
+    if name in ("sleeves", "neckline", "collar", "hood"):
+        sub = SUBCATEGORIES[product.subcategory]
+        words = _choose(
+            g,
+            SLEEVES[product.style.sleeves]
+            if name == "sleeves"
+            else NECKS[product.style.neck]
+            if name == "neckline"
+            else COLLARS[sub.shape["collar"]],
+        )
+        article, rest = ("a ", words[2:]) if words.startswith("a ") else ("", words)
+        return f"{article}[[{name}|{rest}]]"
+    value = value_of(product, name)
+    if name == "trim":
+        if g.random() < 0.3:
+            value = value.replace(" ", " contrast ", 1)
+        return (
+            f"[[trim|{value}]]"
+            if product.trim in PLURAL_TRIMS or product.trim == "edge"
+            else _article(f"[[trim|{value}]]")
+        )
+    if name in ("belt", "lining"):
+        return _article(f"[[{name}|{value}]]")
+    detail = next(d for d in product.details if d.kind == name)
+    words, article = _detail_words(detail)
+    if name in SYNONYMS:
+        old = SYNONYMS[name][0]
+        new = _choose(g, SYNONYMS[name])
+        article = False if new in (" laces", " fringing") else True if new == " slogan" else article
+        words = words.replace(old, new)
+    if name == "print" and g.random() < 0.15:
+        words = f"printed {detail.colour} {detail.what}"
+    if name == "embroidery" and g.random() < 0.4:
+        words, article = f"embroidered {detail.colour} {detail.what}", True
+    if name == "zip" and g.random() < 0.12:
+        words = "contrast " + words
+    if name == "bow" and g.random() < 0.4:
+        words = words.replace(" bow", _choose(g, (" bow", " ribbon bow", " tied bow")))
+    phrase = f"[[{name}|{words}]]"
+    phrase = _article(phrase) if article else phrase
+    if name == "buttons" and g.random() < 0.3:
+        phrase = "a row of " + phrase
+    if g.random() < PLACE_SAID:
+        face = next(iter(detail.places))
+        phrase += {"front": " on the front", "back": " at the back", "side": " at the side", INSIDE: " inside"}[face]
+    return phrase
+
+
+def _join(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+@dataclass(frozen=True)
+class Mention:
+    name: str
+    value: str
+    start: int
+    end: int
+
+
+def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
+    """ "red cotton midi dress in white dots", without an article."""
+    sub = SUBCATEGORIES[product.subcategory]
+    noun = sub.nouns[int(g.integers(len(sub.nouns)))] if g.random() < 0.3 else sub.nouns[0]
+    colour = f"[[colour|{product.colour}]] " if "colour" in told else ""
+    material = f"[[material|{product.material}]]" if "material" in told else ""
+    if "pattern" in told and product.pattern:
+        words = f"{product.pattern_colour} {_choose(g, PATTERN_NOUN[product.pattern])}"
+        pattern = f"[[pattern|{words}]]"
+        after = " in " + (_article(pattern) if words.endswith("pattern") else pattern)
+        before = material and f"{material} "
+    elif material and g.random() < 0.4:
+        before, after = "", f" in {material}"
+    else:
+        before, after = material and f"{material} ", ""
+    return f"{colour}{before}[[category|{noun}]]{after}"
+
+
+def describe(product: Product, g: np.random.Generator) -> tuple[str, list[Mention]]:
+    """The text and, in order of their place in it, the attributes that it mentions."""
+    sub = SUBCATEGORIES[product.subcategory]
+    kinds = {d.kind for d in product.details}
+    told = {
+        name
+        for name in product.names()
+        if not (name == "sleeves" and product.style.sleeves == "none")
+        and g.random() < (MENTION_DETAIL if name in kinds else MENTION.get(name, 1.0))
+    }
+    extra = [
+        name
+        for name in product.names()
+        if name in told and name not in ("category", "subcategory", "colour", "material", "pattern")
+    ]
+    extra = [extra[i] for i in g.permutation(len(extra))]
+    while True:
+        text = _compose(product, sub.plural, told, extra, g)
+        words = len(_MARK.sub(r"\2", text).split())
+        if MIN_WORDS <= words <= MAX_WORDS:
+            return _unmark(product, text)
+        extra = extra[:-1] if words > MAX_WORDS else extra
+
+
+def _compose(product: Product, plural: bool, told: set[str], extra: list[str], g: np.random.Generator) -> str:
+    """Marked-up sentences that tell what is in `told` and `extra`, in the order of `extra`."""
+    phrases = [_phrase(product, name, g) for name in extra]
+    head = _head(product, told, g)
+    named = ("a pair of " if g.random() < 0.35 else "") + head if plural else _article(head)
+    this = f"{'these' if plural else 'this'} {head}"
+    cuts = sorted(int(v) for v in g.integers(0, len(phrases) + 1, 2))
+    first, rest = (phrases[: cuts[0]], [group for group in (phrases[cuts[0] : cuts[1]], phrases[cuts[1] :]) if group])
+    opening = _opening(named, this, plural, first, g)
+    openers = g.permutation(len(_FOLLOW_ON) + 2)
+    late, free = [], []  # sentences that need the product named before, and those that do not
+    for group, kind in zip(rest, openers[: len(rest)], strict=True):
+        joined = _join(group)
+        if kind >= len(_FOLLOW_ON):
+            verb = (("they feature", "they also come with") if plural else ("it features", "it also comes with"))[
+                kind - len(_FOLLOW_ON)
+            ]
+            late.append(f"{verb} {joined}.")
+        else:
+            free.append(_FOLLOW_ON[kind].format(joined))
+    sentences = [*free, opening, *late] if g.random() < 0.3 else [opening, *free, *late]
+    count = int(g.choice(4, p=(0.45, 0.40, 0.15, 0.0)))
+    for i in g.permutation(len(FILLERS))[:count]:
+        sentences.insert(int(g.integers(0, len(sentences) + 1)), _filler(FILLERS[i], plural, g))
+    if g.random() < 0.2:
+        sentences.append(_filler(_choose(g, LAST_FILLERS), plural, g))
+    return " ".join(_capital(sentence) for sentence in sentences)
+
+
+_FOLLOW_ON = (
+    "finished with {}.",
+    "note {}.",
+    "you will love {}.",
+    "we added {}.",
+    "complete with {}.",
+    "detailed with {}.",
+    "spot {}.",
+    "set off by {}.",
+)
+
+
+def _opening(named: str, this: str, plural: bool, first: list[str], g: np.random.Generator) -> str:
+    """The sentence that names the product, with the details `first`. `named` has an article ("a red
+    dress"), `this` "this"."""
+    if not first:
+        return _choose(
+            g,
+            (
+                f"{named}.",
+                f"meet {named}.",
+                f"discover {named}.",
+                f"introducing {named}.",
+                f"{this} {'turn' if plural else 'turns'} heads.",
+                f"there is nothing like {this}.",
+            ),
+        )
+    joined = _join(first)
+    many = len(first) > 1 or _is_plural(first[0])
+    return _choose(
+        g,
+        (
+            f"{named} with {joined}.",
+            f"{this} {'feature' if plural else 'features'} {joined}.",
+            f"with {joined}, {this} {'are' if plural else 'is'} ready for {_choose(g, OCCASIONS)}.",
+            f"{joined} {'give' if many else 'gives'} {this} a twist.",
+            f"look out for {joined} on {this}.",
+            f"{named}, finished with {joined}.",
+            f"we made {this} with {joined}.",
+            f"{joined} {'make' if many else 'makes'} {this} special.",
+        ),
+    )
+
+
+def _filler(forms: tuple[str, ...], plural: bool, g: np.random.Generator) -> str:
+    one, other = (OCCASIONS[i] for i in g.permutation(len(OCCASIONS))[:2])
+    return forms[-1 if plural else 0].format(o=one, o2=other, b=_choose(g, BRANDS))
+
+
+def _is_plural(phrase: str) -> bool:
+    """Whether a verb after this phrase is in the plural: "white buttons", but not "a row of white
+    buttons" nor "red lacing"."""
+    if phrase.startswith(("a ", "an ")):
+        return False
+    match = _MARK.search(phrase)
+    return match is not None and match.group(2).split(" with ")[0].endswith("s")
+
+
+def _capital(sentence: str) -> str:
+    match = re.match(r"\[\[[^|\]]+\|", sentence)
+    at = match.end() if match else 0
+    return sentence[:at] + sentence[at].upper() + sentence[at + 1 :]
+
+
+def _unmark(product: Product, marked: str) -> tuple[str, list[Mention]]:
+    text, mentions, last = "", [], 0
+    for match in _MARK.finditer(marked):
+        text += marked[last : match.start()]
+        name = match.group(1)
+        mentions.append(
+            Mention(
+                name,
+                value_of(product, "subcategory" if name == "category" else name),
+                len(text),
+                len(text) + len(match.group(2)),
+            )
+        )
+        text += match.group(2)
+        last = match.end()
+    return text + marked[last:], mentions

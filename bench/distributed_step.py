@@ -23,7 +23,7 @@ import torch.distributed as dist
 from syncmask_fast import train
 from syncmask_fast.data.splits import open_splits
 from syncmask_fast.distributed.group import init_distributed, local_device
-from syncmask_fast.evaluate import choose_device
+from syncmask_fast.utils.device import choose_device
 
 WARM_UP = 4
 

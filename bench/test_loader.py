@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +18,12 @@ from syncmask_fast.data.decode.transform import JpegDecoder
 from syncmask_fast.data.loader import PIXEL_MEAN, Loader
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.utils.device import cpu_cores
 from tests.helpers import WORDS, small_tokenizer
 
 IMAGES, BATCH, SIDE, CROP = 1024, 64, 256, 224
 AUGMENT = AugmentConfig(brightness=0, contrast=0, saturation=0)
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = cpu_cores()
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from scipy.stats import t as student
 
 from syncmask_fast import finetune, train
 from syncmask_fast.config import PRESETS, Batching, Inputs
-from syncmask_fast.evaluate import print_table
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
 from syncmask_fast.utils.errors import UserError, run_command
 from syncmask_fast.utils.files import write_json
+from syncmask_fast.utils.terminal import markdown_table
 
 Results = dict[str, float]
 Cells = dict[tuple[str, str, int], Results]  # (masking, batching, seed) -> all metrics of its runs
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\ncell {number} of {len(plan)}: masking {cell[0]}, batching {cell[1]}, seed {cell[2]}", flush=True)
         cells[cell] = run_cell(ablation, cell, more)
         write_table(ablation.out, cells)
-    print_table(table(cells))
+    print(markdown_table(table(cells)))
     print("\n" + "\n".join(verdict(cells)) + f"\n\n{ablation.out / 'table.md'}\n{ablation.out / 'plot.png'}")
 
 
@@ -260,12 +260,8 @@ def _sentence(cells: Cells, column: Column, place: int, ours: str, theirs: str) 
 
 def write_table(out: Path, cells: Cells) -> None:
     """Writes table.md (table and verdict), table.json (every cell) and plot.png."""
-    rows = table(cells)
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     said = "".join(f"- {sentence}\n" for sentence in verdict(cells))
-    (out / "table.md").write_text("\n".join(lines) + "\n\nMean and standard deviation between seeds.\n\n" + said)
+    (out / "table.md").write_text(markdown_table(table(cells)) + "\n\nMean and standard deviation between seeds.\n\n" + said)
     write_json(out / "table.json", {" ".join(map(str, cell)): results for cell, results in cells.items()})
     plot(cells).savefig(out / "plot.png", dpi=120)
 

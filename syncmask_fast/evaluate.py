@@ -28,7 +28,9 @@ from syncmask_fast.objective.losses import mlm_loss
 from syncmask_fast.objective.masking import Masks, count, sync_masks
 from syncmask_fast.tasks import composed, recognition, retrieval
 from syncmask_fast.tasks import mask_quality as sync
+from syncmask_fast.utils.device import choose_device
 from syncmask_fast.utils.errors import UserError, run_command
+from syncmask_fast.utils.terminal import markdown_table, print_results
 
 BATCH = 128
 PAIRS = 512  # that the fusion encoder sees in one pass
@@ -449,37 +451,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(results, dict):
         print_results(results)
     else:
-        print_table(results)
+        print(markdown_table(results))
     if command.out is not None:
         command.out.parent.mkdir(parents=True, exist_ok=True)
         command.out.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a --device flag; "auto" is CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown: give auto, cpu or cuda.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} was asked for, but this machine has no CUDA device that PyTorch can use.")
-    return device
-
-
-def print_results(results: dict[str, float]) -> None:
-    """One metric a line."""
-    for name, value in results.items():
-        print(f"{name:52s} {value:8.2f}")
-
-
-def print_table(rows: list[dict]) -> None:
-    """Rows of equal keys as a Markdown table."""
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
 
 
 if __name__ == "__main__":

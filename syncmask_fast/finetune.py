@@ -27,7 +27,7 @@ from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_splits, split_validation
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
-from syncmask_fast.evaluate import RERANK, choose_device, evaluate_task, print_results
+from syncmask_fast.evaluate import RERANK, evaluate_task
 from syncmask_fast.model.attention import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue, itc_loss
@@ -35,8 +35,10 @@ from syncmask_fast.objective.pretraining import Features, Losses, pretraining_lo
 from syncmask_fast.train import FineTuneTask, draw_default_lookbook, run_folder, start_run, train, tune_malloc
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.epochs import epoch_batches, plan
+from syncmask_fast.utils.device import choose_device
 from syncmask_fast.utils.errors import UserError, run_command
 from syncmask_fast.utils.files import write_json
+from syncmask_fast.utils.terminal import print_results
 
 # Of each task: flag -> value and where it is from. For a model of the `tiny` preset, TINY's values go before these.
 Recipe = dict[str, tuple[float | int | None, str]]

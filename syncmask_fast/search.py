@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.tokenizer import TokenCache
-from syncmask_fast.evaluate import choose_device, evaluation_batches
+from syncmask_fast.evaluate import evaluation_batches
 from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.utils.device import choose_device
 from syncmask_fast.utils.errors import UserError, run_command
 
 SIDE, MARGIN, GAP, COLUMNS, LINES = 240, 32, 20, 4, 5

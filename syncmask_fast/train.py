@@ -38,14 +38,7 @@ from syncmask_fast.distributed.group import (
     shard_bounds,
 )
 from syncmask_fast.distributed.shard import convert_sync_batchnorm, shard_of_batch
-from syncmask_fast.evaluate import (
-    MaskEvalSet,
-    choose_device,
-    evaluate_mlm_grounding,
-    evaluate_retrieval,
-    evaluate_sync,
-    print_results,
-)
+from syncmask_fast.evaluate import MaskEvalSet, evaluate_mlm_grounding, evaluate_retrieval, evaluate_sync
 from syncmask_fast.model.attention import attention_backend
 from syncmask_fast.model.pretrained import load_initial_weights
 from syncmask_fast.model.syncmask_model import SyncMaskModel
@@ -68,8 +61,10 @@ from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.training.optimizer import lr_multiplier, make_optimizer
 from syncmask_fast.training.rollback import Rollback
 from syncmask_fast.training.text_pretraining import pretrain_text
+from syncmask_fast.utils.device import choose_device
 from syncmask_fast.utils.errors import UserError, run_command
 from syncmask_fast.utils.files import write_json
+from syncmask_fast.utils.terminal import print_results
 
 LOOKBOOK = Path("data/lookbook")
 BFLOAT16_WIDTH = 128  # on the CPU, conversions cost narrower models more than products win (docs/step.md)

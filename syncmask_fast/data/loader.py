@@ -8,7 +8,6 @@ epoch alone, so batches are the same for any number of threads, and an epoch can
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.distributed.shard import BatchShard
+from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
 
 __all__ = ["Batch", "Loader", "decode_image"]
@@ -106,9 +106,7 @@ class Loader:
         self._current: Iterator[Batch] | None = None
         self.backend = choose_backend(backend, self.device)
         jitter = augment is not None and max(augment.brightness, augment.contrast, augment.saturation) > 0
-        threads = threads or min(
-            16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        threads = threads or min(16, cpu_cores())
         self._decoder = make_decoder(
             self.backend,
             batch_size=batch_size,

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
 
 Item = TypeVar("Item")
@@ -70,8 +71,7 @@ class Group:
 
     def threads(self) -> int:
         """This process's part of the machine's cores, at most 16."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(16, max(1, cores // self.local_world_size))
+        return min(16, max(1, cpu_cores() // self.local_world_size))
 
     # On the host ------------------------------------------------------------------------------------------------------------------------
 

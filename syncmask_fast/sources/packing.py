@@ -40,6 +40,7 @@ from rich.table import Table
 
 from syncmask_fast.data.shards import ShardFile
 from syncmask_fast.sources.base import Encoding, RowError, Source, Unit, share, validate_text
+from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
 
 FORMAT = 1  # of the shards made from the same source: raise it when they come out otherwise
@@ -99,7 +100,7 @@ def pack(
         waiting = [job for job in jobs if not job.tally.is_file()]
         if len(waiting) < len(jobs):
             print(f"going on: {len(jobs) - len(waiting)} of {len(jobs)} shards are there already", flush=True)
-        _pack_all(source, encoding, waiting, sum(len(job.unit) for job in jobs), workers or _cores())
+        _pack_all(source, encoding, waiting, sum(len(job.unit) for job in jobs), workers or cpu_cores())
         report = _report(plan, source, jobs)
         dropped, rows = report["dropped"]["rows"], report["rows"]
         if report["samples"] == 0 or dropped > allow_dropped * rows:
@@ -312,10 +313,6 @@ def _in_processes(source: Source, encoding: Encoding, jobs: list[Job], workers: 
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # The report

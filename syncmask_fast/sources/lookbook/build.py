@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from syncmask_fast.data.shards import ShardIndex, ShardWriter
 from syncmask_fast.data.triplets import TRIPLETS
+from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
 
 from .samples import Job, draw_products
@@ -74,7 +75,7 @@ def draw_lookbook(
             Job(seed, "train", products, 0, size, quality),
             Job(seed, "eval", eval_products, products, size, quality),
         )
-        _draw(jobs, aside, workers or _cores())
+        _draw(jobs, aside, workers or cpu_cores())
         (aside / PARAMETERS).write_text(json.dumps(asdict(plan), indent=1) + "\n")
         if out.is_dir():
             out.rmdir()  # it is empty: _is_there has looked
@@ -123,10 +124,6 @@ def _add_triplets(out: Path) -> None:
         if not (folder / TRIPLETS).is_file():
             index = ShardIndex.open(folder)
             write_triplets(folder, ((index.key(i), index.record(i)) for i in range(len(index))))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw(jobs: tuple[Job, ...], folder: Path, workers: int) -> None:

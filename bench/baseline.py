@@ -24,15 +24,9 @@ from syncmask_fast.config import OptimConfig, TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.kernels.sync_mask import _patch_score_of_head, _token_score_of_head
 from syncmask_fast.model import encoders, linear
-from syncmask_fast.model.attention import PackedLayout, sdpa_padded
-from syncmask_fast.model.encoders import (
-    CrossAttention,
-    FeedForward,
-    FusionBatch,
-    SelfAttention,
-    group_by_image,
-    one_to_one,
-)
+from syncmask_fast.model.attention import sdpa_padded
+from syncmask_fast.model.encoders import CrossAttention, FeedForward, SelfAttention
+from syncmask_fast.model.layout import FusionBatch, PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective import losses
 from syncmask_fast.objective.masking import Masks, _highest, blend, count, maskable, random_masks
@@ -203,7 +197,7 @@ def baseline_losses(
     negatives: what `sample_hard_negatives` gives for images, then for texts, instead of a draw of its own.
     """
     b = len(batch.lengths)
-    layout, token_ids = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), batch.token_ids
+    layout, token_ids = PackedLayout.of_batch(batch), batch.token_ids
     if ways.padding:
         token_ids = layout.pad(token_ids).flatten()  # 0 is [PAD]
         layout = Padded(layout.lengths, layout.max_seqlen)
@@ -241,14 +235,14 @@ def baseline_losses(
             (pack_up(source, of, torch.arange(len(of), device=of.device), len(of)), looked_at)
             for of, looked_at in passes
         ]
-        fused = [(model.fusion(texts[pack.rows], pack, looked_at), pack) for pack, looked_at in packs]
-        cls = torch.cat([x[pack.first] for x, pack in fused[:2]])
-        masked, starts = fused[2][0], fused[2][1].first
+        fused = [(model.fusion(texts[pack.source_rows], pack, looked_at), pack) for pack, looked_at in packs]
+        cls = torch.cat([x[pack.cls_rows] for x, pack in fused[:2]])
+        masked, starts = fused[2][0], fused[2][1].cls_rows
     else:
         of, looks_at = torch.cat([each, negative_text, each, each + b]), torch.cat([each, each, negative_image, each])
         pack = pack_up(source, of, looks_at, b)
-        masked = model.fusion(texts[pack.rows], pack, images)
-        cls, starts = masked[pack.first[: 3 * b]], pack.first[3 * b :]
+        masked = model.fusion(texts[pack.source_rows], pack, images)
+        cls, starts = masked[pack.cls_rows[: 3 * b]], pack.cls_rows[3 * b :]
     itm = losses.itm_loss(
         model.itm_head(cls),
         torch.arange(3 * b, device=cls.device) < b,
@@ -289,10 +283,10 @@ def teacher_masks(
     for layer in teacher.fusion.layers[: mask.layer - 1]:
         texts = layer(texts, pack, images)
     last = teacher.fusion.layers[mask.layer - 1]
-    texts = last.attention(texts, pack.texts)
+    texts = last.attention(texts, pack.text_layout)
     q, k, v = last.cross.project(texts, images)
     if ways.full_teacher:
-        seen = encoders.attention(q, k, v, pack.images).flatten(1)
+        seen = encoders.attention(q, k, v, pack.image_layout).flatten(1)
         texts = last.feed_forward(last.cross.norm(texts + last.cross.proj(seen)))
         for layer in teacher.fusion.layers[mask.layer :]:
             texts = layer(texts, pack, images)

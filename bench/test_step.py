@@ -15,7 +15,7 @@ import torch
 
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue
 from syncmask_fast.objective.pretraining import make_teacher

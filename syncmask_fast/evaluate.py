@@ -21,8 +21,7 @@ from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_evaluation
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
-from syncmask_fast.model.attention import PackedLayout
-from syncmask_fast.model.encoders import group_by_image, one_to_one
+from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss
 from syncmask_fast.objective.masking import Masks, count, sync_masks
@@ -142,9 +141,11 @@ def itm_scores(
             looks_at, texts = torch.from_numpy(looks_at).to(model.device), torch.from_numpy(text[part]).to(model.device)
             pack = group_by_image(layout, texts, looks_at, len(seen))
             fused = model.fusion(
-                features[pack.rows], pack, images[torch.from_numpy(np.searchsorted(numbers, seen)).to(model.device)]
+                features[pack.source_rows],
+                pack,
+                images[torch.from_numpy(np.searchsorted(numbers, seen)).to(model.device)],
             )
-            logits = model.itm_head(fused[pack.first]).float()
+            logits = model.itm_head(fused[pack.cls_rows]).float()
             score[part] = (logits[:, 1] - logits[:, 0]).cpu()
     parts = np.split(places.ravel(), np.cumsum([code.size for code in codes])[:-1])
     return [
@@ -219,7 +220,7 @@ def evaluate_recognition(model: SyncMaskModel, split: Split, tokens: TokenCache)
         raise UserError(f"{split.index.folder} has no {task.name} in its records: recognition needs labels.")
     truth, predicted = [], []
     for batch in evaluation_batches(split, tokens, model.config, model.device, labelled):
-        layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        layout = PackedLayout.of_batch(batch)
         best = model.label_logits(model.image(batch.pixels), model.text(batch.token_ids, layout), layout).argmax(1)
         predicted += [task.labels[i] for i in best.tolist()]
         truth += [labels.names[code] for code in labels.codes[batch.sample_ids_host]]
@@ -288,7 +289,7 @@ def teacher_masks(model: SyncMaskModel, data: MaskEvalSet, configs: Sequence[Mas
     """The masks that each configuration gives to each sample: [configuration][sample]."""
     masks: list[dict[int, sync.SyncMask]] = [{} for _ in configs]
     for batch in evaluation_batches(data.split, data.tokens, model.config, model.device, data.samples):
-        layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        layout = PackedLayout.of_batch(batch)
         images, text = model.image(batch.pixels), model.text(batch.token_ids, layout)
         for config, found in zip(configs, masks, strict=True):
             made = sync_masks(model, images, text, layout, config)
@@ -339,7 +340,7 @@ def evaluate_mlm_grounding(model: SyncMaskModel, data: MaskEvalSet) -> dict[str,
                 1 + rng.permutation(np.flatnonzero(visible))[: count(model.config.mask.token_ratio, len(visible))]
             ] = True
         hidden = torch.from_numpy(np.concatenate(masks)).to(model.device)
-        layout, at = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths)), hidden.nonzero()[:, 0]
+        layout, at = PackedLayout.of_batch(batch), hidden.nonzero()[:, 0]
         text, pack = model.text(batch.token_ids.masked_fill(hidden, model.mask_id), layout), one_to_one(layout)
         for number, pixels in enumerate((batch.pixels, other.pixels)):
             fused = model.fusion(text, pack, model.image(pixels))[at]

@@ -28,7 +28,7 @@ from syncmask_fast.data.splits import Split, open_splits, split_validation
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
 from syncmask_fast.evaluate import RERANK, evaluate_task
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue, itc_loss
 from syncmask_fast.objective.pretraining import Features, Losses, pretraining_losses
@@ -271,7 +271,7 @@ def tune_recognition(config: TrainConfig, split: Split, validation: Split) -> tu
         model: SyncMaskModel, teacher: SyncMaskModel, batch: Batch, queue: Queue, config: TrainConfig, **_: float
     ) -> tuple[Losses, Features]:
         """Cross-entropy of the label."""
-        layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        layout = PackedLayout.of_batch(batch)
         images, texts = model.image(batch.pixels), model.text(batch.token_ids, layout)
         target = torch.from_numpy(target_of[batch.sample_ids_host]).to(images.device)
         loss = F.cross_entropy(model.label_logits(images, texts, layout), target)
@@ -323,7 +323,7 @@ def composed_losses(
     model: SyncMaskModel, teacher: SyncMaskModel, batch: TripletBatch, queue: Queue, config: TrainConfig, **_: float
 ) -> tuple[Losses, Features]:
     """Contrast of queries and targets within the batch, in both directions; pictures of one product are no negatives of one another."""
-    layout = PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    layout = PackedLayout.of_batch(batch)
     references, targets = model.image(torch.cat([batch.pixels, batch.target_pixels])).chunk(2)
     queries = model.project_queries(references, model.text(batch.token_ids, layout), layout)
     targets = model.project_images(targets)

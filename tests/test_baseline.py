@@ -57,7 +57,7 @@ def test_same_losses_and_gradients_as_the_trainer(presence: float, ways):
     model.zero_grad()
 
     with torch.no_grad():
-        layout = baseline.PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+        layout = baseline.PackedLayout.of_batch(batch)
         feats = (
             model.project_images(model.image(batch.pixels)),
             model.project_texts(model.text(batch.token_ids, layout), layout),
@@ -82,7 +82,7 @@ def test_same_losses_and_gradients_as_the_trainer(presence: float, ways):
 def test_dropout_takes_a_tenth_of_the_students_texts_and_nothing_else():
     config = configuration(0.0)
     model, batch = small_model(config), small_batch(config)
-    layout = baseline.PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    layout = baseline.PackedLayout.of_batch(batch)
     plain, image = model.text(batch.token_ids, layout), model.image(batch.pixels)
     seen = []
     with baseline.parents_layers(model, WAYS["dropout"]):
@@ -115,7 +115,7 @@ def test_written_attention(dropout: bool, generator: torch.Generator):
 def test_masks_of_the_whole_map_are_the_operators(token_score: str, patch_score: str, layer: int):
     config = configuration(0.0, token_score=token_score, patch_score=patch_score, layer=layer)
     teacher, batch = small_model(config), small_batch(config, seed=5)
-    layout = baseline.PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+    layout = baseline.PackedLayout.of_batch(batch)
     with torch.no_grad():
         features = teacher, teacher.image(batch.pixels), teacher.text(batch.token_ids, layout), layout, config
         ours, *others = (baseline.teacher_masks(*features, WAYS[name]) for name in ("none", "maps", "full_teacher"))

@@ -22,8 +22,7 @@ from syncmask_fast.evaluate import (
     main,
     teacher_masks,
 )
-from syncmask_fast.model.attention import PackedLayout
-from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
 from syncmask_fast.tasks import retrieval

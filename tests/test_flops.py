@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.objective.losses import Queue
 from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses
 from syncmask_fast.training.flops import peak_flops, step_flops
@@ -53,7 +53,11 @@ def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):
     lengths = [12] * 6
     ids = torch.randint(5, config.text.vocab_size, (72,))
     batch = dataclasses.replace(
-        batch, token_ids=ids, lengths=lengths, cu_seqlens=PackedLayout.of(lengths).cu_seqlens, product_ids=torch.arange(6)
+        batch,
+        token_ids=ids,
+        lengths=lengths,
+        cu_seqlens=PackedLayout.of(lengths).cu_seqlens,
+        product_ids=torch.arange(6),
     )
     queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:

@@ -10,8 +10,7 @@ import torch
 
 from syncmask_fast import ops
 from syncmask_fast.config import MaskConfig
-from syncmask_fast.model.attention import PackedLayout
-from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.masking import (
     Masks,

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from syncmask_fast.config import ImageConfig, TextConfig
-from syncmask_fast.model.attention import PackedLayout, attention, block_diagonal_mask
-from syncmask_fast.model.encoders import FusionEncoder, ImageEncoder, TextEncoder, group_by_image, one_to_one
+from syncmask_fast.model.attention import attention, block_diagonal_mask
+from syncmask_fast.model.encoders import FusionEncoder, ImageEncoder, TextEncoder
+from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from tests.helpers import small_config, small_tokenizer
 
@@ -171,11 +172,11 @@ def test_packed_fusion_equals_one_by_one():
     each = list(zip(sequences.tolist(), looks_at.tolist(), strict=True))
     for capacity in (None, 100):  # exactly, and with rows reserved as on CUDA
         pack = group_by_image(source, sequences, looks_at, n_images, capacity)
-        fused = fusion(x[pack.rows], pack, images)
+        fused = fusion(x[pack.source_rows], pack, images)
         for place, (text, image) in enumerate(each):
             rows = slice(int(source.cu_seqlens[text]), int(source.cu_seqlens[text + 1]))
             alone = fusion(x[rows], one_to_one(PackedLayout.of([LENGTHS[text]])), images[image : image + 1])
-            first = int(pack.first[place])
+            first = int(pack.cls_rows[place])
             assert close(fused[first : first + LENGTHS[text]], alone)
 
 

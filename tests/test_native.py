@@ -47,7 +47,7 @@ for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5,
             options = dict(k=k, temperature=temperature, backend="cpp")
             ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, **options)
             ops.mine_semi_hard(anchors.T.contiguous().T, candidates[:1].expand(m, d), ids, other_ids, positive, **options)
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.kernels.packed_attention import packed_attention
 for queries, keys, h, d in [([], [], 1, 1), ([1, 0], [0, 1], 1, 1), ([3, 70], [17, 33], 2, 64), ([65, 1], [5, 64], 1, 19)]:
     for dtype in (torch.float32, torch.bfloat16):

@@ -12,7 +12,8 @@ import torch
 
 from syncmask_fast import _native
 from syncmask_fast.kernels.packed_attention import packed_attention
-from syncmask_fast.model.attention import PackedLayout, attention, sdpa_padded
+from syncmask_fast.model.attention import attention, sdpa_padded
+from syncmask_fast.model.layout import PackedLayout
 
 pytestmark = pytest.mark.skipif(not _native.loaded(), reason=f"needs the compiled library: {_native.status()}")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 0.01}

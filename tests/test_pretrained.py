@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from syncmask_fast.config import TextConfig, TrainConfig
-from syncmask_fast.model.attention import PackedLayout
-from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.pretrained import load_albef, load_bert, load_initial_weights, load_timm
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.utils.errors import UserError

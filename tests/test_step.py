@@ -13,8 +13,7 @@ from torch import Tensor
 
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.model.attention import PackedLayout
-from syncmask_fast.model.encoders import one_to_one
+from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue, itc_loss, normalized_patches
 from syncmask_fast.objective.masking import Masks, random_masks, sync_masks
@@ -223,9 +222,8 @@ def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, presence=1.0, presence_negatives=3))
     model, batch, outcomes = small_model(config), small_batch(config), []
     for multiple in (1, 2, 64, 1000):
-        monkeypatch.setattr(
-            "syncmask_fast.objective.pretraining.rows_multiple", lambda device, multiple=multiple: multiple
-        )
+        for module in ("layout", "encoders"):
+            monkeypatch.setattr(f"syncmask_fast.model.{module}.rows_multiple", lambda device, n=multiple: n)
         model.zero_grad()
         found, _ = losses_of(config, model, batch)
         found.total.backward()

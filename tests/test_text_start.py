@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from syncmask_fast.data.tokenizer import TokenCache
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss
 from syncmask_fast.train import main

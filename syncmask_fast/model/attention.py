@@ -7,97 +7,13 @@ length may stay dense, [N, L, ...], and then need no layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.kernels import packed_attention as ours
-
-
-class PackedLayout:
-    """Where each of N sequences lies in a packed tensor.
-
-    cu_seqlens: int32 [N + 1] on the tensor's device; sequence n is rows starts[n] .. starts[n + 1] - 1.
-    max_seqlen: an upper bound on the sequences' lengths, known to the host.
-    total:   rows of the packed tensor, starts[N], known to the host.
-    """
-
-    gaps = False  # a kind of layout whose sequences do not fill their rows sets this: keys must then be masked
-
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
-        self.cu_seqlens, self.max_seqlen, self.total = cu_seqlens, max_seqlen, total
-
-    @classmethod
-    def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> PackedLayout:
-        """The layout of sequences whose lengths the host knows."""
-        starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        return cls(starts.to(device, non_blocking=True), max(lengths, default=0), sum(lengths))
-
-    def __len__(self) -> int:
-        return len(self.cu_seqlens) - 1
-
-    def __add__(self, other: PackedLayout) -> PackedLayout:
-        """The layout of this packed tensor with another one behind it."""
-        starts = torch.cat([self.cu_seqlens, other.cu_seqlens[1:] + self.total])
-        return PackedLayout(starts, max(self.max_seqlen, other.max_seqlen), self.total + other.total)
-
-    def padded_to(self, multiple: int) -> PackedLayout:
-        """This layout with sequences behind it that nobody reads, none longer than the longest, so that the total is a multiple of `multiple`."""
-        rest = -self.total % multiple
-        if rest == 0:
-            return self
-        count = -(-rest // self.max_seqlen)
-        ends = (torch.arange(1, count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * self.max_seqlen).clamp(
-            max=rest
-        )
-        return PackedLayout(
-            torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + ends]), self.max_seqlen, self.total + rest
-        )
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """int32 [N]."""
-        return self.cu_seqlens.diff()
-
-    @cached_property
-    def segment_ids(self) -> Tensor:
-        """int64 [total]: which sequence each row belongs to."""
-        rows = torch.arange(self.total, device=self.cu_seqlens.device, dtype=torch.int32)
-        return torch.searchsorted(self.cu_seqlens[1:-1].contiguous(), rows, right=True)
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """int64 [total]: each row's position within its sequence."""
-        return torch.arange(self.total, device=self.cu_seqlens.device) - self.cu_seqlens[self.segment_ids]
-
-    @cached_property
-    def valid(self) -> Tensor:
-        """bool [N, longest]: which places of the padded form hold a token."""
-        return torch.arange(self.max_seqlen, device=self.cu_seqlens.device) < self.lengths[:, None]
-
-    @cached_property
-    def _padded_row(self) -> Tensor:
-        """int64 [total]: each row's place in the flattened padded form."""
-        return self.segment_ids * self.max_seqlen + self.position_ids
-
-    def materialize(self) -> None:
-        """Where the CPU's attention pads, computes what it needs of this layout, so that compiled code finds it there.
-
-        Before Python 3.12 a `cached_property` takes a lock, which cannot be traced; after it, the first use would be a graph of its own.
-        """
-        if not self.cu_seqlens.is_cuda and (self.gaps or not ours.runs_here()):
-            self.valid, self._padded_row  # noqa: B018
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[total, ...] to [N, longest, ...], zeros where there is no token."""
-        flat = packed.new_zeros(len(self) * self.max_seqlen, *packed.shape[1:])
-        return flat.index_copy_(0, self._padded_row, packed).unflatten(0, (len(self), self.max_seqlen))
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[N, longest, ...] to [total, ...]."""
-        return padded.flatten(0, 1).index_select(0, self._padded_row)
+from syncmask_fast.kernels import packed_attention as cpu_attention
+from syncmask_fast.model.layout import PackedLayout
 
 
 def attention(
@@ -126,7 +42,7 @@ def _attention_packed(
         layout.cu_seqlens if layout is not None else _dense_starts(len(x), x.shape[1], x.device)
         for x, layout in ((q, q_layout), (k, k_layout))
     ]
-    return ours.packed_attention(*one, *starts).view(q.shape)
+    return cpu_attention.packed_attention(*one, *starts).view(q.shape)
 
 
 @torch.compiler.disable  # the blocks around it are compiled, not the choice of the kernel
@@ -161,7 +77,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     On CUDA the first call in a dtype tries them, which takes some milliseconds and waits for the device.
     """
     if device.type != "cuda":
-        return "packed" if dtype in ours.DTYPES and ours.runs_here() else "padded"
+        return "packed" if dtype in cpu_attention.DTYPES and cpu_attention.runs_here() else "padded"
     if dtype not in _chosen:
         seconds = {kind: _seconds(run, device, dtype) for kind, run in _PACKED.items()}
         best = min(seconds, key=lambda kind: seconds[kind])

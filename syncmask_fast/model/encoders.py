@@ -8,7 +8,6 @@ layers with cross-attention to an image between self-attention and feed-forward,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import timm
 import torch
@@ -18,7 +17,8 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from syncmask_fast.config import ImageConfig, TextConfig
-from syncmask_fast.model.attention import PackedLayout, attention
+from syncmask_fast.model.attention import attention
+from syncmask_fast.model.layout import FusionBatch, PackedLayout, rows_multiple
 from syncmask_fast.utils.errors import UserError
 
 LAYER_NORM_EPS = 1e-12  # BERT's
@@ -128,7 +128,9 @@ class ImageEncoder(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         """The blocks on embedded patches behind their [CLS] and registers; leaves the registers out."""
         vit = self.vit
-        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=self.grad_checkpointing))
+        x = vit.norm(
+            run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=self.grad_checkpointing)
+        )
         registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
@@ -224,8 +226,8 @@ class FusionLayer(nn.Module):
         self.cross = CrossAttention(width, heads, image_width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, pack: FusionBatch, images: Tensor) -> Tensor:
-        return self.feed_forward(self.cross(self.attention(x, pack.texts), images, pack.images))
+    def forward(self, x: Tensor, batch: FusionBatch, images: Tensor) -> Tensor:
+        return self.feed_forward(self.cross(self.attention(x, batch.text_layout), images, batch.image_layout))
 
 
 class TextEncoder(nn.Module):
@@ -242,79 +244,12 @@ class TextEncoder(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))
 
     def forward(self, token_ids: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, C] features of packed token ids [T]."""
+        """Return features [T, C] of packed token ids int64 [T], computed on a multiple of `rows_multiple` rows."""
+        total, layout = layout.total, layout.padded_to(rows_multiple(token_ids.device))
+        token_ids = F.pad(token_ids, (0, layout.total - total))
         layout.materialize()
         x = to_autocast_dtype(self.norm(self.words(token_ids) + self.positions(layout.position_ids) + self.token_type))
-        return run_blocks(self.layers, x, layout, grad_checkpointing=self.grad_checkpointing)
-
-
-class FusionBatch(NamedTuple):
-    """Sequences for the fusion encoder, ordered by the image that each looks at."""
-
-    rows: Tensor
-    """int64 [total]: the row of the source features that stands in each place."""
-    texts: PackedLayout
-    """A block for each sequence."""
-    images: PackedLayout
-    """A block for each image: all queries that look at it."""
-    first: Tensor
-    """int64 [N]: the row of the [CLS] of each sequence, in the order in which the sequences were given."""
-
-    def materialize(self) -> None:
-        """`PackedLayout.materialize` of both."""
-        self.texts.materialize()
-        self.images.materialize()
-
-
-def group_by_image(
-    source: PackedLayout,
-    sequences: Tensor,
-    images: Tensor,
-    n_images: int,
-    capacity: int | None = None,
-    multiple: int = 1,
-) -> FusionBatch:
-    """Orders sequences by image, so that self-attention and cross-attention are block-diagonal over one and the same order.
-
-    source:    layout of the packed text features that the sequences are taken from.
-    sequences: int64 [N], which sequence of the source each is (any number of times).
-    images:    int64 [N], the image that each looks at.
-    capacity:  rows to reserve where the total is not known to the host (CUDA: nothing is read back); the rest is filled by more sequences
-               of repeated rows, none longer than the longest, that look at the last image and that nobody reads. None: the total, which is read back.
-    multiple:  the total is filled up to a multiple of it in the same way.
-    """
-    order = torch.argsort(images, stable=True)
-    lengths = source.lengths[sequences[order]]
-    begin = source.cu_seqlens[sequences[order]]
-    per_image = torch.zeros(n_images, dtype=torch.int32, device=images.device).index_add_(
-        0, images, source.lengths[sequences]
-    )
-    read_back = capacity is None
-    used = int(lengths.sum()) if read_back else lengths.sum(dtype=torch.int32)
-    capacity = used if read_back else capacity
-    capacity += -capacity % multiple
-    rest = capacity - used
-    begins = torch.arange(
-        0, rest if read_back else capacity, max(source.max_seqlen, 1), device=images.device, dtype=torch.int32
-    )
-    fillers = (rest - begins).clamp(0, source.max_seqlen)
-    lengths, begin = torch.cat([lengths, fillers]), torch.cat([begin, torch.zeros_like(fillers)])
-    per_image = torch.cat([per_image[:-1], per_image[-1:] + rest])
-    zero = lengths.new_zeros(1)
-    starts, image_starts = (torch.cat([zero, x.cumsum(0, dtype=torch.int32)]) for x in (lengths, per_image))
-    texts = PackedLayout(starts, source.max_seqlen, capacity)
-    rows = begin[texts.segment_ids] + texts.position_ids
-    first = torch.empty_like(order).index_copy_(0, order, starts[: len(order)].long())
-    return FusionBatch(
-        rows, texts, PackedLayout(image_starts, int(per_image.max()) if read_back else capacity, capacity), first
-    )
-
-
-def one_to_one(layout: PackedLayout) -> FusionBatch:
-    """The pack in which text n looks at image n."""
-    return FusionBatch(
-        torch.arange(layout.total, device=layout.cu_seqlens.device), layout, layout, layout.cu_seqlens[:-1].long()
-    )
+        return run_blocks(self.layers, x, layout, grad_checkpointing=self.grad_checkpointing)[:total]
 
 
 class FusionEncoder(nn.Module):
@@ -328,10 +263,10 @@ class FusionEncoder(nn.Module):
             FusionLayer(config.width, config.heads, image_width) for _ in range(config.fusion_layers)
         )
 
-    def forward(self, x: Tensor, pack: FusionBatch, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: FusionBatch, images: Tensor) -> Tensor:
         """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
-        pack.materialize()
-        return run_blocks(self.layers, x, pack, images, grad_checkpointing=self.grad_checkpointing)
+        batch.materialize()
+        return run_blocks(self.layers, x, batch, images, grad_checkpointing=self.grad_checkpointing)
 
     def read(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """[T, C] features of packed text features x [T, C] without any image, as a BERT computes them: no cross-attention."""
@@ -341,11 +276,11 @@ class FusionEncoder(nn.Module):
         return x
 
     def cross_attention_qkv(
-        self, x: Tensor, pack: FusionBatch, images: Tensor, layer: int
+        self, x: Tensor, batch: FusionBatch, images: Tensor, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
-        pack.materialize()
+        batch.materialize()
         for earlier in self.layers[: layer - 1]:
-            x = earlier(x, pack, images)
+            x = earlier(x, batch, images)
         last = self.layers[layer - 1]
-        return last.cross.project(last.attention(x, pack.texts), images)
+        return last.cross.project(last.attention(x, batch.text_layout), images)

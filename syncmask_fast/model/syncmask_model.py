@@ -21,7 +21,6 @@ from syncmask_fast.config import TrainConfig, from_json, to_json
 from syncmask_fast.data.loader import PIXEL_MEAN
 from syncmask_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from syncmask_fast.model import linear
-from syncmask_fast.model.attention import PackedLayout
 from syncmask_fast.model.encoders import (
     LAYER_NORM_EPS,
     CrossAttention,
@@ -29,8 +28,8 @@ from syncmask_fast.model.encoders import (
     FusionEncoder,
     ImageEncoder,
     TextEncoder,
-    one_to_one,
 )
+from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ class SyncMaskModel(nn.Module):
         query = self.project_images(images) + self.project_texts(texts, layout)
         if self.config.task.name == "composed":
             pack = one_to_one(layout)
-            query = query + self.composed_proj(self.fusion(texts, pack, images)[pack.first]).float()
+            query = query + self.composed_proj(self.fusion(texts, pack, images)[pack.cls_rows]).float()
         return F.normalize(query, dim=-1)
 
     def label_logits(self, images: Tensor, texts: Tensor, layout: PackedLayout) -> Tensor:
@@ -154,7 +153,7 @@ class SyncMaskModel(nn.Module):
         if self.config.task.inputs == "image":
             return self.classifier(images[:, 0]).float()
         pack = one_to_one(layout)
-        return self.classifier(self.fusion(texts, pack, images)[pack.first]).float()
+        return self.classifier(self.fusion(texts, pack, images)[pack.cls_rows]).float()
 
     # What users call ------------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class SyncMaskModel(nn.Module):
         token_ids, layout = self._tokens(texts)
         pack = one_to_one(layout)
         fused = self.fusion(self.text(token_ids, layout), pack, self.image(pixels))
-        return self.itm_head(fused[pack.first]).float().softmax(-1)[:, 1]
+        return self.itm_head(fused[pack.cls_rows]).float().softmax(-1)[:, 1]
 
     def _pixels(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         if isinstance(images, Tensor):

@@ -16,13 +16,11 @@ from syncmask_fast import ops
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.distributed.shard import BatchShard, shard_of_batch
-from syncmask_fast.model.attention import PackedLayout, uses_varlen
-from syncmask_fast.model.encoders import group_by_image, one_to_one
+from syncmask_fast.model.attention import uses_varlen
+from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective import losses
 from syncmask_fast.objective.masking import blend, count, maskable, random_masks, random_rectangles, sync_masks
-
-ROWS_MULTIPLE = 128
 
 
 class Losses(NamedTuple):
@@ -84,18 +82,6 @@ def sample_hard_negatives(
     return index.clamp(min=0), index >= 0
 
 
-def rows_multiple(device: torch.device) -> int:
-    """What the rows of packed texts are filled up to a multiple of: in bfloat16 each new shape costs the CPU new machine code for its products, and
-    CUDA's allocator new blocks."""
-    return ROWS_MULTIPLE if torch.is_autocast_enabled(device.type) else 1
-
-
-def encode_texts(model: SyncMaskModel, token_ids: Tensor, layout: PackedLayout, multiple: int) -> Tensor:
-    """[T, C] text features of packed token ids [T], computed on a multiple of rows."""
-    filled = layout.padded_to(multiple)
-    return model.text(torch.nn.functional.pad(token_ids, (0, filled.total - layout.total)), filled)[: layout.total]
-
-
 def pretraining_losses(
     model: SyncMaskModel,
     teacher: SyncMaskModel,
@@ -118,15 +104,14 @@ def pretraining_losses(
     """
     device = batch.pixels.device
     part = shard_of_batch(batch)
-    layout = PackedLayout(batch.cu_seqlens, max(part.lengths), sum(batch.lengths))
-    multiple = rows_multiple(device)
+    layout = PackedLayout.of_batch(batch)
     generator = torch.Generator(device).manual_seed(seed)
 
     masks = momentum = None
     if fuse or alpha or len(queue.product_ids):  # otherwise nobody asks the teacher
         with torch.no_grad():
             teacher_images = teacher.image(batch.pixels)
-            teacher_texts = encode_texts(teacher, batch.token_ids, layout, multiple)
+            teacher_texts = teacher.text(batch.token_ids, layout)
             momentum = Features(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
     if fuse and config.masking != "none":
         masks = random_masks(layout, model.image.patches, config.mask, generator, part)
@@ -157,7 +142,7 @@ def pretraining_losses(
         hidden = layout.unpad(masks.token_mask)
         at = torch.nonzero_static(hidden, size=words)[:, 0]
         token_ids, source = torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), layout + layout
-    texts = encode_texts(model, token_ids, source, multiple)
+    texts = model.text(token_ids, source)
 
     feats = [model.project_images(images), model.project_texts(texts, layout), *(momentum or ())]
     image_feats, text_feats, *teacher_feats = part.gather(torch.cat(feats, 1)).split(config.embed_dim, 1)
@@ -170,7 +155,7 @@ def pretraining_losses(
     missing = itc.new_tensor(torch.nan)
     total, presence = weight.itc * itc, missing
     if weight.presence:
-        presence = _presence_loss(model, config, batch, images, layout, seed, multiple)
+        presence = _presence_loss(model, config, batch, images, layout, seed)
         total = total + weight.presence * presence
     if not fuse:
         return Losses(total, itc.detach(), missing, missing, missing, presence.detach()), momentum
@@ -188,7 +173,6 @@ def pretraining_losses(
         at,
         all_words,
         seed,
-        multiple,
     )
 
     mim = itc.new_zeros(())
@@ -235,13 +219,7 @@ def collage_rows(ratio: float, of: int) -> list[int]:
 
 
 def _presence_loss(
-    model: SyncMaskModel,
-    config: TrainConfig,
-    batch: Batch,
-    images: Tensor,
-    layout: PackedLayout,
-    seed: int,
-    multiple: int = 1,
+    model: SyncMaskModel, config: TrainConfig, batch: Batch, images: Tensor, layout: PackedLayout, seed: int
 ) -> Tensor:
     """The presence loss in the first fusion layer, whose queries have not met an image yet, and that of the collages where there are any.
 
@@ -256,7 +234,7 @@ def _presence_loss(
     drawn = torch.rand(part.total, words.shape[1], generator=generator)[part.rows].to(images.device, non_blocking=True)
     swapped = words & other & (drawn < 0.5)
     mixed = torch.where(swapped, losses.roll_rows(token_ids, shifts[0], near.rows), token_ids[near.rows])
-    texts = encode_texts(model, layout.unpad(mixed), layout, multiple)
+    texts = model.text(layout.unpad(mixed), layout)
     q, k, _ = model.fusion.cross_attention_qkv(texts, one_to_one(layout), images, 1)
     q, k = layout.pad(q).transpose(1, 2), near.gather(k.transpose(1, 2))
     loss = losses.presence_loss(q, k, mixed, swapped, token_ids, words, shifts, near.rows, part.sum)
@@ -297,7 +275,6 @@ def _fusion_losses(
     masked_at: Tensor | None,
     all_words: int,
     seed: int,
-    multiple: int,
 ) -> tuple[Tensor, Tensor]:
     """ITM and MLM from one pass of the fusion encoder: each image's keys and values are projected once for all texts that look at it.
 
@@ -335,15 +312,15 @@ def _fusion_losses(
         capacity is None
     ):  # the length of the drawn texts stays unknown to the host, so the longest possible is reserved
         capacity = (len(sequences) - 1) * layout.total + b * layout.max_seqlen
-    pack = group_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity, multiple)
-    fused = model.fusion(texts[pack.rows], pack, images)
+    pack = group_by_image(source, torch.cat(sequences), torch.cat(looks_at), b, capacity)
+    fused = model.fusion(texts[pack.source_rows], pack, images)
 
-    logits = model.itm_head(fused[pack.first[:pairs]])
+    logits = model.itm_head(fused[pack.cls_rows[:pairs]])
     matched = torch.arange(pairs, device=device) < b
     itm = losses.itm_loss(logits, matched, torch.cat([torch.ones(b, device=device), has_text, has_image]), part.sum)
     mlm = itm.new_zeros(())
     if masked_at is not None:
-        rows = pack.first[pairs:][layout.segment_ids[masked_at]] + layout.position_ids[masked_at]
+        rows = pack.cls_rows[pairs:][layout.segment_ids[masked_at]] + layout.position_ids[masked_at]
         mlm = losses.mlm_loss(
             model.mlm_head(fused[rows], model.text.words.weight), batch.token_ids[masked_at], all_words
         )

@@ -16,7 +16,7 @@ from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.evaluate import MaskEvalSet, embed, teacher_masks
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.masking import random_masks
 from syncmask_fast.report import MaskExample, RetrievalExample, RetrievedItem, WordMark, write_report

@@ -261,7 +261,9 @@ def _sentence(cells: Cells, column: Column, place: int, ours: str, theirs: str) 
 def write_table(out: Path, cells: Cells) -> None:
     """Writes table.md (table and verdict), table.json (every cell) and plot.png."""
     said = "".join(f"- {sentence}\n" for sentence in verdict(cells))
-    (out / "table.md").write_text(markdown_table(table(cells)) + "\n\nMean and standard deviation between seeds.\n\n" + said)
+    (out / "table.md").write_text(
+        markdown_table(table(cells)) + "\n\nMean and standard deviation between seeds.\n\n" + said
+    )
     write_json(out / "table.json", {" ".join(map(str, cell)): results for cell, results in cells.items()})
     plot(cells).savefig(out / "plot.png", dpi=120)
 

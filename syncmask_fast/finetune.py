@@ -32,7 +32,8 @@ from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue, itc_loss
 from syncmask_fast.objective.pretraining import Features, Losses, pretraining_losses
-from syncmask_fast.train import FineTuneTask, draw_default_lookbook, run_folder, start_run, train, tune_malloc
+from syncmask_fast.tasks.base import FineTuneTask
+from syncmask_fast.train import draw_default_lookbook, run_folder, start_run, train, tune_malloc
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.epochs import epoch_batches, plan
 from syncmask_fast.utils.device import choose_device
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make = {"retrieval": tune_retrieval, "composed": tune_composed}.get(task, tune_recognition)
     tuning, config = make(config, train_split, validation)
     if settings.save_every is None:
-        config = dataclasses.replace(config, save_every=max(1, len(tuning.products) // config.batch_size))
+        config = dataclasses.replace(config, save_every=max(1, len(tuning.product_ids) // config.batch_size))
     out = run_folder(config)
     config = start_run(out, config, data)
     train(config, out, device, train_split, eval_split, tuning)

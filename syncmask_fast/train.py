@@ -13,7 +13,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +44,7 @@ from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import Queue
 from syncmask_fast.objective.masking import sync_share
 from syncmask_fast.objective.pretraining import Losses, make_teacher, pretraining_losses, update_teacher
+from syncmask_fast.tasks.base import FineTuneTask
 from syncmask_fast.training.checkpoint import FeatureBank, TrainState, load_checkpoint, load_latest
 from syncmask_fast.training.epochs import epoch_batches, plan
 from syncmask_fast.training.flops import peak_flops, step_flops
@@ -84,23 +84,6 @@ RESUME_MAY_CHANGE = {
     "compile",
     "grad_checkpointing",
 }
-
-
-@dataclass(frozen=True)
-class FineTuneTask:
-    """What a fine-tuning (`finetune.py`) changes of the loop. Its items need not be pictures: a triplet is one of two pictures."""
-
-    products: np.ndarray
-    """int64 [N]: the product of each item."""
-    pictures: int
-    """Pictures of an item."""
-    batches: Callable[[TrainConfig, TrainState, Loader], Iterator[Batch]]
-    losses: Callable
-    """In place of `pretraining_losses`, with its arguments."""
-    validate: Callable[[SyncMaskModel], dict[str, float]]
-    """Metrics of a model on the validation part."""
-    metric: str
-    """The metric by which the best model is kept."""
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -205,7 +188,7 @@ def train(
     device: torch.device,
     train_split: Split,
     eval_split: Split,
-    tuning: FineTuneTask | None = None,
+    task: FineTuneTask | None = None,
     group: Group = SINGLE_PROCESS,
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step; writes checkpoints, metrics and the model."""
@@ -241,7 +224,7 @@ def train(
     gradients = GradientReducer(model.parameters(), group)
     optimizer = make_optimizer(model, config.optim)
     queue = Queue.empty(config.loss.queue, config.embed_dim, device)
-    products = tuning.products if tuning else train_split.index.product_ids[train_split.samples]
+    products = task.product_ids if task else train_split.index.product_ids[train_split.samples]
     product_ids = np.unique(products, return_inverse=True)[1]
     bank = FeatureBank.empty(len(product_ids), config.embed_dim, device)
     provenance = {
@@ -269,7 +252,7 @@ def train(
         state.order = torch.from_numpy(plan(config, state, product_ids, group))
     dtype = configure_compute(config, model, teacher, device)
     parameters = sum(p.numel() for p in model.parameters())
-    items = "triplets" if tuning and tuning.pictures > 1 else "pictures"
+    items = "triplets" if task and task.images_per_item > 1 else "pictures"
     print(
         f"{len(product_ids):,} {items} of {product_ids.max() + 1:,} products, {parameters / 1e6:.1f} M parameters, "
         f"{steps} steps of {config.batch_size} on {f'{group.world_size} x ' if group.world_size > 1 else ''}{device.type} "
@@ -278,7 +261,7 @@ def train(
 
     grid = config.image.size // config.image.patch
     eval_tokens = TokenCache.open(eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_length)
-    follow = group.is_main and len(eval_split) and config.masking != "none" and tuning is None
+    follow = group.is_main and len(eval_split) and config.masking != "none" and task is None
     followed = MaskEvalSet.of(eval_split, eval_tokens, grid, TRACKED_SAMPLES) if follow else None
     log = (
         MetricsLog(out, state.step, steps, config.log_every, device, peak_flops(device, dtype))
@@ -289,7 +272,7 @@ def train(
     loader = Loader(
         train_split.index,
         tokens,
-        batch_size=(end - begin) * (tuning.pictures if tuning else 1),
+        batch_size=(end - begin) * (task.images_per_item if task else 1),
         size=config.image.size,
         augment=config.augment,
         seed=config.seed,
@@ -299,8 +282,8 @@ def train(
         drop_last=True,
     )
     with loader, graceful_stop(launched=group.world_size > 1) as stop:
-        if tuning:
-            batches = tuning.batches(config, state, loader)
+        if task:
+            batches = task.batches(config, state, loader)
         else:
             batches = epoch_batches(config, state, loader, train_split, product_ids, log, group)
         last: deque[Batch] = deque(maxlen=1)
@@ -308,15 +291,15 @@ def train(
         while state.step < steps:
             optimizer.set_lr_multiplier(lr_multiplier(config.optim, state.step, steps))
             parts, flops = train_step(
-                config, state, batches, steps, batches_per_epoch, tuning.losses if tuning else None, gradients
+                config, state, batches, steps, batches_per_epoch, task.losses if task else None, gradients
             )
             state.step += 1
             pairs = config.batch_size * config.optim.grad_accum
             log.add(state.step, state.epoch, pairs, flops, loader.wait_seconds, optimizer.param_groups[0]["lr"], parts)
             if followed is not None and (state.step % (5 * config.log_every) == 0 or state.step == steps):
                 log.note(evaluate_sync(teacher, followed))
-            if tuning is not None and (state.step % config.save_every == 0 or state.step == steps):
-                log.note(keep_best(out, teacher, state.step, tuning))
+            if task is not None and (state.step % config.save_every == 0 or state.step == steps):
+                log.note(keep_best(out, teacher, state.step, task))
             log.show_when_due()
             stopping = group.any_rank(bool(stop))
             if state.step % config.save_every == 0 or state.step == steps or stopping:
@@ -328,32 +311,32 @@ def train(
                 group.any_rank(
                     False
                 )  # torchrun ends the others as soon as one ends: not before the checkpoint is written
-                again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if tuning else f'train {config.preset}'} --out {out}"
+                again = f"python -m syncmask_fast.{f'finetune {config.task.name}' if task else f'train {config.preset}'} --out {out}"
                 kept = "" if saved else ", without a checkpoint of it"
                 print(f"\nstopped at step {state.step} of {steps}{kept}; to go on: {again} with the same flags")
                 raise SystemExit(128 + (stop[0] if stop else signal.SIGTERM))
     log.close()
     # The teacher is what makes the masks, and the average of the last models: it is what users get.
-    if tuning is None and group.is_main:
+    if task is None and group.is_main:
         save_model(state.teacher, out / "model")
 
 
-def keep_best(out: Path, model: SyncMaskModel, step: int, tuning: FineTuneTask) -> dict[str, float]:
+def keep_best(out: Path, model: SyncMaskModel, step: int, task: FineTuneTask) -> dict[str, float]:
     """Validates the model and saves it as the run's if it is the best so far; returns the metrics.
 
     A run that goes on from a checkpoint repeats its steps exactly, so that the best one that it knows of stays the best.
     """
-    found = tuning.validate(model)
+    found = task.validate(model)
     known = out / "best.json"
     best = _read_json(known)["value"] if known.is_file() else -math.inf
-    value = found[tuning.metric]
+    value = found[task.metric]
     print(
-        f"step {step:>5}: validation {tuning.metric} {value:.2f}" + (" (the best so far)" if value > best else ""),
+        f"step {step:>5}: validation {task.metric} {value:.2f}" + (" (the best so far)" if value > best else ""),
         flush=True,
     )
     if value > best:
         save_model(model, out / "model")
-        write_json(known, {"step": step, "metric": tuning.metric, "value": value})
+        write_json(known, {"step": step, "metric": task.metric, "value": value})
     return {f"validation/{name}": number for name, number in found.items()}
 
 

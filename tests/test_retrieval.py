@@ -154,7 +154,8 @@ def test_queries_of_a_draw_are_different_and_seeded(monkeypatch: pytest.MonkeyPa
 def test_one_group_tops_up_nothing_and_groups_of_one_everything():
     g = gallery(7)
     assert (
-        recall_101(g._replace(subcategory=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"] == 0
+        recall_101(g._replace(subcategory=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"]
+        == 0
     )
     assert recall_101(g._replace(subcategory=torch.arange(PRODUCTS)), draws=1)["101-candidate/topped-up"] == 100
 

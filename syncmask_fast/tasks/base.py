@@ -1,0 +1,107 @@
+"""What the tasks share: whole-image batches, text features, the rank of a right answer, and the record of a fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncmask_fast.config import TrainConfig
+from syncmask_fast.data.loader import Batch, Loader
+from syncmask_fast.data.splits import Split
+from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.pretraining import Losses
+from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.training.epochs import epoch_batches
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class FineTuneTask:
+    """What a fine-tuning changes in the training loop. An item is an image with its text, or a triplet of two images."""
+
+    product_ids: np.ndarray
+    """int64 [N]: the product of each item."""
+    images_per_item: int
+    batches: Callable[[TrainConfig, TrainState, Loader], Iterator[Batch]]
+    """Endless batches, as `epoch_batches` yields them."""
+    losses: Callable
+    """Replaces `pretraining_losses`, with the same arguments."""
+    validate: Callable[[SyncMaskModel], dict[str, float]]
+    """Return the metrics of a model on the validation products."""
+    metric: str
+    """The metric that selects the best model."""
+
+
+def image_items(split: Split, losses: Callable, validate: Callable, metric: str) -> FineTuneTask:
+    """Return a fine-tuning whose items are the images of a split with their texts."""
+    product_ids = split.index.product_ids[split.samples]
+    product_index = np.unique(product_ids, return_inverse=True)[1]
+
+    def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[Batch]:
+        return epoch_batches(config, state, loader, split, product_index)
+
+    return FineTuneTask(product_ids, 1, batches, losses, validate, metric)
+
+
+def single_loss(loss: Tensor) -> Losses:
+    """Return a task's only loss as the record that the loop logs."""
+    missing = loss.new_tensor(torch.nan)
+    return Losses(loss, missing, missing, missing, missing, missing)
+
+
+def open_tokens(model: SyncMaskModel, split: Split) -> TokenCache:
+    """Return the tokens of a split's texts by the model's tokenizer."""
+    return TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_length)
+
+
+def evaluation_batches(
+    model: SyncMaskModel, split: Split, tokens: TokenCache, sample_ids: np.ndarray
+) -> Iterator[Batch]:
+    """Yield batches of whole images, without augmentation, in the order of `sample_ids`. Unreadable images are left out."""
+    config = model.config
+    loader = Loader(
+        split.index,
+        tokens,
+        batch_size=min(BATCH_SIZE, max(len(sample_ids), 1)),
+        size=config.image.size,
+        augment=None,
+        device=model.device,
+        backend=config.decoder,
+        threads=config.decode_threads,
+    )
+    with loader:
+        yield from loader.epoch(sample_ids, 0)
+
+
+def packed_layout(batch: Batch) -> PackedLayout:
+    """Return the layout of a batch's packed texts."""
+    return PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
+
+
+def text_features(model: SyncMaskModel, tokens: TokenCache, rows: np.ndarray) -> Iterator[tuple[Tensor, PackedLayout]]:
+    """Yield packed features [T, C] of the texts at int64 [n] of the token cache, in groups, with their layouts."""
+    for begin in range(0, len(rows), BATCH_SIZE):
+        token_ids, cu_seqlens = tokens.pack(rows[begin : begin + BATCH_SIZE])
+        layout = PackedLayout.of(np.diff(cu_seqlens).tolist(), model.device)
+        yield model.text(torch.from_numpy(token_ids).to(model.device), layout), layout
+
+
+def rank_of_best(score: Tensor, right: Tensor) -> Tensor:
+    """Return the rank, int64 [Q] from 1, of each query's best right candidate. score: [Q, n]; right: bool [Q, n].
+
+    Every wrong candidate that does not score lower counts: ties are misses, and constant or NaN features score nothing.
+    """
+    best = score.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    return 1 + (~(score < best) & ~right).sum(1)
+
+
+def recall_at(k: int, rank: Tensor) -> float:
+    """Return the share of ranks (from 1) that are k or better, in percent."""
+    return 100 * (rank <= k).float().mean().item()

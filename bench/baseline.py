@@ -108,7 +108,7 @@ def parents_layers(model: SyncMaskModel, ways: Ways) -> Iterator[None]:
                 last = (
                     part.proj
                     if isinstance(part, SelfAttention | CrossAttention)
-                    else part.down
+                    else part.fc2
                     if isinstance(part, FeedForward)
                     else None
                 )
@@ -266,7 +266,7 @@ def mlm_loss(
     model: SyncMaskModel, fused: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, ways: Ways
 ) -> Tensor:
     """MLM of the masked texts' fused features, whose token t stands in row rows[t]; hidden: bool [T]."""
-    words = model.text.words.weight
+    words = model.text.word_embeddings.weight
     if ways.full_head:
         return F.cross_entropy(
             model.mlm_head(fused[rows], words).float(), token_ids.masked_fill(~hidden, -100), ignore_index=-100

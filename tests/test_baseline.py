@@ -86,7 +86,7 @@ def test_dropout_takes_a_tenth_of_the_students_texts_and_nothing_else():
     plain, image = model.text(batch.token_ids, layout), model.image(batch.pixels)
     seen = []
     with baseline.parents_layers(model, WAYS["dropout"]):
-        for part in (model.text.norm, model.text.layers[0].attention.proj, model.text.layers[0].feed_forward.down):
+        for part in (model.text.norm, model.text.layers[0].attention.proj, model.text.layers[0].feed_forward.fc2):
             part.register_forward_hook(lambda _, given, out: seen.append(out == 0))
         dropped = [model.text(batch.token_ids, layout) for _ in range(20)]
         assert torch.allclose(model.image(batch.pixels), image, atol=1e-5)

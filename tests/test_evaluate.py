@@ -151,7 +151,7 @@ def test_reading_is_the_loss_of_words_in_view_with_either_picture(opened):
                 - 1
             )
             fused = model.fusion(text, one_to_one(layout), model.image(pixels))
-            chances = model.mlm_head(fused, model.text.words.weight).double().log_softmax(-1)
+            chances = model.mlm_head(fused, model.text.word_embeddings.weight).double().log_softmax(-1)
             nats += [(n, shown == i, -chances[at[j], token_ids[at[j]]].item()) for j in range(len(at))]
     found = evaluate_mlm_grounding(model, data)
     for name, right in (("nats", True), ("nats-with-another-picture", False)):

@@ -75,7 +75,7 @@ from syncmask_fast.model import linear
 layer = linear.Linear(6, 5)
 with torch.autocast("cpu", torch.bfloat16):
     layer(torch.randn(4, 6)).float().sum().backward()
-print(linear.RUNS_HERE, layer.weight.grad.shape)
+print(linear.BF16_AVAILABLE, layer.weight.grad.shape)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

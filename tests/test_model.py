@@ -52,8 +52,8 @@ def copy_block(ours: nn.Module, theirs: nn.Module) -> None:
     copy_linear(ours.attention.qkv, own.query, own.key, own.value)
     copy_linear(ours.attention.proj, theirs.attention.output.dense)
     ours.attention.norm.load_state_dict(theirs.attention.output.LayerNorm.state_dict())
-    copy_linear(ours.feed_forward.up, theirs.intermediate.dense)
-    copy_linear(ours.feed_forward.down, theirs.output.dense)
+    copy_linear(ours.feed_forward.fc1, theirs.intermediate.dense)
+    copy_linear(ours.feed_forward.fc2, theirs.output.dense)
     ours.feed_forward.norm.load_state_dict(theirs.output.LayerNorm.state_dict())
     if hasattr(theirs, "crossattention"):
         cross = theirs.crossattention.self
@@ -134,9 +134,9 @@ def test_visible_patches_keep_their_positions():
 def test_text_encoder_equals_bert():
     theirs = bert()
     ours = TextEncoder(TextConfig(vocab_size=101, width=WIDTH, heads=HEADS, layers=LAYERS, max_length=32))
-    ours.words.weight.data = theirs.embeddings.word_embeddings.weight.detach().clone()
-    ours.positions.weight.data = theirs.embeddings.position_embeddings.weight.detach().clone()
-    ours.token_type.data = theirs.embeddings.token_type_embeddings.weight[0].detach().clone()
+    ours.word_embeddings.weight.data = theirs.embeddings.word_embeddings.weight.detach().clone()
+    ours.position_embeddings.weight.data = theirs.embeddings.position_embeddings.weight.detach().clone()
+    ours.token_type_embedding.data = theirs.embeddings.token_type_embeddings.weight[0].detach().clone()
     ours.norm.load_state_dict(theirs.embeddings.LayerNorm.state_dict())
     for mine, layer in zip(ours.layers, theirs.encoder.layer, strict=True):
         copy_block(mine, layer)

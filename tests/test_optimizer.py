@@ -60,7 +60,7 @@ def test_muon_takes_matrices_that_are_not_tables_of_vectors(model: SyncMaskModel
     convolutions = {name for name, p in model.named_parameters() if p.ndim == 4}
     assert convolutions
     assert convolutions <= taken
-    assert not taken & {"text.words.weight", "text.positions.weight"}
+    assert not taken & {"text.word_embeddings.weight", "text.position_embeddings.weight"}
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
     assert isinstance(adamw, torch.optim.AdamW)
 

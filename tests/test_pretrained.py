@@ -93,7 +93,7 @@ def test_bert_folder(tmp_path: Path):
     assert set(report.missing) == {
         f"mlm_head.{name}" for name in ("bias", "dense.weight", "dense.bias", "norm.weight", "norm.bias")
     }
-    assert report.resized == {"text.positions.weight": f"32 x {WIDTH} to 20 x {WIDTH}"}
+    assert report.resized == {"text.position_embeddings.weight": f"32 x {WIDTH} to 20 x {WIDTH}"}
     assert not report.unexpected
     layout = PackedLayout.of(LENGTHS)
     ids = torch.randint(1, 101, (sum(LENGTHS),))
@@ -108,12 +108,12 @@ def test_a_bert_that_does_not_fit(tmp_path: Path):
     bert().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"--text.width"):
         load_bert(SyncMaskModel(small_config()), str(tmp_path))
-    with pytest.raises(UserError, match="no BERT can be loaded"):
+    with pytest.raises(UserError, match="no BERT that can be loaded"):
         load_bert(SyncMaskModel(config()), str(tmp_path / "nothing"))
     wrong = (
         ({"max_length": 40}, "32 positions"),
-        ({"vocab_size": 90}, "101 word pieces"),
-        ({"fusion_layers": 5}, "ask for 6 layers"),
+        ({"vocab_size": 90}, "101 tokens"),
+        ({"fusion_layers": 5}, "need 6 layers"),
     )
     for changes, expected in wrong:
         with pytest.raises(UserError, match=expected):
@@ -136,7 +136,7 @@ def test_timm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     image = dataclasses.replace(base.image, name=f"local-dir:{tmp_path}", pretrained=True)
     model = SyncMaskModel(dataclasses.replace(base, image=image))
     [report] = load_initial_weights(model)
-    assert report.share == 1
+    assert report.fraction_loaded == 1
     assert report.resized == {"image.vit.pos_embed": "1 x 10 x 32 to 1 x 17 x 32"}
     assert "resized: image.vit.pos_embed" in str(report)
     ours = model.image.vit.state_dict()
@@ -172,9 +172,9 @@ def test_albef_checkpoint(kind: str, tmp_path: Path):
     else:
         save_file({name: value.clone() for name, value in state.items()}, path)
     model = SyncMaskModel(config(weights=str(path)))
-    before = model.mim_head.leave.weight.clone()
+    before = model.mim_head.out_proj.weight.clone()
     [report] = load_initial_weights(model)
-    assert report.share == 1, report
+    assert report.fraction_loaded == 1, report
     assert report.unexpected == []  # all but the momentum copy, the queues and what is tied is used
     layout = PackedLayout.of(LENGTHS)
     ids, pixels = torch.randint(1, 101, (sum(LENGTHS),)), torch.randn(len(LENGTHS), 3, 48, 48)
@@ -191,7 +191,7 @@ def test_albef_checkpoint(kind: str, tmp_path: Path):
     assert model.temperature.item() == pytest.approx(0.04)
     assert torch.equal(model.itm_head.weight, state["itm_head.weight"])
     assert torch.equal(model.mlm_head.dense.weight, state["text_encoder.cls.predictions.transform.dense.weight"])
-    assert torch.equal(model.mim_head.leave.weight, before)
+    assert torch.equal(model.mim_head.out_proj.weight, before)
 
 
 def test_a_model_of_ours(tmp_path: Path):
@@ -206,12 +206,12 @@ def test_a_model_of_ours(tmp_path: Path):
     )
     model = SyncMaskModel(changed)
     [report] = load_initial_weights(model)
-    assert report.share == 1, report
-    assert set(report.resized) == {"image.vit.pos_embed", "text.positions.weight"}
+    assert report.fraction_loaded == 1, report
+    assert set(report.resized) == {"image.vit.pos_embed", "text.position_embeddings.weight"}
     for name, value in model.state_dict().items():
         if name not in report.resized:
             assert torch.equal(value, saved.state_dict()[name]), name
-    assert torch.equal(model.text.positions.weight, saved.text.positions.weight[:10])
+    assert torch.equal(model.text.position_embeddings.weight, saved.text.position_embeddings.weight[:10])
     with pytest.raises(UserError, match="not a SyncMask model"):
         load_initial_weights(SyncMaskModel(config(weights=str(tmp_path.parent))))
 

@@ -43,8 +43,8 @@ def last_word_loss(model: SyncMaskModel, tokens: TokenCache) -> float:
     token_ids, layout = torch.from_numpy(ids), PackedLayout.of(np.diff(starts).tolist(), "cpu")
     at = layout.cu_seqlens[1:].long() - 2
     masked = token_ids.index_fill(0, at, model.mask_id)
-    read = model.fusion.read(model.text(masked, layout), layout)
-    return float(mlm_loss(model.mlm_head(read[at], model.text.words.weight), token_ids[at]))
+    read = model.fusion.forward_text_only(model.text(masked, layout), layout)
+    return float(mlm_loss(model.mlm_head(read[at], model.text.word_embeddings.weight), token_ids[at]))
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

@@ -1,8 +1,11 @@
 """The image, text and fusion encoders, on packed sequences.
 
-Shape letters: B images, P patches, S = 1 + P keys of an image ([CLS] first), T tokens of all texts together, C width, H heads, D = C / H.
-The image encoder is timm's VisionTransformer; text and fusion encoder compute what BERT does (post-norm layers; Devlin et al. 2018), the fusion
-layers with cross-attention to an image between self-attention and feed-forward, as in ALBEF (Li et al. 2021).
+The image encoder is timm's VisionTransformer. Text and fusion encoder compute what BERT does (post-norm
+layers; Devlin et al. 2018). A fusion layer has cross-attention to an image between self-attention and feed-forward, as
+in ALBEF (Li et al. 2021).
+
+Shape letters: B images, P patches, S = 1 + P keys of an image ([CLS] first), V visible patches, T tokens of all texts,
+C width, H heads, D = C / H.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ LAYER_NORM_EPS = 1e-12  # BERT's
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, grad_checkpointing: bool) -> Tensor:
-    """x through one block after the other. checkpointing: what a block computes inside is not kept for the backward pass but computed again."""
+    """Return x after all blocks, each called with the context.
+
+    grad_checkpointing: recompute each block in the backward pass.
+    """
     for block in blocks:
-        if (
-            grad_checkpointing and torch.is_grad_enabled()
-        ):  # nothing random is inside, so that no generator's state need be kept
+        if grad_checkpointing and torch.is_grad_enabled():
+            # No block draws random numbers, so no generator's state needs saving.
             x = torch.utils.checkpoint.checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, *context)
@@ -37,14 +42,17 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, grad_ch
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
-    """On the CPU, x in the dtype of autocast where it is on, so that residuals and norms stay in it and nothing is converted back and forth between
-    layers. (CUDA's autocast has norms in float32 whatever they are given.)"""
-    on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return x.to(torch.get_autocast_dtype("cpu")) if on else x
+    """Return x in the dtype of the CPU's autocast where that is on, else x."""
+    # Residuals and norms then stay in that dtype: no conversion between layers. CUDA's autocast has float32 norms anyway.
+    enabled = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if enabled else x
+
+
+# Image ----------------------------------------------------------------------------------------------------------------
 
 
 class ImageAttention(timm.layers.Attention):
-    """timm's self-attention, through our attention function."""
+    """timm's self-attention, computed by our attention function."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
@@ -52,28 +60,26 @@ class ImageAttention(timm.layers.Attention):
 
 
 class ImageEncoder(nn.Module):
-    """A timm VisionTransformer that can hide patches."""
+    """A timm VisionTransformer that can hide patches.
+
+    errors: UserError where timm has no such model, or it has no class token.
+    """
 
     grad_checkpointing = False
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        sizes |= {"img_size": config.size, "patch_size": config.patch}
         try:
-            self.vit = timm.create_model(
-                config.name,
-                img_size=config.size,
-                patch_size=config.patch,
-                num_classes=0,
-                global_pool="",
-                attn_layer=ImageAttention,
-                **{name: value for name, value in sizes.items() if value is not None},
-            )
-        except Exception as error:
-            raise UserError(f"timm cannot make --image.name {config.name}: {error}") from error
+            self.vit = timm.create_model(config.name, num_classes=0, global_pool="", attn_layer=ImageAttention, **sizes)
+        except Exception as error:  # timm raises many kinds
+            raise UserError(f"timm cannot create --image.name {config.name}: {error}. Give another name.") from error
         if not getattr(self.vit, "has_class_token", False):
             raise UserError(
-                f"--image.name {config.name} is not a VisionTransformer with a class token: name one, such as vit_base_patch16_224."
+                f"--image.name {config.name} is not a VisionTransformer with a class token."
+                " Give one, such as vit_base_patch16_224."
             )
         self.conv_stem = config.stem == "conv"
         if self.conv_stem:
@@ -85,64 +91,64 @@ class ImageEncoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """Features of images, and of their masked copies behind them where a mask is given, in one pass.
+        """Return features of images, followed by those of their masked copies if there is a mask.
 
-        pixels:     [B, 3, size, size], normalised.
+        pixels:     [B, 3, size, size], normalized.
         patch_mask: bool [B, P], True for the patches to hide in the copies.
-        returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones.
+        returns:    [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones, in one pass.
         """
         if patch_mask is None:
             patches = self._embed(pixels)
         else:
             patches, masked = self._embed_with_copy(pixels, patch_mask)
-            patches = torch.cat([patches, torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)])
+            masked = torch.where(patch_mask[..., None], self.mask_token.to(masked.dtype), masked)
+            patches = torch.cat([patches, masked])
         return self._run(self.vit._pos_embed(patches))
 
     def forward_visible(self, pixels: Tensor, patch_mask: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, S, C] of images, and [B, 1 + V, C] of their masked copies, of which only the visible patches are encoded.
+        """Return features [B, S, C] of images, and [B, 1 + V, C] of the visible patches of their masked copies.
 
-        visible: int64 [B, V], the patches that patch_mask leaves; the others as in `forward`.
+        visible: int64 [B, V], the patches that patch_mask leaves. The others: see `forward`.
         """
         full, copy = (self.vit._pos_embed(x) for x in self._embed_with_copy(pixels, patch_mask))
-        prefix = self.vit.num_prefix_tokens
+        prefix = self.vit.num_prefix_tokens  # [CLS] and registers are always visible
         kept = copy[:, prefix:].gather(1, visible[..., None].expand(-1, -1, self.width))
         return self._run(full), self._run(torch.cat([copy[:, :prefix], kept], dim=1))
 
-    def mask_token_queries(self, chosen: Tensor) -> Tensor:
-        """[B, n, C]: mask tokens in the places of patches int64 [B, n], of the scale of this encoder's output."""
-        positions = F.embedding(chosen, self.vit.pos_embed[0, -self.patches :])
-        return F.layer_norm(self.mask_token + positions, (self.width,))
+    def mask_token_queries(self, masked_index: Tensor) -> Tensor:
+        """Return mask tokens [B, n, C] in the places of patches int64 [B, n]."""
+        positions = F.embedding(masked_index, self.vit.pos_embed[0, -self.patches :])
+        return F.layer_norm(self.mask_token + positions, (self.width,))  # the scale of this encoder's output
 
-    def _embed_with_copy(self, pixels: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches [B, P, C] of images, and of their masked copies, in which the visible patches show nothing of the masked ones."""
-        if not self.conv_stem:
-            patches = self._embed(pixels)
-            return patches, patches
-        # Its convolutions look beyond a patch: what is hidden is taken out of the picture.
-        return self._embed(torch.cat([pixels, pixels.masked_fill(self.to_pixels(patch_mask), 0)])).chunk(2)
-
-    def _embed(self, pixels: Tensor) -> Tensor:
-        """[B, P, C]; several convolutions are about twice as fast on pixels whose channels lie side by side."""
-        return self.vit.patch_embed(pixels.contiguous(memory_format=torch.channels_last) if self.conv_stem else pixels)
-
-    def _run(self, x: Tensor) -> Tensor:
-        """The blocks on embedded patches behind their [CLS] and registers; leaves the registers out."""
-        vit = self.vit
-        x = vit.norm(
-            run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=self.grad_checkpointing)
-        )
-        registers = vit.num_prefix_tokens - 1
-        return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
-
-    def to_pixels(self, patch_mask: Tensor) -> Tensor:
-        """A mask of patches, bool [B, P], as one of pixels, bool [B, 1, size, size]."""
+    def patch_mask_to_pixels(self, patch_mask: Tensor) -> Tensor:
+        """Return a mask of patches, bool [B, P], as one of pixels, bool [B, 1, size, size]."""
         mask = patch_mask.view(-1, 1, *self.grid)
         return mask.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
+    def _embed_with_copy(self, pixels: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return patches [B, P, C] of images, and of copies whose visible patches show nothing of the masked ones."""
+        if not self.conv_stem:
+            patches = self._embed(pixels)
+            return patches, patches
+        # Convolutions reach beyond a patch, so the masked patches are removed from the pixels.
+        return self._embed(torch.cat([pixels, pixels.masked_fill(self.patch_mask_to_pixels(patch_mask), 0)])).chunk(2)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        # Several convolutions are about twice as fast on the channels-last format.
+        return self.vit.patch_embed(pixels.contiguous(memory_format=torch.channels_last) if self.conv_stem else pixels)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """Return all blocks' output for embedded tokens, without the registers."""
+        vit, checkpointing = self.vit, self.grad_checkpointing
+        x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=checkpointing))
+        registers = vit.num_prefix_tokens - 1
+        return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
+
 
 def conv_stem(size: int, patch: int, width: int) -> nn.Module:
-    """Patches [B, P, width] by convolutions of stride 2: the last has `width` channels, each before it half as many, but at least 16."""
+    """Return a patch embedding by convolutions of stride 2 ("early convolutions", Xiao et al. 2021)."""
     halvings = patch.bit_length() - 1
+    # The last has `width` channels, each one before it half as many, but at least 16 (our choice).
     channels = tuple(min(width, max(16, width >> (halvings - 1 - i))) for i in range(halvings))
     backbone = ConvStem(
         depth=halvings + 1,
@@ -153,8 +159,11 @@ def conv_stem(size: int, patch: int, width: int) -> nn.Module:
     return timm.layers.HybridEmbed(backbone, img_size=size, embed_dim=width, proj=False)
 
 
+# Layers of BERT -------------------------------------------------------------------------------------------------------
+
+
 class SelfAttention(nn.Module):
-    """BERT's self-attention with its output projection, residual and norm; the three input projections are one."""
+    """BERT's self-attention with its output projection, residual and norm. The three input projections are one."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -169,7 +178,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """BERT's cross-attention: packed queries, grouped by the image they look at; keys and values projected once for each image."""
+    """BERT's cross-attention. Packed queries are grouped by image, so keys and values are projected once per image."""
 
     def __init__(self, width: int, heads: int, key_width: int) -> None:
         super().__init__()
@@ -180,7 +189,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def project(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [..., H, D] of queries x [..., C], and k, v [..., H, D] of keys [..., key width]."""
+        """Return q [..., H, D] of queries x [..., C], and k, v [..., H, D] of keys [..., key width]."""
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(keys).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return q, k, v
@@ -197,12 +206,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.down(F.gelu(self.up(x))))
+        return self.norm(x + self.fc2(F.gelu(self.fc1(x))))
 
 
 class TextLayer(nn.Module):
@@ -227,7 +236,11 @@ class FusionLayer(nn.Module):
         self.feed_forward = FeedForward(width)
 
     def forward(self, x: Tensor, batch: FusionBatch, images: Tensor) -> Tensor:
-        return self.feed_forward(self.cross(self.attention(x, batch.text_layout), images, batch.image_layout))
+        x = self.attention(x, batch.text_layout)
+        return self.feed_forward(self.cross(x, images, batch.image_layout))
+
+
+# Text and fusion ------------------------------------------------------------------------------------------------------
 
 
 class TextEncoder(nn.Module):
@@ -237,39 +250,40 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
-        self.positions = nn.Embedding(config.max_length, config.width)
-        self.token_type = nn.Parameter(torch.zeros(config.width))
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_length, config.width)
+        self.token_type_embedding = nn.Parameter(torch.zeros(config.width))  # BERT has two; a text has type 0 only
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.layers = nn.ModuleList(TextLayer(config.width, config.heads) for _ in range(config.layers))
 
     def forward(self, token_ids: Tensor, layout: PackedLayout) -> Tensor:
-        """Return features [T, C] of packed token ids int64 [T], computed on a multiple of `rows_multiple` rows."""
+        """Return features [T, C] of packed token ids int64 [T]."""
+        # Rows are filled up to a multiple of `rows_multiple`, by sequences that nobody reads.
         total, layout = layout.total, layout.padded_to(rows_multiple(token_ids.device))
         token_ids = F.pad(token_ids, (0, layout.total - total))
         layout.materialize()
-        x = to_autocast_dtype(self.norm(self.words(token_ids) + self.positions(layout.position_ids) + self.token_type))
+        x = self.word_embeddings(token_ids) + self.position_embeddings(layout.position_ids)
+        x = to_autocast_dtype(self.norm(x + self.token_type_embedding))
         return run_blocks(self.layers, x, layout, grad_checkpointing=self.grad_checkpointing)[:total]
 
 
 class FusionEncoder(nn.Module):
-    """Text layers that look at images."""
+    """Text layers that attend to images."""
 
     grad_checkpointing = False
 
     def __init__(self, config: TextConfig, image_width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            FusionLayer(config.width, config.heads, image_width) for _ in range(config.fusion_layers)
-        )
+        width, heads = config.width, config.heads
+        self.layers = nn.ModuleList(FusionLayer(width, heads, image_width) for _ in range(config.fusion_layers))
 
     def forward(self, x: Tensor, batch: FusionBatch, images: Tensor) -> Tensor:
-        """[total, C] fused features of packed text features x [total, C] and image features [B, S, C_image]."""
+        """Return fused features [total, C] of packed text features x [total, C] and image features [B, S, C_image]."""
         batch.materialize()
         return run_blocks(self.layers, x, batch, images, grad_checkpointing=self.grad_checkpointing)
 
-    def read(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, C] features of packed text features x [T, C] without any image, as a BERT computes them: no cross-attention."""
+    def forward_text_only(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """Return features [T, C] of packed text features x [T, C], without an image and cross-attention."""
         layout.materialize()
         for layer in self.layers:
             x = layer.feed_forward(layer.attention(x, layout))
@@ -278,9 +292,9 @@ class FusionEncoder(nn.Module):
     def cross_attention_qkv(
         self, x: Tensor, batch: FusionBatch, images: Tensor, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1); later layers are not computed."""
+        """Return q [total, H, D] and k, v [B, S, H, D] of the cross-attention of fusion layer `layer` (from 1)."""
         batch.materialize()
-        for earlier in self.layers[: layer - 1]:
+        for earlier in self.layers[: layer - 1]:  # later layers are not computed
             x = earlier(x, batch, images)
         last = self.layers[layer - 1]
         return last.cross.project(last.attention(x, batch.text_layout), images)

@@ -1,7 +1,10 @@
 """Linear layers on the CPU in bfloat16: the bias within the product, and weight gradients as plain products.
 
-PyTorch copies the bias into every row before the product, and takes a weight's gradient by a product of a transposed matrix, for which oneDNN needs
-twice the time of a plain one. Elsewhere (CUDA, float32, processors for which oneDNN has no bfloat16) these layers are PyTorch's.
+PyTorch copies the bias into every row before the product. It computes a weight's gradient as a product of a transposed
+matrix, for which oneDNN needs twice the time of a plain one. On CUDA, in float32, and on processors for which oneDNN has
+no bfloat16 these layers are PyTorch's.
+
+Shape letters: I inputs, O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from syncmask_fast.kernels.transpose import transpose
 
-RUNS_HERE: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BF16_AVAILABLE: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear(nn.Linear):
@@ -23,22 +26,26 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[..., O] of x [..., I], weight [O, I] and bias [O]; within the CPU's autocast to bfloat16, x and the result in that."""
-    if (
-        not RUNS_HERE
-        or x.is_cuda
-        or not torch.is_autocast_enabled("cpu")
-        or torch.get_autocast_dtype("cpu") != torch.bfloat16
-    ):
+    """Return [..., O] of x [..., I], weight [O, I] and bias [O], in bfloat16 within the CPU's autocast to it."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if not BF16_AVAILABLE or x.is_cuda or not autocast:
         return F.linear(x, weight, bias)
     return _Linear.apply(x.bfloat16(), weight, bias)
 
 
 def replace_linear_layers(model: nn.Module) -> None:
-    """Makes every `torch.nn.Linear` with a bias in the model a `Linear`; parameters and their names stay."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.bias is not None:
-            module.__class__ = Linear
+    """Replace each `torch.nn.Linear` that has a bias by `Linear`, keeping the parameters and their names."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child.bias is not None:
+                setattr(parent, name, _with_parameters_of(child))
+
+
+def _with_parameters_of(layer: nn.Linear) -> Linear:
+    """Return a `Linear` that holds the layer's own parameters, not copies."""
+    new = Linear(layer.in_features, layer.out_features, device="meta")  # allocates nothing, draws no random numbers
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.train(layer.training)
 
 
 class _Linear(torch.autograd.Function):
@@ -47,24 +54,26 @@ class _Linear(torch.autograd.Function):
         low = weight.bfloat16()
         ctx.save_for_backward(x, low)
         ctx.dtypes = weight.dtype, bias.dtype
-        if torch.compiler.is_compiling():  # which takes the product below with constant weights only
+        if torch.compiler.is_compiling():  # the compiler takes the product below with constant weights only
             return F.linear(x, low, bias.bfloat16())
         return torch.ops.mkldnn._linear_pointwise(x, low, bias.bfloat16(), "none", [], "")
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ weight
-        grads = grad.flatten(0, -2).contiguous()
+            grad_x = grad @ weight
+        grad = grad.flatten(0, -2).contiguous()
         if ctx.needs_input_grad[1]:
             rows = x.flatten(0, -2).contiguous()
-            # The narrower of the two is transposed.
-            of_weight = (
-                transpose(transpose(rows) @ grads) if rows.shape[1] < grads.shape[1] else transpose(grads) @ rows
-            )
-            of_weight = of_weight.to(ctx.dtypes[0])
+            # Transpose the narrower of the two: fewer bytes to move.
+            if rows.shape[1] < grad.shape[1]:
+                grad_weight = transpose(transpose(rows) @ grad)
+            else:
+                grad_weight = transpose(grad) @ rows
+            grad_weight = grad_weight.to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
-            of_bias = (grads.new_ones(1, len(grads)) @ grads)[0].to(ctx.dtypes[1])
-        return of_x, of_weight, of_bias
+            # A product with ones: the sum over rows with float32 sums, in one pass.
+            grad_bias = (grad.new_ones(1, len(grad)) @ grad)[0].to(ctx.dtypes[1])
+        return grad_x, grad_weight, grad_bias

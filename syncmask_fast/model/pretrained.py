@@ -1,7 +1,8 @@
-"""Start weights: from timm, from a Hugging Face BERT, from a checkpoint in ALBEF's layout, or from a model of ours. What was loaded, missing, left
-over and resized is reported, and too little is an error: a model that silently starts from nothing costs days.
+"""Initial weights: from timm, from a Hugging Face BERT, from a checkpoint in ALBEF's layout, or from a model of ours.
 
-Checkpoints are read as tensors alone (safetensors, or torch.load with weights_only).
+Each source gives a `LoadReport` of what was loaded, missing, unused and resized. Too little loaded is an error: training
+by mistake from random weights costs days. Checkpoints are read as tensors only (safetensors, or torch.load with
+weights_only).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from syncmask_fast.config import TextConfig
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.utils.errors import UserError
+from syncmask_fast.utils.errors import UserError, one_line
 
-Names = dict[str, tuple[str, ...]]  # our tensor -> theirs, several behind each other
-# In ALBEF's checkpoints, but not for us: the momentum copy, its queues, and what is tied to the word embeddings.
-_NOT_FOR_US = (
+KeyMap = dict[str, tuple[str, ...]]  # our tensor or module -> theirs, to be concatenated
+# Of ALBEF's checkpoints we do not need the momentum copy, its queues, and what is tied to the word embeddings.
+_IGNORED = (
     "visual_encoder_m.",
     "text_encoder_m.",
     "vision_proj_m.",
@@ -39,7 +40,7 @@ _NOT_FOR_US = (
 
 @dataclass
 class LoadReport:
-    """What became of a source of weights. Names are ours but for `unexpected`, which are the source's."""
+    """The result of loading from one source. Names are ours, except for `unexpected`, which are the source's."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -48,28 +49,30 @@ class LoadReport:
     resized: dict[str, str] = field(default_factory=dict)
 
     @property
-    def share(self) -> float:
-        """The part of our tensors that the source was to give and gave."""
+    def fraction_loaded(self) -> float:
+        """Loaded tensors as a fraction of the expected ones."""
         return len(self.loaded) / max(1, len(self.loaded) + len(self.missing))
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} of {len(self.loaded) + len(self.missing)} tensors loaded"]
-        lines += [f"  resized: {name}, {how}" for name, how in self.resized.items()]
-        lines += [
-            f"  {what}: {_some(names)}"
-            for what, names in (("missing", self.missing), ("not used", self.unexpected))
-            if names
-        ]
+        lines += [f"  resized: {name}, {sizes}" for name, sizes in self.resized.items()]
+        if self.missing:
+            lines.append(f"  missing: {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  not used: {_some(self.unexpected)}")
         return "\n".join(lines)
 
 
-def load_initial_weights(model: SyncMaskModel) -> list[LoadReport]:
-    """Fills a new model with the weights that its configuration names: `task.model`, `weights`, or else `image.pretrained` and `text.name`.
+# Sources --------------------------------------------------------------------------------------------------------------
 
-    errors: UserError where they cannot be had, do not fit, or give less than the share `min_loaded`.
+
+def load_initial_weights(model: SyncMaskModel) -> list[LoadReport]:
+    """Load what the configuration names: `task.model`, `weights`, or else `image.pretrained` and `text.name`.
+
+    errors: UserError where weights cannot be read, do not fit, or give less than the fraction `min_loaded`.
     """
     config = model.config
-    if config.task.model is not None:  # heads that it does not have start anew
+    if config.task.model is not None:  # a head that this model lacks keeps its random weights
         return [] if config.task.scratch else [load_syncmask(model, config.task.model, config.min_loaded)]
     if config.weights is not None and Path(config.weights).is_dir():
         return [load_syncmask(model, config.weights, config.min_loaded)]
@@ -83,203 +86,223 @@ def load_initial_weights(model: SyncMaskModel) -> list[LoadReport]:
     return reports
 
 
-def load_timm(model: SyncMaskModel, name: str, least: float = 0.9) -> LoadReport:
-    """Fills the image encoder from timm: a name, hf-hub:OWNER/NAME, or local-dir:FOLDER. Position embeddings are interpolated.
+def load_timm(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadReport:
+    """Load the image encoder from timm: a name, hf-hub:OWNER/NAME, or local-dir:FOLDER.
 
-    errors: see `load_initial_weights`.
+    Position embeddings are interpolated to the model's grid. errors: see `load_initial_weights`.
     """
     try:
-        theirs = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # the hub, the network and timm raise many kinds
         raise UserError(
-            f"--image.name {name}: timm has no weights for it here ({_one_line(error)}): name others, or local-dir:FOLDER."
+            f"timm has no weights for --image.name {name} here ({one_line(error)})."
+            " Give another name, or local-dir:FOLDER."
         ) from error
-    return _fill(model, name, theirs, {key: (key.removeprefix("image.vit."),) for key in _image_keys(model)}, least)
+    return _fill(model, name, state, _vit_keys(model, ""), min_loaded)
 
 
-def load_bert(model: SyncMaskModel, name: str, least: float = 0.9) -> LoadReport:
-    """Fills the text encoder and, with the layers after it, the fusion encoder from a Hugging Face BERT (name or local folder).
+def load_bert(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadReport:
+    """Load text and fusion encoder from a Hugging Face BERT (name or local folder): its first layers, and those after them.
 
-    Cross-attention and the heads of ITC, ITM and MIM keep their random start. errors: see `load_initial_weights`.
+    Cross-attention and the heads of ITC, ITM and MIM keep their random weights. errors: see `load_initial_weights`.
     """
     from transformers import BertForMaskedLM
 
     try:
-        bert, found = BertForMaskedLM.from_pretrained(name, output_loading_info=True, weights_only=True)
+        bert, info = BertForMaskedLM.from_pretrained(name, output_loading_info=True, weights_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--text.name {name}: no BERT can be loaded ({_one_line(error)}): give a local folder or a Hugging Face name."
+            f"--text.name {name} is no BERT that can be loaded ({one_line(error)})."
+            " Give a local folder or a Hugging Face name."
         ) from error
     text, config = model.config.text, bert.config
-    needed = {"width": (text.width, config.hidden_size), "heads": (text.heads, config.num_attention_heads)}
-    for what, (ours, theirs) in needed.items():
+    expected = {"width": (text.width, config.hidden_size), "heads": (text.heads, config.num_attention_heads)}
+    for what, (ours, theirs) in expected.items():
         if ours != theirs:
-            raise UserError(f"--text.{what} is {ours}, but {name} has {theirs}: give --text.{what} {theirs}.")
+            raise UserError(f"--text.{what} is {ours}, but {name} has {theirs}. Give --text.{what} {theirs}.")
     layers = text.layers + text.fusion_layers
     if layers > config.num_hidden_layers:
         raise UserError(
-            f"--text.layers and --text.fusion-layers ask for {layers} layers, but {name} has {config.num_hidden_layers}."
+            f"--text.layers and --text.fusion-layers need {layers} layers, but {name} has {config.num_hidden_layers}."
+            " Give fewer layers."
         )
-    # What the folder lacks was filled at random by transformers: it is not what we were asked for.
-    state = {
-        key.removeprefix("bert."): value for key, value in bert.state_dict().items() if key not in found["missing_keys"]
-    }
-    return _fill(model, name, state, bert_names(text), least)
+    # transformers fills what the folder lacks at random: those tensors do not count as loaded.
+    missing = info["missing_keys"]
+    state = {key.removeprefix("bert."): value for key, value in bert.state_dict().items() if key not in missing}
+    return _fill(model, name, state, bert_keys(text), min_loaded)
 
 
-def load_albef(model: SyncMaskModel, path: str | Path, least: float = 0.9) -> LoadReport:
-    """Fills every part that ALBEF has from a checkpoint in its layout (`visual_encoder.*`, `text_encoder.bert.*`), .pth or .safetensors.
+def load_albef(model: SyncMaskModel, path: str | Path, min_loaded: float = 0.9) -> LoadReport:
+    """Load all modules that ALBEF has too, from a .pth or .safetensors file in its layout.
 
-    The masked patch's token and the head of MIM keep their random start. errors: see `load_initial_weights`.
+    Its keys are `visual_encoder.*`, `text_encoder.*` and so on. The mask token and the MIM head keep their random weights. errors: see `load_initial_weights`.
     """
     state = {}
     for key, value in read_checkpoint(Path(path)).items():
+        # DDP adds `module.`. ALBEF's pretraining says `text_encoder.bert.`, its downstream tasks `text_encoder.`.
         key = key.removeprefix("module.").replace("text_encoder.bert.", "text_encoder.").removeprefix("text_encoder.")
         state[key] = value
-    names = {key: (key.replace("image.vit.", "visual_encoder."),) for key in _image_keys(model)}
-    names |= bert_names(model.config.text) | cross_attention_names(model.config.text)
-    for ours, theirs in (("image_proj", "vision_proj"), ("text_proj", "text_proj"), ("itm_head", "itm_head")):
-        names |= {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
-    if "temp" in state:
+    if "temp" in state:  # ours is its logarithm
         state["temp"] = state["temp"].float().clamp(0.001, 0.5).log()
-    names["log_temperature"] = ("temp",)
-    return _fill(model, str(path), state, names, least)
+    heads: KeyMap = {"image_proj": ("vision_proj",), "text_proj": ("text_proj",), "itm_head": ("itm_head",)}
+    keys = _vit_keys(model, "visual_encoder.") | bert_keys(model.config.text)
+    keys |= cross_attention_keys(model.config.text) | _weight_and_bias(heads) | {"log_temperature": ("temp",)}
+    return _fill(model, str(path), state, keys, min_loaded)
 
 
-def load_syncmask(model: SyncMaskModel, folder: str | Path, least: float = 0.9) -> LoadReport:
-    """Fills the model from one of ours, the `model` folder of a run. errors: see `load_initial_weights`."""
+def load_syncmask(model: SyncMaskModel, folder: str | Path, min_loaded: float = 0.9) -> LoadReport:
+    """Load from one of our models, the `model` folder of a run. errors: see `load_initial_weights`."""
     state = SyncMaskModel.from_pretrained(folder).state_dict()
-    return _fill(model, str(folder), state, {key: (key,) for key in model.state_dict()}, least)
+    return _fill(model, str(folder), state, {key: (key,) for key in model.state_dict()}, min_loaded)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, without those of its optimiser. errors: UserError, also for one that holds more than plain data."""
+    """Return the tensors of a checkpoint, without the optimizer's.
+
+    errors: UserError where the file cannot be read, or is a pickle of more than plain data.
+    """
     try:
         if path.suffix == ".safetensors":
-            found = load_file(path)
+            content = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (ALBEF is published so)
+            content = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (ALBEF is published so)
     except pickle.UnpicklingError as error:
-        mend = "where you trust it, save its tensors anew with torch.save(checkpoint['model'], ...)"
         raise UserError(
-            f"{path} holds more than weights, and nothing else is loaded ({_one_line(error)}): {mend}."
+            f"{path} holds more than weights, and nothing else is loaded ({one_line(error)})."
+            " If you trust it, save its tensors again with torch.save(checkpoint['model'], ...)."
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{path} is not a checkpoint that can be read ({_one_line(error)}): give a .pth or .safetensors file."
+            f"{path} is not a checkpoint that can be read ({one_line(error)}). Give a .pth or .safetensors file."
         ) from error
-    for name in ("model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    tensors = (
-        {key: value for key, value in found.items() if isinstance(value, Tensor)} if isinstance(found, Mapping) else {}
-    )
+    for name in ("model", "state_dict"):  # a training checkpoint holds more than its model
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    items = content.items() if isinstance(content, Mapping) else ()
+    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"{path} has no tensors, where visual_encoder.* and text_encoder.* were expected.")
+        raise UserError(f"{path} has no tensors. Give a checkpoint with visual_encoder.* and text_encoder.*.")
     return tensors
 
 
-def bert_names(config: TextConfig) -> Names:
-    """Text encoder, fusion encoder without cross-attention, and MLM head by BERT's names."""
-    names: Names = {
-        "text.words.weight": ("embeddings.word_embeddings.weight",),
-        "text.positions.weight": ("embeddings.position_embeddings.weight",),
-        "text.token_type": ("embeddings.token_type_embeddings.weight",),
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def bert_keys(config: TextConfig) -> KeyMap:
+    """Return BERT's names of the text encoder, of the fusion encoder without cross-attention, and of the MLM head."""
+    tensors: KeyMap = {
+        "text.word_embeddings.weight": ("embeddings.word_embeddings.weight",),
+        "text.position_embeddings.weight": ("embeddings.position_embeddings.weight",),
+        "text.token_type_embedding": ("embeddings.token_type_embeddings.weight",),
         "mlm_head.bias": ("cls.predictions.bias",),
     }
-    modules = {
+    modules: KeyMap = {
         "text.norm": ("embeddings.LayerNorm",),
         "mlm_head.dense": ("cls.predictions.transform.dense",),
         "mlm_head.norm": ("cls.predictions.transform.LayerNorm",),
     }
     for ours, theirs in _layers(config):
-        modules |= _attention(f"{ours}.attention", f"{theirs}.attention", {"qkv": ("query", "key", "value")})
-        modules[f"{ours}.feed_forward.up"] = (f"{theirs}.intermediate.dense",)
-        modules[f"{ours}.feed_forward.down"] = (f"{theirs}.output.dense",)
+        modules |= _attention_keys(f"{ours}.attention", f"{theirs}.attention", {"qkv": ("query", "key", "value")})
+        modules[f"{ours}.feed_forward.fc1"] = (f"{theirs}.intermediate.dense",)
+        modules[f"{ours}.feed_forward.fc2"] = (f"{theirs}.output.dense",)
         modules[f"{ours}.feed_forward.norm"] = (f"{theirs}.output.LayerNorm",)
-    return names | _with_parts(modules)
+    return tensors | _weight_and_bias(modules)
 
 
-def cross_attention_names(config: TextConfig) -> Names:
-    """The cross-attention of the fusion layers by the names that ALBEF gives it."""
-    modules: Names = {}
+def cross_attention_keys(config: TextConfig) -> KeyMap:
+    """Return ALBEF's names of the fusion layers' cross-attention."""
+    modules: KeyMap = {}
     for ours, theirs in _layers(config)[config.layers :]:
-        modules |= _attention(f"{ours}.cross", f"{theirs}.crossattention", {"q": ("query",), "kv": ("key", "value")})
-    return _with_parts(modules)
+        projections = {"q": ("query",), "kv": ("key", "value")}
+        modules |= _attention_keys(f"{ours}.cross", f"{theirs}.crossattention", projections)
+    return _weight_and_bias(modules)
 
 
 def _layers(config: TextConfig) -> list[tuple[str, str]]:
-    """Our layers and BERT's: the first ones read text, those after them fuse."""
-    ours = [f"text.layers.{n}" for n in range(config.layers)] + [
-        f"fusion.layers.{n}" for n in range(config.fusion_layers)
-    ]
+    """Return our layers and BERT's: its first layers encode text, those after them fuse."""
+    ours = [f"text.layers.{n}" for n in range(config.layers)]
+    ours += [f"fusion.layers.{n}" for n in range(config.fusion_layers)]
     return [(name, f"encoder.layer.{n}") for n, name in enumerate(ours)]
 
 
-def _attention(ours: str, theirs: str, projections: Names) -> Names:
-    found: Names = {
-        f"{ours}.{name}": tuple(f"{theirs}.self.{part}" for part in parts) for name, parts in projections.items()
-    }
-    return found | {f"{ours}.proj": (f"{theirs}.output.dense",), f"{ours}.norm": (f"{theirs}.output.LayerNorm",)}
+def _attention_keys(ours: str, theirs: str, projections: KeyMap) -> KeyMap:
+    keys = {f"{ours}.{name}": tuple(f"{theirs}.self.{x}" for x in names) for name, names in projections.items()}
+    return keys | {f"{ours}.proj": (f"{theirs}.output.dense",), f"{ours}.norm": (f"{theirs}.output.LayerNorm",)}
 
 
-def _with_parts(modules: Names) -> Names:
-    return {
-        f"{ours}.{part}": tuple(f"{name}.{part}" for name in theirs)
-        for ours, theirs in modules.items()
-        for part in ("weight", "bias")
-    }
+def _weight_and_bias(modules: KeyMap) -> KeyMap:
+    """Return the tensors of modules."""
+    tensors: KeyMap = {}
+    for ours, theirs in modules.items():
+        for tensor in ("weight", "bias"):
+            tensors[f"{ours}.{tensor}"] = tuple(f"{name}.{tensor}" for name in theirs)
+    return tensors
 
 
-def _image_keys(model: SyncMaskModel) -> list[str]:
-    return [name for name in model.state_dict() if name.startswith("image.vit.")]
+def _vit_keys(model: SyncMaskModel, prefix: str) -> KeyMap:
+    """Return the image encoder's tensors by timm's names after a prefix."""
+    ours = [name for name in model.state_dict() if name.startswith("image.vit.")]
+    return {name: (prefix + name.removeprefix("image.vit."),) for name in ours}
+
+
+# Copying --------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _fill(model: SyncMaskModel, source: str, state: Mapping[str, Tensor], names: Names, least: float) -> LoadReport:
-    """Copies what fits, and reports it. errors: UserError where less than the share `least` of `names` was loaded."""
+def _fill(
+    model: SyncMaskModel, source: str, state: Mapping[str, Tensor], keys: KeyMap, min_loaded: float
+) -> LoadReport:
+    """Copy the tensors that fit, and report. errors: UserError where less than `min_loaded` of `keys` was loaded."""
     report, ours, used = LoadReport(source), model.state_dict(), set()
-    for name, theirs in names.items():
+    for name, theirs in keys.items():
         if not all(key in state for key in theirs):
             report.missing.append(name)
             continue
         used.update(theirs)
         value = torch.cat([state[key] for key in theirs]) if len(theirs) > 1 else state[theirs[0]]
-        fitted = _fitted(model, source, name, value.float())
+        fitted = _fit(model, source, name, value.float())
         if fitted.shape != ours[name].shape:
             report.missing.append(f"{name} ({_size(ours[name])}, the source has {_size(value)})")
             continue
-        if name in ("image.vit.pos_embed", "text.positions.weight") and fitted.shape != value.shape:
+        if name in ("image.vit.pos_embed", "text.position_embeddings.weight") and fitted.shape != value.shape:
             report.resized[name] = f"{_size(value)} to {_size(fitted)}"
-        ours[name].copy_(fitted)
+        ours[name].copy_(fitted)  # state_dict shares its memory with the model
         report.loaded.append(name)
-    report.unexpected = [key for key in state if key not in used and not key.startswith(_NOT_FOR_US)]
-    if report.share < least:
+    report.unexpected = [key for key in state if key not in used and not key.startswith(_IGNORED)]
+    if report.fraction_loaded < min_loaded:
         raise UserError(
-            f"{source} gives {len(report.loaded)} of the {len(names)} tensors that it was to give, less than --min-loaded {least:g} "
-            f"(missing: {_some(report.missing)}; not used: {_some(report.unexpected)}): check that it fits the model, or lower --min-loaded."
+            f"{source} gives {len(report.loaded)} of {len(keys)} expected tensors,"
+            f" less than --min-loaded {min_loaded:g} (missing: {_some(report.missing)};"
+            f" not used: {_some(report.unexpected)}). Check that it fits the model, or lower --min-loaded."
         )
     return report
 
 
-def _fitted(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tensor:
-    """A tensor of theirs as ours, where the two are kept in another way or size."""
+def _fit(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tensor:
+    """Return a tensor of theirs in our layout and size.
+
+    errors: UserError for too few positions, and for another vocabulary.
+    """
     text = model.config.text
     if name == "image.vit.pos_embed" and value.ndim == 3:
         vit = model.image.vit
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         side = round((value.shape[1] - prefix) ** 0.5)
-        if value.shape[1] == side * side + prefix:
+        if value.shape[1] == side * side + prefix:  # a square grid
             return timm.layers.resample_abs_pos_embed(value, list(model.image.grid), num_prefix_tokens=prefix)
-    if name == "text.positions.weight":
+    if name == "text.position_embeddings.weight":
         if len(value) < text.max_length:
-            raise UserError(f"--text.max-length is {text.max_length}, but {source} has {len(value)} positions.")
+            raise UserError(
+                f"--text.max-length is {text.max_length}, but {source} has {len(value)} positions. Lower it."
+            )
         return value[: text.max_length]
-    if name == "text.words.weight" and len(value) != text.vocab_size:
-        mend = "name the tokenizer that it was made with by --text.name"
-        raise UserError(f"{source} has {len(value)} word pieces, but the tokenizer {text.vocab_size}: {mend}.")
-    if name == "text.token_type" and value.ndim == 2:
-        return value[0]
+    if name == "text.word_embeddings.weight" and len(value) != text.vocab_size:
+        raise UserError(
+            f"{source} has {len(value)} tokens, but the tokenizer {text.vocab_size}."
+            " Give the tokenizer that it was trained with as --text.name."
+        )
+    if name == "text.token_type_embedding" and value.ndim == 2:
+        return value[0]  # a text has type 0 only
     return value
 
 
@@ -289,8 +312,5 @@ def _size(tensor: Tensor) -> str:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    shown = ", ".join(names[:4]) or "none"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

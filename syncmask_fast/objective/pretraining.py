@@ -252,7 +252,7 @@ def _presence_loss(
         images.device, non_blocking=True
     )
 
-    pixels = torch.where(model.image.to_pixels(inside), batch.pixels[at], near.fetch(batch.pixels, partners))
+    pixels = torch.where(model.image.patch_mask_to_pixels(inside), batch.pixels[at], near.fetch(batch.pixels, partners))
     _, k, _ = model.fusion.layers[0].cross.project(texts[:1], model.image(pixels))
     k = k[:, 1:].transpose(1, 2)
     lacks_first, lacks_second = (
@@ -322,7 +322,7 @@ def _fusion_losses(
     if masked_at is not None:
         rows = pack.cls_rows[pairs:][layout.segment_ids[masked_at]] + layout.position_ids[masked_at]
         mlm = losses.mlm_loss(
-            model.mlm_head(fused[rows], model.text.words.weight), batch.token_ids[masked_at], all_words
+            model.mlm_head(fused[rows], model.text.word_embeddings.weight), batch.token_ids[masked_at], all_words
         )
     return itm, mlm
 

@@ -75,7 +75,7 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], *, fuse: bool) -> f
         student += config.text.fusion_layers * (passes * (self_attention + fusion_rest) + keys)
     if masking:
         student += words * (2 * width**2 + 2 * width * config.text.vocab_size)
-        head = 2 * image_width * width + 4 * width**2 + 16 * width**2 + 2 * width * model.mim_head.leave.out_features
+        head = 2 * image_width * width + 4 * width**2 + 16 * width**2 + 2 * width * model.mim_head.out_proj.out_features
         student += b * chosen * (head + 4 * tokens / b * width) + 4 * width**2 * tokens
         if loss.mim_input == "visible":  # masked patches look at the others
             student += b * chosen * (4 * width**2 + 4 * seen * width) + b * seen * 4 * image_width * width

@@ -50,8 +50,8 @@ def pretrain_text(
         at = hidden.nonzero()[:, 0]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             read = model.text(token_ids.masked_fill(hidden, model.mask_id), layout)
-            read = model.fusion.read(read, layout)
-            loss = mlm_loss(model.mlm_head(read[at], model.text.words.weight), token_ids[at])
+            read = model.fusion.forward_text_only(read, layout)
+            loss = mlm_loss(model.mlm_head(read[at], model.text.word_embeddings.weight), token_ids[at])
         loss.backward()
         finite = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip).isfinite()
         optimizer.set_lr_multiplier(RATE * lr_multiplier(config.optim, step, steps))

@@ -15,6 +15,11 @@ def warn(text: str) -> None:
     print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return an exception's message on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs `main` as a command: a `UserError`, or a file that the system refuses, becomes one line on stderr and exit code 2."""
     try:

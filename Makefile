@@ -29,7 +29,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 $(STAMP): $(DEPENDENCIES) setup.py $(wildcard csrc/*)
 	@echo "compiling the operators"
 	@$(PIP) --no-deps --no-build-isolation -e .
-	@$(BIN)/python -c 'from syncmask_fast import ops, _native; print("operators:", _native.status())'
+	@$(BIN)/python -c 'from syncmask_fast import ops, _native; print("operators:", _native.describe())'
 	@touch $@
 
 train: install

@@ -31,7 +31,7 @@ except ImportError:  # setuptools before 70.1
 ROOT = Path(__file__).resolve().parent
 SOURCES = [
     f"csrc/{name}.cpp"
-    for name in ("crop_resize", "group_semi_hard", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
+    for name in ("crop_resize", "group_semi_hard", "isa", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
 ]
 CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built
@@ -75,7 +75,7 @@ def compile_library(sources: list[str], target: Path) -> None:
         raise NotBuilt("because no C++ compiler was found (install g++, or set CXX)")
     include, library = torch / "include", torch / "lib"
     files = [str(ROOT / source) for source in sources]
-    parts = sorted(file for file in ROOT.joinpath("csrc").iterdir() if file.suffix in (".cpp", ".h"))
+    parts = sorted(file for file in ROOT.joinpath("csrc").iterdir() if file.suffix in (".cpp", ".h", ".inl"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in parts)).hexdigest()[:12]
     version = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
     stamp = f"csrc {digest}, torch {torch_version(torch)} headers, {Path(compiler).name} {version.strip()}"
@@ -120,7 +120,7 @@ def cuda_flags(nvcc: str, torch: Path) -> list[str]:
         raise NotBuilt(f"because {nvcc} compiles for none of {', '.join(CUDA_TARGETS)}")
     codes = [f"arch=compute_{number},code=sm_{number}" for number in targets]
     codes.append(f"arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    flags = ["-std=c++17", "-O3", "--decode-threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+    flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch / "include")]
     return [*flags, *defines, *(word for code in codes for word in ("-gencode", code))]
 

@@ -15,12 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "matrix.h"
-
-#ifdef SYNCMASK_HAS_X86
-#include <immintrin.h>
-#endif
+#include "strided.h"
 
 namespace {
 
@@ -79,43 +74,17 @@ void Window::resize(int64_t from, int64_t to) {
   }
 }
 
-// One build for every x86-64 processor: three instruction sets, picked at run time.
-#ifdef SYNCMASK_HAS_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-namespace avx512 {
-#define SYNCMASK_LANES 16
-#include "crop_resize_part.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define SYNCMASK_LANES 8
-#include "crop_resize_part.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace plain {
-#define SYNCMASK_LANES 4
-#include "crop_resize_part.h"
-}  // namespace plain
+struct Kernels {
+  void (*run)(const Picture& picture, const Window& across, const Window& down, const Colours& colours, int64_t size,
+              float* band, float* strip, float* out);
+};
 
-decltype(&plain::crop_resize) widest_runner() {
-#ifdef SYNCMASK_HAS_X86
-  switch (widest_isa()) {
-    case Isa::kAvx512:
-      return avx512::crop_resize;
-    case Isa::kAvx2:
-      return avx2::crop_resize;
-    case Isa::kPlain:
-      break;
-  }
-#endif
-  return plain::crop_resize;
-}
+}  // namespace
 
-const auto runner = widest_runner();
+#define SYNCMASK_KERNEL "crop_resize_kernel.inl"
+#include "isa.h"
+
+namespace {
 
 const float* levels_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == 3 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
@@ -143,12 +112,12 @@ void crop_resize(Tensor image, int64_t x, int64_t y, int64_t width, int64_t heig
   const uint8_t* data = static_cast<const uint8_t*>(image.const_data_ptr());
   const Picture picture{data + 3 * (y * columns + x), 3 * columns, width, flip};
   thread_local Window across, down;
-  thread_local Floats band, strip;
+  thread_local AlignedBuffer<float> band, strip;
   across.resize(width, size);
   down.resize(height, size);
   band.resize((3 * width + kWidestLanes) * kWidestLanes);
   strip.resize(3 * size * kWidestLanes);
-  runner(picture, across, down, colours, size, band.data(), strip.data(), static_cast<float*>(out.mutable_data_ptr()));
+  kernels().run(picture, across, down, colours, size, band.data(), strip.data(), static_cast<float*>(out.mutable_data_ptr()));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The CPU kernel of syncmask::group_semi_hard: the walk that kernels/group_semi_hard.py defines, where its
 // schema is too.
 //
-// One blocked product of all images with all texts gives every item two neighbour lists, one for each direction in
+// One blocked product of all images with all texts gives every item two neighbor lists, one for each direction in
 // which the walk may leave it; the product itself is never written. The walk takes the best entry that is unvisited and
 // allowed. Where a list has none left, a scan over all unvisited items decides; when scans have cost as much as new
 // lists would, the unvisited are moved together and get new lists among themselves.
@@ -15,36 +15,20 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "walk_key.h"
-
-#ifdef SYNCMASK_HAS_X86
-#include <immintrin.h>
-#endif
-
-#ifndef SYNCMASK_BUILD_STAMP
-#define SYNCMASK_BUILD_STAMP "unknown build"
-#endif
-
-extern "C" __attribute__((visibility("default"))) const char* syncmask_build_stamp() {
-  return SYNCMASK_BUILD_STAMP;
-}
+#include "strided.h"
+#include "walk_order.h"
 
 namespace {
 
 using namespace syncmask;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A thread is woken for about 0.1 ms of work. Less pays on an idle machine only: on a busy one each step
@@ -53,26 +37,9 @@ constexpr int64_t kMinMultipliesPerThread = 1 << 20;
 // A similarity of a scan costs about as much as so many of a blocked product, which reads its operands from a cache.
 constexpr int64_t kScanCost = 6;
 constexpr int64_t kBlockPanels = 16;  // two sides of a block and their lists fit a cache of 2 MB at D = 256
-constexpr int64_t kMinNeighbours = 24, kMaxNeighbours = 128;
+constexpr int64_t kMinNeighbors = 24, kMaxNeighbors = 128;
 
-// Uninitialised memory that starts at a cache line.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) / 64 + 1) * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  T* data() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* data) const { std::free(data); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-// The neighbours of items in one direction: of all items, those with the highest keys, in no order. What has a key above
+// The neighbors of items in one direction: of all items, those with the highest keys, in no order. What has a key above
 // the bound is still to be added.
 struct Lists {
   uint64_t* entries;  // [places, capacity]
@@ -105,64 +72,31 @@ struct Query {
   bool allows(int32_t other) const { return any_product || (other != product && batch_of[other] != batch); }
 };
 
-// One build for every x86-64 processor: three instruction sets, picked at run time.
-#ifdef SYNCMASK_HAS_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-namespace avx512 {
-#define SYNCMASK_LANES 16
-#define SYNCMASK_ROWS 8
-#include "group_semi_hard_part.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define SYNCMASK_LANES 8
-#define SYNCMASK_ROWS 4
-#include "group_semi_hard_part.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace plain {
-#define SYNCMASK_LANES 4
-#define SYNCMASK_ROWS 4
-#include "group_semi_hard_part.h"
-}  // namespace plain
-
 struct Kernels {
-  int64_t panel = plain::kPanel;
-  decltype(&plain::find_thresholds) find_thresholds = plain::find_thresholds;
-  decltype(&plain::sample_bounds) sample_bounds = plain::sample_bounds;
-  decltype(&plain::fill_block) fill_block = plain::fill_block;
-  decltype(&plain::scan) scan = plain::scan;
+  int64_t panel;  // items of a panel
+  void (*find_thresholds)(const Remaining& items, int64_t panel, float margin, int32_t* threshold);
+  void (*sample_bounds)(const Remaining& items, int64_t image_panel, int64_t text_panel);
+  void (*fill_block)(const Remaining& items, int64_t first_row, int64_t last_row, int64_t first_column,
+                     int64_t last_column);
+  uint64_t (*scan)(const Query& query, const Remaining& items, int64_t first, int64_t last);
 };
 
-Kernels widest_kernels() {
-#ifdef SYNCMASK_HAS_X86
-  switch (widest_isa()) {
-    case Isa::kAvx512:
-      return {avx512::kPanel, avx512::find_thresholds, avx512::sample_bounds, avx512::fill_block, avx512::scan};
-    case Isa::kAvx2:
-      return {avx2::kPanel, avx2::find_thresholds, avx2::sample_bounds, avx2::fill_block, avx2::scan};
-    case Isa::kPlain:
-      break;
-  }
-#endif
-  return {};
-}
+}  // namespace
 
-const Kernels kernels = widest_kernels();
+#define SYNCMASK_KERNEL "group_semi_hard_kernel.inl"
+#include "isa.h"
+
+namespace {
 
 // Walks over runs of up to `size` items, in memory that is taken once.
 class Walk {
  public:
-  Walk(int64_t size, int64_t width, int64_t batch_size, float margin, int64_t neighbours)
+  Walk(int64_t size, int64_t width, int64_t batch_size, float margin, int64_t neighbors)
       : width_(width),
         batch_size_(batch_size),
         margin_(margin),
-        capacity_(neighbours > 0 ? neighbours : std::clamp(size / 128, kMinNeighbours, kMaxNeighbours)),
-        places_((size + kernels.panel - 1) / kernels.panel * kernels.panel),
+        capacity_(neighbors > 0 ? neighbors : std::clamp(size / 128, kMinNeighbors, kMaxNeighbors)),
+        places_((size + kernels().panel - 1) / kernels().panel * kernels().panel),
         image_panels_(places_ * width),
         text_panels_(places_ * width),
         entries_(2 * places_ * capacity_),
@@ -181,7 +115,7 @@ class Walk {
     place_.resize(n);
     std::iota(item_.begin(), item_.end(), 0);
     gather();
-    for_panels([&](int64_t panel) { kernels.find_thresholds(remaining(), panel, margin_, threshold_.data()); });
+    for_panels([&](int64_t panel) { kernels().find_thresholds(remaining(), panel, margin_, threshold_.data()); });
     make_lists();
 
     int64_t current = start;
@@ -213,7 +147,7 @@ class Walk {
   }
 
   int64_t count() const { return item_.size(); }
-  int64_t panels() const { return (count() + kernels.panel - 1) / kernels.panel; }
+  int64_t panels() const { return (count() + kernels().panel - 1) / kernels().panel; }
 
   template <typename Function>
   void for_panels(const Function& function) const {
@@ -224,7 +158,7 @@ class Walk {
 
   // Features of the items item_, in ascending order, and what goes with their places but thresholds and lists.
   void gather() {
-    const int64_t size = kernels.panel;
+    const int64_t size = kernels().panel;
     for_panels([&](int64_t panel) {
       const int64_t begin = panel * size, items = std::min(size, count() - begin);
       for (int64_t place = begin; place < begin + size; ++place) {
@@ -249,13 +183,13 @@ class Walk {
   void make_lists() {
     const Remaining items = remaining();
     for (const Lists& lists : {items.of_image, items.of_text}) {
-      std::fill_n(lists.count, panels() * kernels.panel, 0);
+      std::fill_n(lists.count, panels() * kernels().panel, 0);
       std::fill_n(lists.bound, count(), 0);
-      std::fill_n(lists.bound + count(), panels() * kernels.panel - count(), 0xffffffffu);
+      std::fill_n(lists.bound + count(), panels() * kernels().panel - count(), 0xffffffffu);
     }
-    // About two in a panel lie above such a bound. Panels half the items apart, since neighbours may be alike.
-    if (count() > kernels.panel * capacity_) {
-      for_panels([&](int64_t panel) { kernels.sample_bounds(items, panel, (panel + panels() / 2) % panels()); });
+    // About two in a panel lie above such a bound. Panels half the items apart, since neighbors may be alike.
+    if (count() > kernels().panel * capacity_) {
+      for_panels([&](int64_t panel) { kernels().sample_bounds(items, panel, (panel + panels() / 2) % panels()); });
     }
     const int64_t size = std::clamp<int64_t>(panels() / 16, 1, kBlockPanels);
     const int64_t blocks = (panels() + size - 1) / size;
@@ -264,7 +198,7 @@ class Walk {
       torch::stable::parallel_for(first, last + 1, 1, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t column = wave - row;
-          kernels.fill_block(items, row * size, std::min(panels(), (row + 1) * size), column * size,
+          kernels().fill_block(items, row * size, std::min(panels(), (row + 1) * size), column * size,
                              std::min(panels(), (column + 1) * size));
         }
       });
@@ -273,7 +207,7 @@ class Walk {
   }
 
   // Moves the unvisited items together, and makes lists among them.
-  void make_lists_anew() {
+  void remake_lists() {
     int64_t kept = 0;
     for (int64_t place = 0; place < count(); ++place) {
       if (unvisited_[place] == 0) continue;
@@ -305,7 +239,7 @@ class Walk {
       best = best_of_all(query);
     }
     const int64_t next = item_[place_of(best)];
-    if (scanned_ * kScanCost > left * left) make_lists_anew();
+    if (scanned_ * kScanCost > left * left) remake_lists();
     return next;
   }
 
@@ -328,7 +262,7 @@ class Walk {
     std::vector<uint64_t> best(threads);
     const auto scan_shares = [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        best[part] = kernels.scan(query, remaining(), part * share, std::min(panels(), (part + 1) * share));
+        best[part] = kernels().scan(query, remaining(), part * share, std::min(panels(), (part + 1) * share));
       }
     };
     if (threads == 1) {
@@ -348,16 +282,16 @@ class Walk {
   std::vector<int64_t> batch_of_;
   std::vector<int32_t> item_;   // of a place
   std::vector<int32_t> place_;  // of an item
-  Buffer<float> image_panels_, text_panels_;
-  Buffer<uint64_t> entries_;
-  Buffer<int32_t> counts_;
-  Buffer<uint32_t> bounds_;
-  Buffer<int32_t> product_, threshold_, unvisited_;
+  AlignedBuffer<float> image_panels_, text_panels_;
+  AlignedBuffer<uint64_t> entries_;
+  AlignedBuffer<int32_t> counts_;
+  AlignedBuffer<uint32_t> bounds_;
+  AlignedBuffer<int32_t> product_, threshold_, unvisited_;
   int64_t scanned_ = 0;  // similarities of scans since lists were made
 };
 
 Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_t batch_size, double margin,
-                       int64_t start, std::optional<int64_t> search_space, int64_t neighbours) {
+                       int64_t start, std::optional<int64_t> search_space, int64_t neighbors) {
   for (const Tensor& feats : {image_feats, text_feats}) {
     STD_TORCH_CHECK(feats.dim() == 2 && feats.scalar_type() == ScalarType::Float && feats.is_contiguous(),
                     "group_semi_hard: features must be contiguous float32 [N, D]");
@@ -371,7 +305,7 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
   const int64_t run = std::max<int64_t>(1, std::min(n, search_space.value_or(n)));
   STD_TORCH_CHECK(run <= std::numeric_limits<int32_t>::max(),
                   "group_semi_hard: more than 2^31 items in one walk");
-  STD_TORCH_CHECK(neighbours >= 0 && neighbours != 1 && neighbours <= kMaxNeighbours, "group_semi_hard: neighbours out of range");
+  STD_TORCH_CHECK(neighbors >= 0 && neighbors != 1 && neighbors <= kMaxNeighbors, "group_semi_hard: neighbors out of range");
   STD_TORCH_CHECK(batch_size >= 1 && start >= 0 && start < run && search_space.value_or(1) >= 1,
                   "group_semi_hard: batch_size, start or search_space out of range");
 
@@ -381,7 +315,7 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
   const int64_t* products = ids.const_data_ptr<int64_t>();
   int64_t* out = order.mutable_data_ptr<int64_t>();
   if (n == 0) return order;
-  Walk walk(run, width, batch_size, static_cast<float>(margin), neighbours);
+  Walk walk(run, width, batch_size, static_cast<float>(margin), neighbors);
   for (int64_t begin = 0; begin < n; begin += run) {
     walk.run(images + begin * width, texts + begin * width, products + begin, std::min(run, n - begin),
              begin == 0 ? start : 0, begin, out + begin);

@@ -1,11 +1,11 @@
-// The CUDA kernel of syncmask::_walk, the steps of group_semi_hard between two makings of neighbour lists;
+// The CUDA kernel of syncmask::_group_walk, the steps of group_semi_hard between two makings of neighbor lists;
 // kernels/group_semi_hard.py has the schema and the loop around it.
 //
 // One cooperative launch walks. The first warp of block 0 leads: it takes the first entry of the current item's list
 // that is unvisited and allowed. Where the list has none, it posts a task, and all blocks, which wait for one, compare
 // the item with every unvisited one. All other launches of a walk are those that make lists.
 //
-// Letters: R remaining items, D features (a multiple of 4), K neighbours. A place is the number of an item among them.
+// Letters: R remaining items, D features (a multiple of 4), K neighbors. A place is the number of an item among them.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -20,7 +20,7 @@
 #include <cuda/atomic>
 #include <cuda_runtime.h>
 
-#include "walk_key.h"
+#include "walk_order.h"
 
 namespace {
 
@@ -48,7 +48,7 @@ struct Walk {
   int64_t* batch_of;            // [products]: the last batch that holds the product
   int64_t* order;               // [n]
   int64_t* state;               // position, and the place that is to be put there
-  int64_t remaining, width, neighbours, items, batch_size;
+  int64_t remaining, width, neighbors, items, batch_size;
   float margin;
 };
 
@@ -98,7 +98,7 @@ __device__ bool allows(const Walk& walk, const Task& task, int64_t place) {
   return task.any_product || (product != walk.product[task.place] && walk.batch_of[product] != task.batch);
 }
 
-// The best entry (walk_key.h) among this block's share of the unvisited items, in thread 0; 0 where there is none.
+// The best entry (walk_order.h) among this block's share of the unvisited items, in thread 0; 0 where there is none.
 __device__ uint64_t scan(const Walk& walk, const Task& task) {
   __shared__ unsigned long long best_of_block;
   if (threadIdx.x == 0) best_of_block = 0;
@@ -168,9 +168,9 @@ __device__ void post(Board* board, const Task& task) {
 
 // The place of the first entry of the list of `task.place` that may come next, in every lane of the warp; -1 for none.
 __device__ int64_t next_in_list(const Walk& walk, const Task& task, int lane) {
-  const int32_t* list = (task.from_image ? walk.of_image : walk.of_text) + task.place * walk.neighbours;
-  for (int64_t begin = 0; begin < walk.neighbours; begin += kWarp) {
-    const int32_t place = begin + lane < walk.neighbours ? list[begin + lane] : -1;
+  const int32_t* list = (task.from_image ? walk.of_image : walk.of_text) + task.place * walk.neighbors;
+  for (int64_t begin = 0; begin < walk.neighbors; begin += kWarp) {
+    const int32_t place = begin + lane < walk.neighbors ? list[begin + lane] : -1;
     const bool is_next = place >= 0 && walk.unvisited[place] && allows(walk, task, place);
     const unsigned ballot = __ballot_sync(kAllLanes, is_next);
     if (ballot != 0) return __shfl_sync(kAllLanes, place, __ffs(ballot) - 1);
@@ -268,12 +268,12 @@ void check(const Tensor& x, ScalarType type, std::initializer_list<int64_t> size
 // [products], order int64 [n] and state int64 [2] are written.
 void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item, Tensor unvisited, Tensor batch_of, Tensor order,
           Tensor state, int64_t batch_size, double margin) {
-  const int64_t remaining = images.size(0), width = images.size(1), neighbours = lists.size(2);
+  const int64_t remaining = images.size(0), width = images.size(1), neighbors = lists.size(2);
   STD_TORCH_CHECK(remaining >= 1 && width % 4 == 0 && batch_size >= 1, "group_semi_hard: nothing to walk, or D is no multiple of 4");
   STD_TORCH_CHECK(remaining <= INT32_MAX, "group_semi_hard: more than 2^31 items in one walk");
   check(images, ScalarType::Float, {remaining, width}, "images");
   check(texts, ScalarType::Float, {remaining, width}, "texts");
-  check(lists, ScalarType::Int, {2, remaining, neighbours}, "lists");
+  check(lists, ScalarType::Int, {2, remaining, neighbors}, "lists");
   check(product, ScalarType::Int, {remaining}, "product");
   check(item, ScalarType::Long, {remaining}, "item");
   check(unvisited, ScalarType::Bool, {remaining}, "unvisited");
@@ -291,7 +291,7 @@ void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item
   arguments.images = static_cast<const float4*>(images.const_data_ptr());
   arguments.texts = static_cast<const float4*>(texts.const_data_ptr());
   arguments.of_image = static_cast<const int32_t*>(lists.const_data_ptr());
-  arguments.of_text = arguments.of_image + remaining * neighbours;
+  arguments.of_text = arguments.of_image + remaining * neighbors;
   arguments.product = static_cast<const int32_t*>(product.const_data_ptr());
   arguments.item = static_cast<const int64_t*>(item.const_data_ptr());
   arguments.unvisited = static_cast<unsigned char*>(unvisited.mutable_data_ptr());
@@ -300,7 +300,7 @@ void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item
   arguments.state = static_cast<int64_t*>(state.mutable_data_ptr());
   arguments.remaining = remaining;
   arguments.width = width / 4;
-  arguments.neighbours = neighbours;
+  arguments.neighbors = neighbors;
   arguments.items = order.size(0);
   arguments.batch_size = batch_size;
   arguments.margin = static_cast<float>(margin);
@@ -319,4 +319,4 @@ void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(syncmask, CUDA, m) { m.impl("_walk", TORCH_BOX(&walk)); }
+STABLE_TORCH_LIBRARY_IMPL(syncmask, CUDA, m) { m.impl("_group_walk", TORCH_BOX(&walk)); }

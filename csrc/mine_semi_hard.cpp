@@ -23,12 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "matrix.h"
-
-#ifdef SYNCMASK_HAS_X86
-#include <immintrin.h>
-#endif
+#include "strided.h"
 
 namespace {
 
@@ -49,7 +44,7 @@ struct Ids {
   int64_t operator[](int64_t i) const { return data[i * stride]; }
 };
 
-struct Query {
+struct Args {
   Matrix anchors, candidates;
   Ids anchor_ids, candidate_ids;
   const float* positive_score;
@@ -64,18 +59,18 @@ struct Query {
 // Anchors first .. first + count - 1 against some of the candidates. Vectors over anchors are filled up to whole
 // panels with anchors that nothing is eligible for.
 struct Block {
-  Block(const Query& query, const float* anchors, int64_t first, int64_t count);
+  Block(const Args& args, const float* anchors, int64_t first, int64_t count);
   void search_candidates(int64_t begin, int64_t end);
   // The best so far of an anchor, descending; scores and indices (bits of int32) lie `row_size` and twice that behind.
   // Empty places rank -inf.
   float* ranks_of(int64_t row) { return winners.data() + 3 * row_size * row; }
 
-  const Query& query;
+  const Args& args;
   const float* anchors;  // packed
   int64_t first, count;
   int64_t run = 0;                   // the first of the candidates that are packed now
   int64_t row_size;                  // k, filled up to whole vectors
-  Floats winners;                    // [count, 3, row_size]
+  AlignedBuffer<float> winners;                    // [count, 3, row_size]
   std::vector<float> limit;          // scores must be below
   std::vector<float> floor;          // ranks must be above, as the sieve computes them; NaN while any will do
   std::vector<uint32_t> row_key;     // hashes of the anchors
@@ -89,56 +84,19 @@ float noise(uint32_t hash) {
   return -std::log(-std::log1p(-u));
 }
 
-// One build for every x86-64 processor: three instruction sets, picked at run time.
-#ifdef SYNCMASK_HAS_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-namespace avx512 {
-#define SYNCMASK_LANES 16
-#define SYNCMASK_ROWS 14
-#define SYNCMASK_VECTORS 2
-#include "mine_semi_hard_part.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define SYNCMASK_LANES 8
-#define SYNCMASK_ROWS 6
-#define SYNCMASK_VECTORS 2
-#include "mine_semi_hard_part.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace plain {
-#define SYNCMASK_LANES 4
-#define SYNCMASK_ROWS 4
-#define SYNCMASK_VECTORS 2
-#include "mine_semi_hard_part.h"
-}  // namespace plain
-
-struct Runner {
-  decltype(&plain::pack) pack = plain::pack;
-  decltype(&plain::search) search = plain::search;
-  decltype(&plain::insert) insert = plain::insert;
-  int64_t rows = plain::kRows, width = plain::kWidth, lanes = plain::kLanes;
+struct Kernels {
+  void (*pack)(const Matrix& from, int64_t first, int64_t count, int64_t size, float* buffer, float* to);
+  void (*search)(Block& block, const float* candidates, int64_t count);
+  void (*insert)(Block& block, int64_t row, float rank, float score, int32_t index);
+  int64_t rows, width, lanes;  // anchors and candidates of a tile, floats of a vector
 };
 
-Runner widest_runner() {
-#ifdef SYNCMASK_HAS_X86
-  switch (widest_isa()) {
-    case Isa::kAvx512:
-      return {avx512::pack, avx512::search, avx512::insert, avx512::kRows, avx512::kWidth, avx512::kLanes};
-    case Isa::kAvx2:
-      return {avx2::pack, avx2::search, avx2::insert, avx2::kRows, avx2::kWidth, avx2::kLanes};
-    case Isa::kPlain:
-      break;
-  }
-#endif
-  return {};
-}
+}  // namespace
 
-const Runner runner = widest_runner();
+#define SYNCMASK_KERNEL "mine_semi_hard_kernel.inl"
+#include "isa.h"
+
+namespace {
 
 int32_t int_of(float bits) {
   int32_t x;
@@ -149,48 +107,48 @@ int32_t int_of(float bits) {
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 int64_t round_up(int64_t count, int64_t size) { return parts_of(count, size) * size; }
 
-Block::Block(const Query& query, const float* anchors, int64_t first, int64_t count)
-    : query(query), anchors(anchors), first(first), count(count), row_size(round_up(query.k, runner.lanes)) {
-  const int64_t padded = round_up(count, runner.rows);
+Block::Block(const Args& args, const float* anchors, int64_t first, int64_t count)
+    : args(args), anchors(anchors), first(first), count(count), row_size(round_up(args.k, kernels().lanes)) {
+  const int64_t padded = round_up(count, kernels().rows);
   limit.resize(padded, -kInfinity);
   floor.resize(padded, std::numeric_limits<float>::quiet_NaN());
   row_key.resize(padded);
   winners.resize(count * 3 * row_size);
   std::fill_n(winners.data(), count * 3 * row_size, -kInfinity);
   for (int64_t i = 0; i < count; ++i) {
-    limit[i] = query.positive_score[(first + i) * query.positive_stride] - query.margin;
-    row_key[i] = plain::mix(static_cast<uint32_t>(first + i) ^ query.seed_key);
+    limit[i] = args.positive_score[(first + i) * args.positive_stride] - args.margin;
+    row_key[i] = generic::mix(static_cast<uint32_t>(first + i) ^ args.seed_key);
   }
 }
 
 void Block::search_candidates(int64_t begin, int64_t end) {
-  const int64_t columns = query.candidates.columns;
+  const int64_t columns = args.candidates.columns;
   const int64_t fitting = kRunBytes / static_cast<int64_t>(sizeof(float) * std::max<int64_t>(columns, 1));
-  const int64_t size = std::min(round_up(std::max<int64_t>(fitting, 1), runner.width), round_up(end - begin, runner.width));
-  Floats packed, rows;
+  const int64_t size = std::min(round_up(std::max<int64_t>(fitting, 1), kernels().width), round_up(end - begin, kernels().width));
+  AlignedBuffer<float> packed, rows;
   packed.resize(size * columns);
-  rows.resize(runner.lanes * columns);
-  if (query.draws) column_key.resize(size);
+  rows.resize(kernels().lanes * columns);
+  if (args.draws) column_key.resize(size);
   for (run = begin; run < end; run += size) {
     const int64_t length = std::min(size, end - run);
-    runner.pack(query.candidates, run, length, runner.width, rows.data(), packed.data());
+    kernels().pack(args.candidates, run, length, kernels().width, rows.data(), packed.data());
     for (int64_t j = 0; j < static_cast<int64_t>(column_key.size()); ++j) {
-      column_key[j] = plain::mix(static_cast<uint32_t>(run + j) ^ 0x85ebca6bu);
+      column_key[j] = generic::mix(static_cast<uint32_t>(run + j) ^ 0x85ebca6bu);
     }
-    runner.search(*this, packed.data(), length);
+    kernels().search(*this, packed.data(), length);
   }
 }
 
 // Writes the rows of the results from the winners of blocks of the same anchors and ascending candidates.
 void finish(std::vector<Block>& blocks, int64_t k, int64_t* index, float* score) {
   Block& all = blocks[0];
-  const int64_t kept = all.query.k;
+  const int64_t kept = all.args.k;
   for (int64_t row = 0; row < all.count; ++row, index += k, score += k) {
     float *ranks = all.ranks_of(row), *scores = ranks + all.row_size, *indices = scores + all.row_size;
     for (size_t i = 1; i < blocks.size(); ++i) {
       const float* other = blocks[i].ranks_of(row);
       for (int64_t place = 0; place < kept && other[place] > ranks[kept - 1]; ++place) {
-        runner.insert(all, row, other[place], other[all.row_size + place], int_of(other[2 * all.row_size + place]));
+        kernels().insert(all, row, other[place], other[all.row_size + place], int_of(other[2 * all.row_size + place]));
       }
     }
     for (int64_t place = 0; place < k; ++place) {
@@ -202,15 +160,15 @@ void finish(std::vector<Block>& blocks, int64_t k, int64_t* index, float* score)
 }
 
 // Anchors first .. first + count - 1 against all candidates, which up to `threads` threads share out.
-void mine_block(const Query& query, int64_t first, int64_t count, int64_t threads, int64_t k, int64_t* index, float* score) {
-  Floats anchors, rows;
-  anchors.resize(round_up(count, runner.rows) * query.anchors.columns + runner.lanes);
-  rows.resize(runner.lanes * query.anchors.columns);
-  runner.pack(query.anchors, first, count, runner.rows, rows.data(), anchors.data());
-  const int64_t candidates = query.candidates.rows, share = round_up(parts_of(candidates, threads), runner.width);
+void mine_block(const Args& args, int64_t first, int64_t count, int64_t threads, int64_t k, int64_t* index, float* score) {
+  AlignedBuffer<float> anchors, rows;
+  anchors.resize(round_up(count, kernels().rows) * args.anchors.columns + kernels().lanes);
+  rows.resize(kernels().lanes * args.anchors.columns);
+  kernels().pack(args.anchors, first, count, kernels().rows, rows.data(), anchors.data());
+  const int64_t candidates = args.candidates.rows, share = round_up(parts_of(candidates, threads), kernels().width);
   std::vector<Block> blocks;
   blocks.reserve(parts_of(candidates, share));
-  for (int64_t begin = 0; begin < candidates; begin += share) blocks.emplace_back(query, anchors.data(), first, count);
+  for (int64_t begin = 0; begin < candidates; begin += share) blocks.emplace_back(args, anchors.data(), first, count);
   const auto search = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) blocks[i].search_candidates(i * share, std::min(candidates, (i + 1) * share));
   };
@@ -222,21 +180,21 @@ void mine_block(const Query& query, int64_t first, int64_t count, int64_t thread
   finish(blocks, k, index + first * k, score + first * k);
 }
 
-void mine(const Query& query, int64_t k, int64_t* index, float* score) {
-  const int64_t rows = query.anchors.rows, columns = query.anchors.columns;
-  const int64_t row_bytes = sizeof(float) * (columns + 3 * query.k);
-  const int64_t largest = std::max<int64_t>(kBlockBytes / row_bytes / runner.rows, 1) * runner.rows;
-  const double work = static_cast<double>(rows) * query.candidates.rows * columns;
+void mine(const Args& args, int64_t k, int64_t* index, float* score) {
+  const int64_t rows = args.anchors.rows, columns = args.anchors.columns;
+  const int64_t row_bytes = sizeof(float) * (columns + 3 * args.k);
+  const int64_t largest = std::max<int64_t>(kBlockBytes / row_bytes / kernels().rows, 1) * kernels().rows;
+  const double work = static_cast<double>(rows) * args.candidates.rows * columns;
   const int64_t threads = std::clamp<int64_t>(work / kMinMultipliesPerThread, 1, torch::stable::get_num_threads());
-  if (parts_of(rows, runner.rows) < kMinPanelsPerThread * threads) {
-    for (int64_t i = 0; i < rows; i += largest) mine_block(query, i, std::min(largest, rows - i), threads, k, index, score);
+  if (parts_of(rows, kernels().rows) < kMinPanelsPerThread * threads) {
+    for (int64_t i = 0; i < rows; i += largest) mine_block(args, i, std::min(largest, rows - i), threads, k, index, score);
     return;
   }
   const int64_t blocks = round_up(parts_of(rows, largest), threads);
-  const int64_t size = round_up(parts_of(rows, blocks), runner.rows);
+  const int64_t size = round_up(parts_of(rows, blocks), kernels().rows);
   torch::stable::parallel_for(0, parts_of(rows, size), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      mine_block(query, i * size, std::min(size, rows - i * size), 1, k, index, score);
+      mine_block(args, i * size, std::min(size, rows - i * size), 1, k, index, score);
     }
   });
 }
@@ -267,30 +225,30 @@ std::tuple<Tensor, Tensor> mine_semi_hard(Tensor anchors, Tensor candidates, Ten
   STD_TORCH_CHECK(std::max(anchors.size(0), candidates.size(0)) <= std::numeric_limits<int32_t>::max(),
                   "mine_semi_hard: more than 2^31 anchors or candidates");
 
-  Query query;
-  query.anchors = matrix_of(anchors);
-  query.candidates = matrix_of(candidates);
-  query.anchor_ids = ids_of(anchor_ids, anchors.size(0));
-  query.candidate_ids = ids_of(candidate_ids, candidates.size(0));
-  query.positive_score = static_cast<const float*>(positive_score.const_data_ptr());
-  query.positive_stride = positive_score.stride(0);
-  query.k = std::min(k, candidates.size(0));
-  query.margin = static_cast<float>(margin);
-  query.draws = temperature.has_value();
-  query.temperature = static_cast<float>(temperature.value_or(1));
-  query.inverse_temperature = 1 / query.temperature;
+  Args args;
+  args.anchors = matrix_of(anchors);
+  args.candidates = matrix_of(candidates);
+  args.anchor_ids = ids_of(anchor_ids, anchors.size(0));
+  args.candidate_ids = ids_of(candidate_ids, candidates.size(0));
+  args.positive_score = static_cast<const float*>(positive_score.const_data_ptr());
+  args.positive_stride = positive_score.stride(0);
+  args.k = std::min(k, candidates.size(0));
+  args.margin = static_cast<float>(margin);
+  args.draws = temperature.has_value();
+  args.temperature = static_cast<float>(temperature.value_or(1));
+  args.inverse_temperature = 1 / args.temperature;
   const uint64_t bits = static_cast<uint64_t>(seed);
-  query.seed_key = plain::mix(static_cast<uint32_t>(bits) ^ plain::mix(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u));
+  args.seed_key = generic::mix(static_cast<uint32_t>(bits) ^ generic::mix(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u));
 
   Tensor index = torch::stable::new_empty(anchors, {anchors.size(0), k}, ScalarType::Long);
   Tensor score = torch::stable::new_empty(anchors, {anchors.size(0), k}, ScalarType::Float);
   int64_t* index_data = static_cast<int64_t*>(index.mutable_data_ptr());
   float* score_data = static_cast<float*>(score.mutable_data_ptr());
-  if (query.k == 0) {
+  if (args.k == 0) {
     std::fill_n(index_data, index.numel(), -1);
     std::fill_n(score_data, score.numel(), -kInfinity);
   } else {
-    mine(query, k, index_data, score_data);
+    mine(args, k, index_data, score_data);
   }
   return {index, score};
 }

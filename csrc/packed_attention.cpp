@@ -18,8 +18,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu.h"
-#include "matrix.h"
+#include "strided.h"
 
 namespace {
 
@@ -29,12 +28,12 @@ using torch::stable::Tensor;
 constexpr int64_t kChunk = 64;  // queries whose attention map exists at a time
 
 // One block and head: q [rows, D], k and v [keys, D].
-struct Block {
+struct Task {
   Matrix q, k, v;
   float scale;
 };
 
-// Rows of a result, whose columns lie side by side.
+// Rows of a result, whose columns lie next to each other.
 struct Output {
   void* data;
   ScalarType type;
@@ -43,62 +42,27 @@ struct Output {
 
 // What one thread works in; [.., width] has D filled up to whole vectors, [.., keys] likewise.
 struct Scratch {
-  Floats rows;                             // [keys, width], of k or v
-  Floats keys, values;                     // [D, keys], transposed
-  Floats queries, outputs, grads;          // [kChunk, width]
-  Floats scores, grad_scores;              // [kChunk, keys]
-  Floats grad_keys, grad_values;           // [keys, width]
+  AlignedBuffer<float> rows;                             // [keys, width], of k or v
+  AlignedBuffer<float> keys, values;                     // [D, keys], transposed
+  AlignedBuffer<float> queries, outputs, grads;          // [kChunk, width]
+  AlignedBuffer<float> scores, grad_scores;              // [kChunk, keys]
+  AlignedBuffer<float> grad_keys, grad_values;           // [keys, width]
 };
 
-#ifdef SYNCMASK_HAS_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-namespace avx512 {
-#define SYNCMASK_LANES 16
-#define SYNCMASK_VECTORS 4
-#define SYNCMASK_ROWS 6
-#include "packed_attention_part.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define SYNCMASK_LANES 8
-#define SYNCMASK_VECTORS 2
-#define SYNCMASK_ROWS 6
-#include "packed_attention_part.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace plain {
-#define SYNCMASK_LANES 4
-#define SYNCMASK_VECTORS 2
-#define SYNCMASK_ROWS 6
-#include "packed_attention_part.h"
-}  // namespace plain
-
-struct Runner {
-  decltype(&plain::attend) forward = plain::attend;
-  decltype(&plain::attend_backward) backward = plain::attend_backward;
+struct Kernels {
+  void (*forward)(const Task& task, Scratch& scratch, const Output& out, float* log_sums);
+  void (*backward)(const Task& task, const Matrix& grad, const Matrix& out, const float* log_sums, Scratch& scratch,
+                   const Output& grad_q, const Output& grad_k, const Output& grad_v);
 };
 
-Runner widest_runner() {
-#ifdef SYNCMASK_HAS_X86
-  switch (widest_isa()) {
-    case Isa::kAvx512:
-      return {avx512::attend, avx512::attend_backward};
-    case Isa::kAvx2:
-      return {avx2::attend, avx2::attend_backward};
-    case Isa::kPlain:
-      break;
-  }
-#endif
-  return {};
-}
+}  // namespace
 
-const Runner runner = widest_runner();
+#define SYNCMASK_KERNEL "packed_attention_kernel.inl"
+#include "isa.h"
 
-struct Problem {
+namespace {
+
+struct Args {
   const Tensor &q, &k, &v;
   const int32_t *q_starts, *k_starts;
   int64_t blocks, heads;
@@ -118,10 +82,10 @@ void check_starts(const char* name, const Tensor& starts, const Tensor& rows) {
 void check_features(const Tensor& x, const Tensor& q, const char* name) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == q.size(1) && x.size(2) == q.size(2) && x.scalar_type() == q.scalar_type(),
                   "packed_attention: ", name, " must be [rows, H, D] with the heads, width and dtype of q");
-  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1 || x.size(0) == 0, "packed_attention: the columns of ", name, " must lie side by side");
+  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1 || x.size(0) == 0, "packed_attention: the columns of ", name, " must lie next to each other");
 }
 
-Problem checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_starts, const Tensor& k_starts, double scale) {
+Args checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_starts, const Tensor& k_starts, double scale) {
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
                   "packed_attention: q must be float32 or bfloat16");
   STD_TORCH_CHECK(q.dim() == 3, "packed_attention: q must be [T, H, D]");
@@ -156,36 +120,36 @@ Output output_of(Tensor& x, const int32_t* starts, int64_t n, int64_t h) {
   return {data, x.scalar_type(), x.size(2), x.stride(0)};
 }
 
-Block block_of(const Problem& problem, int64_t n, int64_t h) {
-  return {matrix_of(problem.q, problem.q_starts, n, h), matrix_of(problem.k, problem.k_starts, n, h),
-          matrix_of(problem.v, problem.k_starts, n, h), problem.scale};
+Task task_of(const Args& args, int64_t n, int64_t h) {
+  return {matrix_of(args.q, args.q_starts, n, h), matrix_of(args.k, args.k_starts, n, h),
+          matrix_of(args.v, args.k_starts, n, h), args.scale};
 }
 
 // Calls run(block, head, scratch) for each; no two of them write the same rows.
 template <typename Run>
-void for_each_block(const Problem& problem, const Run& run) {
-  torch::stable::parallel_for(0, problem.blocks * problem.heads, 1, [&](int64_t first, int64_t last) {
+void for_each_block(const Args& args, const Run& run) {
+  torch::stable::parallel_for(0, args.blocks * args.heads, 1, [&](int64_t first, int64_t last) {
     Scratch scratch;
-    for (int64_t i = first; i < last; ++i) run(i / problem.heads, i % problem.heads, scratch);
+    for (int64_t i = first; i < last; ++i) run(i / args.heads, i % args.heads, scratch);
   });
 }
 
 std::tuple<Tensor, Tensor> packed_attention(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor k_starts, double scale) {
-  const Problem problem = checked(q, k, v, q_starts, k_starts, scale);
+  const Args args = checked(q, k, v, q_starts, k_starts, scale);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor log_sums = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
   float* sums = static_cast<float*>(log_sums.mutable_data_ptr());
   const int64_t rows = q.size(0);
-  for_each_block(problem, [&](int64_t n, int64_t h, Scratch& scratch) {
-    float* of_block = sums + h * rows + problem.q_starts[n];
-    runner.forward(block_of(problem, n, h), scratch, output_of(out, problem.q_starts, n, h), of_block);
+  for_each_block(args, [&](int64_t n, int64_t h, Scratch& scratch) {
+    float* of_block = sums + h * rows + args.q_starts[n];
+    kernels().forward(task_of(args, n, h), scratch, output_of(out, args.q_starts, n, h), of_block);
   });
   return {out, log_sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums,
                                                              Tensor q_starts, Tensor k_starts, double scale) {
-  const Problem problem = checked(q, k, v, q_starts, k_starts, scale);
+  const Args args = checked(q, k, v, q_starts, k_starts, scale);
   check_features(grad, q, "grad");
   check_features(out, q, "out");
   STD_TORCH_CHECK(grad.size(0) == q.size(0) && out.size(0) == q.size(0), "packed_attention: grad and out must have the rows of q");
@@ -197,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor
   Tensor grad_v = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
   const float* sums = static_cast<const float*>(log_sums.const_data_ptr());
   const int64_t rows = q.size(0);
-  for_each_block(problem, [&](int64_t n, int64_t h, Scratch& scratch) {
-    const float* of_block = sums + h * rows + problem.q_starts[n];
-    runner.backward(block_of(problem, n, h), matrix_of(grad, problem.q_starts, n, h), matrix_of(out, problem.q_starts, n, h), of_block,
-                    scratch, output_of(grad_q, problem.q_starts, n, h), output_of(grad_k, problem.k_starts, n, h),
-                    output_of(grad_v, problem.k_starts, n, h));
+  for_each_block(args, [&](int64_t n, int64_t h, Scratch& scratch) {
+    const float* of_block = sums + h * rows + args.q_starts[n];
+    kernels().backward(task_of(args, n, h), matrix_of(grad, args.q_starts, n, h), matrix_of(out, args.q_starts, n, h), of_block,
+                    scratch, output_of(grad_q, args.q_starts, n, h), output_of(grad_k, args.k_starts, n, h),
+                    output_of(grad_v, args.k_starts, n, h));
   });
   return {grad_q, grad_k, grad_v};
 }

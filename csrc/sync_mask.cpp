@@ -21,8 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu.h"
-#include "matrix.h"
+#include "strided.h"
 
 namespace {
 
@@ -34,7 +33,7 @@ constexpr int64_t kMaxLanes = 16;
 enum class TokenRule { kPeak, kMass, kCls, kOutput };
 enum class PatchRule { kMean, kCls, kWeighted, kMax };
 
-struct Part {
+struct Task {
   Matrix q, k, v;
   const int32_t* words;  // rows of q
   int64_t count;
@@ -45,68 +44,31 @@ struct Part {
 
 // What one thread works in.
 struct Scratch {
-  Floats queries;              // [D, width]
-  Floats weights;              // [1+P and up to a vector more, width]
-  Floats rows;                 // some rows of q or k in float32, where they are not already
-  Floats values;               // [1+P, D], likewise
-  Floats outputs;              // [D, width]
-  Floats part;                 // [width + P and up to a vector more]
+  AlignedBuffer<float> queries;              // [D, width]
+  AlignedBuffer<float> weights;              // [1+P and up to a vector more, width]
+  AlignedBuffer<float> rows;                 // some rows of q or k in float32, where they are not already
+  AlignedBuffer<float> values;               // [1+P, D], likewise
+  AlignedBuffer<float> outputs;              // [D, width]
+  AlignedBuffer<float> result;                 // [width + P and up to a vector more]
   std::vector<float> head;     // [P]
   std::vector<int32_t> words;  // [T]
   std::vector<uint64_t> keys;  // [max(T, P)]
 };
 
-// One build for every x86-64 processor: three instruction sets, picked at run time.
-#ifdef SYNCMASK_HAS_X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-namespace avx512 {
-#define SYNCMASK_LANES 16
-#define SYNCMASK_VECTORS 4
-#define SYNCMASK_SUMS 24
-#include "sync_mask_part.h"
-}  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define SYNCMASK_LANES 8
-#define SYNCMASK_VECTORS 3
-#define SYNCMASK_SUMS 12
-#include "sync_mask_part.h"
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-namespace plain {
-#define SYNCMASK_LANES 4
-#define SYNCMASK_VECTORS 2
-#define SYNCMASK_SUMS 8
-#include "sync_mask_part.h"
-}  // namespace plain
-
-struct Runner {
-  decltype(&plain::run_part) run = plain::run_part;
-  int64_t width = plain::kLanes * plain::kVectors;  // words of a part
-  int64_t rows = plain::kSums;                      // rows converted at a time, at least one for each lane
+struct Kernels {
+  void (*run)(const Task& task, Scratch& scratch, float* token, float* patch);
+  int64_t width;  // words of a task
+  int64_t rows;   // rows converted at a time, at least one for each lane
 };
 
-Runner widest_runner() {
-#ifdef SYNCMASK_HAS_X86
-  switch (widest_isa()) {
-    case Isa::kAvx512:
-      return {avx512::run_part, avx512::kLanes * avx512::kVectors, avx512::kSums};
-    case Isa::kAvx2:
-      return {avx2::run_part, avx2::kLanes * avx2::kVectors, avx2::kSums};
-    case Isa::kPlain:
-      break;
-  }
-#endif
-  return {};
-}
+}  // namespace
 
-const Runner runner = widest_runner();
+#define SYNCMASK_KERNEL "sync_mask_kernel.inl"
+#include "isa.h"
 
-struct Problem {
+namespace {
+
+struct Args {
   Tensor q, k, maskable;
   std::optional<Tensor> v;
   double token_ratio, patch_ratio;
@@ -123,7 +85,7 @@ struct Problem {
   bool is_maskable(int64_t b, int64_t i) const {
     return maskable_data[b * maskable.stride(0) + i * maskable.stride(1)];
   }
-  int64_t part_size() const { return runner.width + patches + kMaxLanes; }
+  int64_t task_size() const { return kernels().width + patches + kMaxLanes; }
 };
 
 Matrix matrix_of(const Tensor& x, int64_t b, int64_t h) {
@@ -138,47 +100,47 @@ Matrix matrix_of(const Tensor& x, int64_t b, int64_t h) {
   return matrix;
 }
 
-Scratch make_scratch(const Problem& problem) {
+Scratch make_scratch(const Args& args) {
   Scratch scratch;
-  const int64_t keys = 1 + problem.patches, columns = problem.columns;
-  scratch.queries.resize(columns * runner.width);
-  scratch.weights.resize((keys + kMaxLanes) * runner.width);
-  scratch.rows.resize(runner.rows * columns);
-  if (problem.token_rule == TokenRule::kOutput) {
+  const int64_t keys = 1 + args.patches, columns = args.columns;
+  scratch.queries.resize(columns * kernels().width);
+  scratch.weights.resize((keys + kMaxLanes) * kernels().width);
+  scratch.rows.resize(kernels().rows * columns);
+  if (args.token_rule == TokenRule::kOutput) {
     scratch.values.resize(keys * columns);
-    scratch.outputs.resize(columns * runner.width);
+    scratch.outputs.resize(columns * kernels().width);
   }
-  scratch.part.resize(problem.part_size());
-  scratch.head.resize(problem.patches);
+  scratch.result.resize(args.task_size());
+  scratch.head.resize(args.patches);
   return scratch;
 }
 
 // The rule and the words of a sample: its maskable tokens, and where the rule is "cls" token 0 before them. A
 // sample without a maskable token has the rule "cls".
-PatchRule choose_words(const Problem& problem, int64_t b, std::vector<int32_t>& words) {
+PatchRule choose_words(const Args& args, int64_t b, std::vector<int32_t>& words) {
   words.clear();
-  for (int64_t i = 0; i < problem.tokens; ++i) {
-    const bool is_first = i == 0 && problem.patch_rule == PatchRule::kCls;
-    if (is_first || problem.is_maskable(b, i)) words.push_back(i);
+  for (int64_t i = 0; i < args.tokens; ++i) {
+    const bool is_first = i == 0 && args.patch_rule == PatchRule::kCls;
+    if (is_first || args.is_maskable(b, i)) words.push_back(i);
   }
-  if (!words.empty()) return problem.patch_rule;
+  if (!words.empty()) return args.patch_rule;
   words.push_back(0);
   return PatchRule::kCls;
 }
 
-// part[0, width): a score of each word; part[width, width + P): a score of each patch.
-void run_part(const Problem& problem, int64_t b, int64_t h, int64_t begin, const std::vector<int32_t>& words,
-              PatchRule rule, Scratch& scratch, float* part) {
-  Part task;
-  task.q = matrix_of(problem.q, b, h);
-  task.k = matrix_of(problem.k, b, h);
-  if (problem.token_rule == TokenRule::kOutput) task.v = matrix_of(*problem.v, b, h);
+// result[0, width): a score of each word; result[width, width + P): a score of each patch.
+void run_task(const Args& args, int64_t b, int64_t h, int64_t begin, const std::vector<int32_t>& words,
+              PatchRule rule, Scratch& scratch, float* result) {
+  Task task;
+  task.q = matrix_of(args.q, b, h);
+  task.k = matrix_of(args.k, b, h);
+  if (args.token_rule == TokenRule::kOutput) task.v = matrix_of(*args.v, b, h);
   task.words = words.data() + begin;
-  task.count = std::min<int64_t>(runner.width, words.size() - begin);
-  task.scale = problem.scale;
-  task.token_rule = problem.token_rule;
+  task.count = std::min<int64_t>(kernels().width, words.size() - begin);
+  task.scale = args.scale;
+  task.token_rule = args.token_rule;
   task.patch_rule = rule;
-  runner.run(task, scratch, part, part + runner.width);
+  kernels().run(task, scratch, result, result + kernels().width);
 }
 
 // Orders scores from the highest to the lowest, NaN last, the lowest index first among equals.
@@ -204,21 +166,21 @@ int64_t share_of(double ratio, int64_t count) {
   return std::min(count, std::max<int64_t>(1, static_cast<int64_t>(ratio * count + 0.5)));
 }
 
-// Sums parts, which part_of(h, begin) gives, over heads and writes what the operator returns of sample b.
+// Sums parts, which task_result(h, begin) gives, over heads and writes what the operator returns of sample b.
 template <typename PartOf>
-void finish_sample(const Problem& problem, int64_t b, const std::vector<int32_t>& words, PatchRule rule,
-                   Scratch& scratch, const PartOf& part_of) {
-  const int64_t patches = problem.patches, count = words.size();
-  float* token_score = problem.token_score + b * problem.tokens;
-  float* patch_score = problem.patch_score + b * patches;
-  std::fill_n(token_score, problem.tokens, 0.0f);
+void finish_sample(const Args& args, int64_t b, const std::vector<int32_t>& words, PatchRule rule,
+                   Scratch& scratch, const PartOf& task_result) {
+  const int64_t patches = args.patches, count = words.size();
+  float* token_score = args.token_score + b * args.tokens;
+  float* patch_score = args.patch_score + b * patches;
+  std::fill_n(token_score, args.tokens, 0.0f);
   std::fill_n(patch_score, patches, 0.0f);
   float* head = scratch.head.data();
-  for (int64_t h = 0; h < problem.heads; ++h) {
-    for (int64_t begin = 0; begin < count; begin += runner.width) {
-      const float* token = part_of(h, begin);
-      const float* patch = token + runner.width;
-      const int64_t end = std::min(count, begin + runner.width);
+  for (int64_t h = 0; h < args.heads; ++h) {
+    for (int64_t begin = 0; begin < count; begin += kernels().width) {
+      const float* token = task_result(h, begin);
+      const float* patch = token + kernels().width;
+      const int64_t end = std::min(count, begin + kernels().width);
       for (int64_t i = begin; i < end; ++i) token_score[words[i]] += token[i - begin];
       if (begin == 0) {
         std::copy_n(patch, patches, head);
@@ -232,22 +194,22 @@ void finish_sample(const Problem& problem, int64_t b, const std::vector<int32_t>
     const float divisor = is_mean ? count : 1;
     for (int64_t j = 0; j < patches; ++j) patch_score[j] += head[j] / divisor;
   }
-  const float heads = problem.heads;
+  const float heads = args.heads;
   std::vector<uint64_t>& keys = scratch.keys;
   keys.clear();
-  for (int64_t i = 0; i < problem.tokens; ++i) {
-    const bool is_maskable = problem.is_maskable(b, i);
+  for (int64_t i = 0; i < args.tokens; ++i) {
+    const bool is_maskable = args.is_maskable(b, i);
     token_score[i] = is_maskable ? token_score[i] / heads : -std::numeric_limits<float>::infinity();
     if (is_maskable) keys.push_back(sort_key(token_score[i], i));
   }
-  bool* token_mask = problem.token_mask + b * problem.tokens;
-  std::fill_n(token_mask, problem.tokens, false);
-  mark_highest(keys, share_of(problem.token_ratio, keys.size()), token_mask);
+  bool* token_mask = args.token_mask + b * args.tokens;
+  std::fill_n(token_mask, args.tokens, false);
+  mark_highest(keys, share_of(args.token_ratio, keys.size()), token_mask);
 
   for (int64_t j = 0; j < patches; ++j) patch_score[j] /= heads;
-  bool* patch_mask = problem.patch_mask + b * patches;
+  bool* patch_mask = args.patch_mask + b * patches;
   std::fill_n(patch_mask, patches, false);
-  const int64_t masked = share_of(problem.patch_ratio, patches);
+  const int64_t masked = share_of(args.patch_ratio, patches);
   if (masked == 0) return;
   keys.clear();
   for (int64_t j = 0; j < patches; ++j) keys.push_back(sort_key(patch_score[j], j));
@@ -255,43 +217,43 @@ void finish_sample(const Problem& problem, int64_t b, const std::vector<int32_t>
 }
 
 // Samples for each thread: no part outlives the next one.
-void run_by_sample(const Problem& problem) {
-  torch::stable::parallel_for(0, problem.batch, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch = make_scratch(problem);
+void run_by_sample(const Args& args) {
+  torch::stable::parallel_for(0, args.batch, 1, [&](int64_t first, int64_t last) {
+    Scratch scratch = make_scratch(args);
     for (int64_t b = first; b < last; ++b) {
-      const PatchRule rule = choose_words(problem, b, scratch.words);
-      finish_sample(problem, b, scratch.words, rule, scratch, [&](int64_t h, int64_t begin) {
-        run_part(problem, b, h, begin, scratch.words, rule, scratch, scratch.part.data());
-        return scratch.part.data();
+      const PatchRule rule = choose_words(args, b, scratch.words);
+      finish_sample(args, b, scratch.words, rule, scratch, [&](int64_t h, int64_t begin) {
+        run_task(args, b, h, begin, scratch.words, rule, scratch, scratch.result.data());
+        return scratch.result.data();
       });
     }
   });
 }
 
 // Parts for each thread, for a few samples: keeps B * H * ceil(T / width) parts.
-void run_by_part(const Problem& problem) {
-  const int64_t heads = problem.heads, size = problem.part_size();
-  std::vector<std::vector<int32_t>> words(problem.batch);
-  std::vector<PatchRule> rules(problem.batch);
+void run_by_task(const Args& args) {
+  const int64_t heads = args.heads, size = args.task_size();
+  std::vector<std::vector<int32_t>> words(args.batch);
+  std::vector<PatchRule> rules(args.batch);
   int64_t cuts = 1;
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    rules[b] = choose_words(problem, b, words[b]);
-    cuts = std::max<int64_t>(cuts, (words[b].size() + runner.width - 1) / runner.width);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    rules[b] = choose_words(args, b, words[b]);
+    cuts = std::max<int64_t>(cuts, (words[b].size() + kernels().width - 1) / kernels().width);
   }
-  std::vector<float> parts(problem.batch * heads * cuts * size);
-  torch::stable::parallel_for(0, problem.batch * heads * cuts, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch = make_scratch(problem);
+  std::vector<float> results(args.batch * heads * cuts * size);
+  torch::stable::parallel_for(0, args.batch * heads * cuts, 1, [&](int64_t first, int64_t last) {
+    Scratch scratch = make_scratch(args);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t b = i / (heads * cuts), h = i / cuts % heads, begin = i % cuts * runner.width;
+      const int64_t b = i / (heads * cuts), h = i / cuts % heads, begin = i % cuts * kernels().width;
       if (begin >= static_cast<int64_t>(words[b].size())) continue;
-      run_part(problem, b, h, begin, words[b], rules[b], scratch, parts.data() + i * size);
+      run_task(args, b, h, begin, words[b], rules[b], scratch, results.data() + i * size);
     }
   });
   Scratch scratch;
-  scratch.head.resize(problem.patches);
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    finish_sample(problem, b, words[b], rules[b], scratch, [&](int64_t h, int64_t begin) {
-      return parts.data() + ((b * heads + h) * cuts + begin / runner.width) * size;
+  scratch.head.resize(args.patches);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    finish_sample(args, b, words[b], rules[b], scratch, [&](int64_t h, int64_t begin) {
+      return results.data() + ((b * heads + h) * cuts + begin / kernels().width) * size;
     });
   }
 }
@@ -329,42 +291,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor 
   STD_TORCH_CHECK(std::max(q.size(2), k.size(2)) <= std::numeric_limits<int32_t>::max(),
                   "sync_mask: more than 2^31 tokens or patches");
 
-  Problem problem{q, k, maskable, v};
-  problem.token_ratio = token_ratio;
-  problem.patch_ratio = patch_ratio;
-  problem.scale = static_cast<float>(scale);
-  problem.token_rule = rule_named<TokenRule>(token_score, {{"peak", TokenRule::kPeak},
+  Args args{q, k, maskable, v};
+  args.token_ratio = token_ratio;
+  args.patch_ratio = patch_ratio;
+  args.scale = static_cast<float>(scale);
+  args.token_rule = rule_named<TokenRule>(token_score, {{"peak", TokenRule::kPeak},
                                                            {"mass", TokenRule::kMass},
                                                            {"cls", TokenRule::kCls},
                                                            {"output", TokenRule::kOutput}});
-  problem.patch_rule = rule_named<PatchRule>(patch_score, {{"mean", PatchRule::kMean},
+  args.patch_rule = rule_named<PatchRule>(patch_score, {{"mean", PatchRule::kMean},
                                                            {"cls", PatchRule::kCls},
                                                            {"weighted", PatchRule::kWeighted},
                                                            {"max", PatchRule::kMax}});
-  STD_TORCH_CHECK(v.has_value() || problem.token_rule != TokenRule::kOutput,
+  STD_TORCH_CHECK(v.has_value() || args.token_rule != TokenRule::kOutput,
                   "sync_mask: token_score \"output\" needs v");
-  problem.batch = q.size(0);
-  problem.heads = q.size(1);
-  problem.tokens = q.size(2);
-  problem.columns = q.size(3);
-  problem.patches = k.size(2) - 1;
+  args.batch = q.size(0);
+  args.heads = q.size(1);
+  args.tokens = q.size(2);
+  args.columns = q.size(3);
+  args.patches = k.size(2) - 1;
 
-  Tensor token_mask = torch::stable::new_empty(maskable, {problem.batch, problem.tokens});
-  Tensor patch_mask = torch::stable::new_empty(maskable, {problem.batch, problem.patches});
-  Tensor token = torch::stable::new_empty(q, {problem.batch, problem.tokens}, ScalarType::Float);
-  Tensor patch = torch::stable::new_empty(q, {problem.batch, problem.patches}, ScalarType::Float);
-  problem.maskable_data = static_cast<const bool*>(maskable.const_data_ptr());
-  problem.token_mask = static_cast<bool*>(token_mask.mutable_data_ptr());
-  problem.patch_mask = static_cast<bool*>(patch_mask.mutable_data_ptr());
-  problem.token_score = static_cast<float*>(token.mutable_data_ptr());
-  problem.patch_score = static_cast<float*>(patch.mutable_data_ptr());
+  Tensor token_mask = torch::stable::new_empty(maskable, {args.batch, args.tokens});
+  Tensor patch_mask = torch::stable::new_empty(maskable, {args.batch, args.patches});
+  Tensor token = torch::stable::new_empty(q, {args.batch, args.tokens}, ScalarType::Float);
+  Tensor patch = torch::stable::new_empty(q, {args.batch, args.patches}, ScalarType::Float);
+  args.maskable_data = static_cast<const bool*>(maskable.const_data_ptr());
+  args.token_mask = static_cast<bool*>(token_mask.mutable_data_ptr());
+  args.patch_mask = static_cast<bool*>(patch_mask.mutable_data_ptr());
+  args.token_score = static_cast<float*>(token.mutable_data_ptr());
+  args.patch_score = static_cast<float*>(patch.mutable_data_ptr());
 
   // By part where there are few samples, so that no thread waits long for the last one.
   constexpr int64_t kSamplesPerThread = 8;
-  if (problem.batch >= kSamplesPerThread * static_cast<int64_t>(torch::stable::get_num_threads())) {
-    run_by_sample(problem);
+  if (args.batch >= kSamplesPerThread * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    run_by_sample(args);
   } else {
-    run_by_part(problem);
+    run_by_task(args);
   }
   return {token_mask, patch_mask, token, patch};
 }

@@ -21,17 +21,15 @@ the semi-hard threshold of SyncMask, and the product rule, which is our own.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast import _native
-from syncmask_fast.kernels import common
+from syncmask_fast.kernels import checks, library
 from syncmask_fast.kernels.mine_semi_hard import mine_semi_hard
 
-_CUDA_NEIGHBOURS = 32
+_CUDA_NEIGHBORS = 32
 
 
 def group_semi_hard_reference(
@@ -48,14 +46,14 @@ def group_semi_hard_reference(
 
     One matrix-vector product a step; nothing is copied to the host, so that on a GPU the steps queue up.
     """
-    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS_AND_DOUBLE)
+    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, checks.FLOATS_AND_DOUBLE)
     items = image_feats.shape[0]
-    dtype = common.reference_dtype(image_feats)
+    dtype = library.reference_dtype(image_feats)
     image_feats, text_feats = image_feats.to(dtype), text_feats.to(dtype)
     codes = torch.unique(ids, return_inverse=True)[1]  # products numbered 0, 1, ...
     order = torch.empty(items, dtype=torch.int64, device=ids.device)
     run = search_space or max(1, items)
-    with common.autocast_off(image_feats):
+    with library.autocast_off(image_feats):
         for begin in range(0, items, run):
             part = slice(begin, begin + run)
             first = start if begin == 0 else 0
@@ -96,70 +94,7 @@ def _first_highest(similarity: Tensor, levels: Tensor) -> Tensor:
     return (best_level & (similarity == similarity.max())).int().argmax(0, keepdim=True)
 
 
-@torch.library.custom_op("syncmask::group_semi_hard_reference", mutates_args=())
-def _group_semi_hard_reference(
-    image_feats: Tensor,
-    text_feats: Tensor,
-    ids: Tensor,
-    batch_size: int,
-    margin: float,
-    start: int,
-    search_space: int | None,
-    neighbours: int = 0,
-) -> Tensor:
-    return group_semi_hard_reference(
-        image_feats, text_feats, ids, batch_size=batch_size, margin=margin, start=start, search_space=search_space
-    )
-
-
-@torch.library.custom_op("syncmask::group_semi_hard", mutates_args=())
-def _group_semi_hard(
-    image_feats: Tensor,
-    text_feats: Tensor,
-    ids: Tensor,
-    batch_size: int,
-    margin: float,
-    start: int,
-    search_space: int | None,
-    neighbours: int = 0,
-) -> Tensor:
-    # csrc/group_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
-    # neighbours: entries of a list, which change the time alone; 0: as many as pay.
-    _warn_slow(_native.status())
-    return _group_semi_hard_reference(image_feats, text_feats, ids, batch_size, margin, start, search_space)
-
-
-@_group_semi_hard_reference.register_fake
-@_group_semi_hard.register_fake
-def _(image_feats, text_feats, ids, batch_size, margin, start, search_space, neighbours=0):
-    return ids.new_empty(ids.shape)
-
-
-# The steps between two makings of lists, of csrc/group_semi_hard.cu, where the layouts are stated.
-torch.library.define(
-    "syncmask::_walk",
-    "(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item, Tensor(a!) unvisited, Tensor(b!) batch_of, "
-    "Tensor(c!) order, Tensor(d!) state, int batch_size, float margin) -> ()",
-)
-_native.load()  # after the schemas above, which the kernels belong to
-_native.load_cuda()
-_warned = False
-
-
-@_group_semi_hard.register_kernel("cuda")
-def _group_semi_hard_cuda(
-    image_feats: Tensor,
-    text_feats: Tensor,
-    ids: Tensor,
-    batch_size: int,
-    margin: float,
-    start: int,
-    search_space: int | None,
-    neighbours: int = 0,
-) -> Tensor:
-    if not _native.loaded_cuda():
-        _warn_slow(f"{_native.CUDA_LIBRARY} is not built; to have it, install nvcc and run `make install`")
-        return _group_semi_hard_reference(image_feats, text_feats, ids, batch_size, margin, start, search_space)
+def _group_cuda(image_feats, text_feats, ids, batch_size, margin, start, search_space, neighbors=0) -> Tensor:
     items, width = image_feats.shape
     codes = torch.unique(ids, return_inverse=True)[1]
     padding = (0, -width % 4)  # the kernel reads four features at a time
@@ -170,13 +105,13 @@ def _group_semi_hard_cuda(
         part = slice(begin, begin + run)
         first = start if begin == 0 else 0
         order[part] = begin + _walk_cuda(
-            image_feats[part], text_feats[part], codes[part], batch_size, margin, first, neighbours or _CUDA_NEIGHBOURS
+            image_feats[part], text_feats[part], codes[part], batch_size, margin, first, neighbors or _CUDA_NEIGHBORS
         )
     return order
 
 
 def _walk_cuda(
-    images: Tensor, texts: Tensor, codes: Tensor, batch_size: int, margin: float, start: int, neighbours: int
+    images: Tensor, texts: Tensor, codes: Tensor, batch_size: int, margin: float, start: int, neighbors: int
 ) -> Tensor:
     """One run: makes the lists of the items that are left, walks until new lists pay, and so on to the end."""
     items = len(codes)
@@ -187,10 +122,10 @@ def _walk_cuda(
     while True:
         own = (images * texts).sum(1)
         lists = [
-            mine_semi_hard(*sides, codes, codes, own, k=neighbours, margin=margin)[0].int()
+            mine_semi_hard(*sides, codes, codes, own, k=neighbors, margin=margin)[0].int()
             for sides in ((images, texts), (texts, images))
         ]
-        torch.ops.syncmask._walk(
+        torch.ops.syncmask._group_walk(
             images, texts, torch.stack(lists), codes.int(), item, unvisited, batch_of, order, state, batch_size, margin
         )
         position, place = state.tolist()
@@ -201,11 +136,30 @@ def _walk_cuda(
         images, texts, codes, item, unvisited = (x[left] for x in (images, texts, codes, item, unvisited))
 
 
-def _warn_slow(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(f"group_semi_hard runs its slow reference: {reason}", stacklevel=2)
+def _fake(image_feats, text_feats, ids, batch_size, margin, start, search_space, neighbors=0):
+    return ids.new_empty(ids.shape)
+
+
+def _without_lists(neighbors: int = 0, **arguments) -> Tensor:
+    """The reference has no neighbor lists; their length changes the time, not the result."""
+    return group_semi_hard_reference(**arguments)
+
+
+# neighbors: entries of a neighbor list, for tests; 0: as many as pay.
+OPS = library.define(
+    "group_semi_hard",
+    "(Tensor image_feats, Tensor text_feats, Tensor ids, int batch_size, float margin, int start, int? search_space, "
+    "int neighbors=0) -> Tensor",
+    fake=_fake,
+    reference=_without_lists,
+    cuda=_group_cuda,
+)
+# The steps until new lists are due: csrc/group_semi_hard.cu, where the layouts are documented.
+torch.library.define(
+    "syncmask::_group_walk",
+    "(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item, Tensor(a!) unvisited, "
+    "Tensor(b!) batch_of, Tensor(c!) order, Tensor(d!) state, int batch_size, float margin) -> ()",
+)
 
 
 def group_semi_hard(
@@ -219,7 +173,7 @@ def group_semi_hard(
     search_space: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Orders samples so that neighbours are near misses and batches hold no product twice if possible.
+    """Orders samples so that neighbors are near misses and batches hold no product twice if possible.
 
     image_feats:  [N, D] float32, bfloat16 or float16, any strides; finite, normalised by the caller.
     text_feats:   [N, D], dtype of image_feats.
@@ -230,10 +184,10 @@ def group_semi_hard(
     search_space: cuts the input into consecutive runs of so many, walks each by itself (the first from
                   `start`, the others from their first item; positions and batches count within the run) and
                   joins the results; None: one walk.
-    returns:      int64 [N], a permutation of 0 .. N-1. Exact: neighbour lists save work, and where one has
+    returns:      int64 [N], a permutation of 0 .. N-1. Exact: neighbor lists save work, and where one has
                   nothing left the step looks at every unvisited item of its run.
     ties:         to the lowest index.      grad: none, inputs are detached.
-    memory:       for runs of n on the CPU a copy of n features and lists of 24 to 128 neighbours, 16 bytes
+    memory:       for runs of n on the CPU a copy of n features and lists of 24 to 128 neighbors, 16 bytes
                   each: 1.1 GB for n = 260,000 and D = 256; no [n, n] tensor. On CUDA likewise, with lists of 32.
     time:         O(N n D) for runs of n, most of it in one blocked product, a third more as lists run dry. More
                   where all lists are dry: when one product is all that is left.
@@ -242,28 +196,25 @@ def group_semi_hard(
     runs:         C++ on CPU and CUDA; the reference, with one warning, where the extension is not built.
     source:       GRIT-VLP's grouping, SyncMask's semi-hard rule (module docstring).
     """
-    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, common.FLOATS)
-    has_kernel = {"cpu": _native.loaded, "cuda": _native.loaded_cuda}.get(image_feats.device.type, lambda: False)()
-    built = ("cpp", "reference") if has_kernel else ("reference",)
-    common.check_backend("group_semi_hard", backend, built, image_feats.device)
-    op = _group_semi_hard_reference if backend == "reference" else _group_semi_hard
+    _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, checks.FLOATS)
+    op = OPS.pick(backend, image_feats.device)
     images, texts = (t.detach().to(torch.float32).contiguous() for t in (image_feats, text_feats))
     search_space = None if search_space is None else int(search_space)
     return op(images, texts, ids.contiguous(), int(batch_size), float(margin), int(start), search_space)
 
 
 def _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, dtypes) -> None:
-    common.check_tensor("image_feats", image_feats, "N, D", dtypes)
-    common.check_tensor("text_feats", text_feats, "N, D", dtypes)
-    common.check_tensor("ids", ids, "N", (torch.int64,))
+    checks.check_tensor("image_feats", image_feats, "N, D", dtypes)
+    checks.check_tensor("text_feats", text_feats, "N, D", dtypes)
+    checks.check_tensor("ids", ids, "N", (torch.int64,))
     items = image_feats.shape[0]
-    common.check_shape("text_feats", text_feats, image_feats.shape, "the shape of image_feats")
-    common.check_shape("ids", ids, (items,), "N of image_feats")
-    common.check_same("text_feats", text_feats, "image_feats", image_feats, dtype=True)
-    common.check_same("ids", ids, "image_feats", image_feats)
-    common.check_integer("batch_size", batch_size, 1, 2**62, "an integer of at least 1")
-    common.check_margin(margin)
+    checks.check_shape("text_feats", text_feats, image_feats.shape, "the shape of image_feats")
+    checks.check_shape("ids", ids, (items,), "N of image_feats")
+    checks.check_same("text_feats", text_feats, "image_feats", image_feats, dtype=True)
+    checks.check_same("ids", ids, "image_feats", image_feats)
+    checks.check_integer("batch_size", batch_size, 1, 2**62, "an integer of at least 1")
+    checks.check_margin(margin)
     if search_space is not None:
-        common.check_integer("search_space", search_space, 1, 2**62, "None or an integer of at least 1")
+        checks.check_integer("search_space", search_space, 1, 2**62, "None or an integer of at least 1")
     last = max(0, (items if search_space is None else min(items, search_space)) - 1)
-    common.check_integer("start", start, 0, last, f"an integer from 0 to {last}, within the first run")
+    checks.check_integer("start", start, 0, last, f"an integer from 0 to {last}, within the first run")

@@ -24,14 +24,12 @@ Letters: N anchors, M candidates, D features. Source: own.
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 from torch import Tensor
 
-from syncmask_fast import _native
-from syncmask_fast.kernels import common
+from syncmask_fast.kernels import checks, library
 
 _TILE_ELEMENTS = 1 << 21  # similarities alive at a time in the reference (8 MiB of float32)
 _WORD = 0xFFFFFFFF
@@ -55,10 +53,10 @@ def mine_semi_hard_reference(
     Goes over tiles of anchors, so that never more than about two million similarities (or one anchor's, where
     these are more) exist at a time.
     """
-    dtypes = common.FLOATS_AND_DOUBLE
+    dtypes = checks.FLOATS_AND_DOUBLE
     _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)
     rows, columns = anchors.shape[0], candidates.shape[0]
-    dtype = common.reference_dtype(anchors)
+    dtype = library.reference_dtype(anchors)
     index = torch.full((rows, k), -1, dtype=torch.int64, device=anchors.device)
     score = torch.full((rows, k), -math.inf, dtype=dtype, device=anchors.device)
     found = min(k, columns)
@@ -69,7 +67,7 @@ def mine_semi_hard_reference(
     tile = max(1, _TILE_ELEMENTS // columns)
     for begin in range(0, rows, tile):
         part = slice(begin, min(begin + tile, rows))
-        with common.autocast_off(anchors):
+        with library.autocast_off(anchors):
             similarity = anchors[part].to(dtype) @ targets
         eligible = (candidate_ids != anchor_ids[part, None]) & (similarity < threshold[part, None])
         rank = similarity
@@ -127,93 +125,25 @@ def _mix_int(x: int) -> int:
     return x ^ (x >> 16)
 
 
-@torch.library.custom_op("syncmask::mine_semi_hard_reference", mutates_args=())
-def _mine_semi_hard_reference(
-    anchors: Tensor,
-    candidates: Tensor,
-    anchor_ids: Tensor,
-    candidate_ids: Tensor,
-    positive_score: Tensor,
-    k: int,
-    margin: float,
-    temperature: float | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    return mine_semi_hard_reference(
-        anchors,
-        candidates,
-        anchor_ids,
-        candidate_ids,
-        positive_score,
-        k=k,
-        margin=margin,
-        temperature=temperature,
-        seed=seed,
-    )
+def _fake(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed):
+    shape = anchors.shape[0], k
+    dtype = library.reference_dtype(anchors)
+    return anchors.new_empty(shape, dtype=torch.int64), anchors.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("syncmask::mine_semi_hard_triton", mutates_args=())
-def _mine_semi_hard_triton(
-    anchors: Tensor,
-    candidates: Tensor,
-    anchor_ids: Tensor,
-    candidate_ids: Tensor,
-    positive_score: Tensor,
-    k: int,
-    margin: float,
-    temperature: float | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    launcher = importlib.import_module("syncmask_fast.kernels.mine_semi_hard_triton")  # imports this module
-    return launcher.mine_semi_hard_triton(
-        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed
-    )
+def _triton_takes(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, *rest) -> bool:
+    return k <= TRITON_LARGEST_K
 
 
-@torch.library.custom_op("syncmask::mine_semi_hard", mutates_args=())
-def _mine_semi_hard(
-    anchors: Tensor,
-    candidates: Tensor,
-    anchor_ids: Tensor,
-    candidate_ids: Tensor,
-    positive_score: Tensor,
-    k: int,
-    margin: float,
-    temperature: float | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    # csrc/mine_semi_hard.cpp registers the CPU kernel of this schema; this body runs where there is none.
-    if anchors.device.type == "cpu":
-        common.warn_slow("mine_semi_hard", _native.status())
-    return _mine_semi_hard_reference(
-        anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed
-    )
-
-
-@_mine_semi_hard.register_kernel("cuda")
-def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed):
-    if k > TRITON_LARGEST_K:
-        op = _mine_semi_hard_reference
-    elif common.has_triton(anchors.device):
-        op = _mine_semi_hard_triton
-    else:
-        op = _mine_semi_hard_reference
-        common.warn_slow("mine_semi_hard", common.NO_TRITON)
-    return op(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed)
-
-
-@_mine_semi_hard_reference.register_fake
-@_mine_semi_hard_triton.register_fake
-@_mine_semi_hard.register_fake
-def _(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed):
-    shape = (anchors.shape[0], k)
-    return (
-        anchors.new_empty(shape, dtype=torch.int64),
-        anchors.new_empty(shape, dtype=common.reference_dtype(anchors)),
-    )
-
-
-_native.load()  # after the schema above, which the kernel belongs to
+OPS = library.define(
+    "mine_semi_hard",
+    "(Tensor anchors, Tensor candidates, Tensor anchor_ids, Tensor candidate_ids, Tensor positive_score, SymInt k, "
+    "float margin, float? temperature, int seed) -> (Tensor index, Tensor score)",
+    fake=_fake,
+    reference=mine_semi_hard_reference,
+    triton="mine_semi_hard_triton:mine_semi_hard_triton",
+    triton_takes=_triton_takes,
+)
 
 
 def mine_semi_hard(
@@ -251,26 +181,14 @@ def mine_semi_hard(
                     TRITON_INTERPRET=1); the reference otherwise, with one warning where one of these is missing.
     source:         own.
     """
-    dtypes = common.FLOATS
+    dtypes = checks.FLOATS
     _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)
-    op = _op_of(backend, anchors.device, k)
+    op = OPS.pick(backend, anchors.device)
+    if backend == "triton" and k > TRITON_LARGEST_K:
+        raise ValueError(f"k is {k}; expected at most {TRITON_LARGEST_K} for backend='triton'")
     tensors = (t.detach() for t in (anchors, candidates, anchor_ids, candidate_ids, positive_score.float()))
     temperature = None if temperature is None else float(temperature)
     return op(*tensors, int(k), float(margin), temperature, _as_int64(int(seed)))
-
-
-def _op_of(backend: str, device: torch.device, k: int) -> torch.library.CustomOpDef:
-    if backend == "auto":
-        return _mine_semi_hard
-    built = ["reference"]
-    if _native.loaded() and device.type == "cpu":
-        built.append("cpp")
-    if backend != "reference" and common.has_triton(device):
-        built.append("triton")
-    common.check_backend("mine_semi_hard", backend, built, device)
-    if backend == "triton" and k > TRITON_LARGEST_K:
-        raise ValueError(f"k is {k}; expected at most {TRITON_LARGEST_K} for backend='triton'")
-    return {"reference": _mine_semi_hard_reference, "triton": _mine_semi_hard_triton, "cpp": _mine_semi_hard}[backend]
 
 
 def _as_int64(seed: int) -> int:
@@ -280,27 +198,27 @@ def _as_int64(seed: int) -> int:
 def _check(
     anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes
 ) -> None:
-    common.check_tensor("anchors", anchors, "N, D", dtypes)
-    common.check_tensor("candidates", candidates, "M, D", dtypes)
-    common.check_tensor("anchor_ids", anchor_ids, "N", (torch.int64,))
-    common.check_tensor("candidate_ids", candidate_ids, "M", (torch.int64,))
-    common.check_tensor("positive_score", positive_score, "N", dtypes)
+    checks.check_tensor("anchors", anchors, "N, D", dtypes)
+    checks.check_tensor("candidates", candidates, "M, D", dtypes)
+    checks.check_tensor("anchor_ids", anchor_ids, "N", (torch.int64,))
+    checks.check_tensor("candidate_ids", candidate_ids, "M", (torch.int64,))
+    checks.check_tensor("positive_score", positive_score, "N", dtypes)
     rows, width = anchors.shape
-    common.check_shape("candidates", candidates, (candidates.shape[0], width), "D of anchors")
-    common.check_shape("anchor_ids", anchor_ids, (rows,), "N of anchors")
-    common.check_shape("candidate_ids", candidate_ids, (candidates.shape[0],), "M of candidates")
-    common.check_shape("positive_score", positive_score, (rows,), "N of anchors")
-    common.check_same("candidates", candidates, "anchors", anchors, dtype=True)
+    checks.check_shape("candidates", candidates, (candidates.shape[0], width), "D of anchors")
+    checks.check_shape("anchor_ids", anchor_ids, (rows,), "N of anchors")
+    checks.check_shape("candidate_ids", candidate_ids, (candidates.shape[0],), "M of candidates")
+    checks.check_shape("positive_score", positive_score, (rows,), "N of anchors")
+    checks.check_same("candidates", candidates, "anchors", anchors, dtype=True)
     for name, value in (
         ("anchor_ids", anchor_ids),
         ("candidate_ids", candidate_ids),
         ("positive_score", positive_score),
     ):
-        common.check_same(name, value, "anchors", anchors)
-    common.check_integer("k", k, 1, 2**31 - 1, "an integer of at least 1")
-    common.check_margin(margin)
-    common.check_integer("seed", seed, -(2**63), 2**64 - 1, "an integer of at most 64 bits")
+        checks.check_same(name, value, "anchors", anchors)
+    checks.check_integer("k", k, 1, 2**31 - 1, "an integer of at least 1")
+    checks.check_margin(margin)
+    checks.check_integer("seed", seed, -(2**63), 2**64 - 1, "an integer of at most 64 bits")
     if temperature is not None:
         smallest = torch.finfo(torch.float32).tiny
         largest = torch.finfo(torch.float32).max
-        common.check_number("temperature", temperature, smallest, largest, "None or a finite number above 0")
+        checks.check_number("temperature", temperature, smallest, largest, "None or a finite number above 0")

@@ -11,15 +11,13 @@ Source: SyncMask (CVPR 2024) names the idea; its formulas are not public, so the
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncmask_fast import _native
-from syncmask_fast.kernels import common
+from syncmask_fast.kernels import checks, library
 
 TOKEN_SCORES = ("peak", "mass", "cls", "output")
 PATCH_SCORES = ("mean", "cls", "weighted", "max")
@@ -52,15 +50,15 @@ def sync_mask_reference(
     Goes over tiles of samples and over heads, so that never more than about a million attention weights (or
     those of one sample and head, where these are more) exist at a time.
     """
-    _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, (*common.FLOATS_AND_DOUBLE,))
+    _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, checks.FLOATS_AND_DOUBLE)
     batch, heads, tokens, width = q.shape
     patches = k.shape[2] - 1
-    dtype = common.reference_dtype(q)
+    dtype = library.reference_dtype(q)
     scale = width**-0.5 if scale is None else scale
     word_score = torch.zeros(batch, tokens, dtype=dtype, device=q.device)
     patch_total = torch.zeros(batch, patches, dtype=dtype, device=q.device)
     tile = max(1, _TILE_ELEMENTS // (tokens * (patches + 1)))
-    with common.autocast_off(q):
+    with library.autocast_off(q):
         for begin in range(0, batch, tile):
             rows = slice(begin, begin + tile)
             for head in range(heads):
@@ -129,90 +127,21 @@ def _highest(score: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
     return torch.zeros_like(eligible, memory_format=torch.contiguous_format).scatter_(1, order, chosen)
 
 
-@torch.library.custom_op("syncmask::sync_mask_reference", mutates_args=())
-def _sync_mask_reference(
-    q: Tensor,
-    k: Tensor,
-    maskable: Tensor,
-    v: Tensor | None,
-    token_ratio: float,
-    patch_ratio: float,
-    token_score: str,
-    patch_score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        sync_mask_reference(
-            q,
-            k,
-            maskable,
-            v=v,
-            token_ratio=token_ratio,
-            patch_ratio=patch_ratio,
-            token_score=token_score,
-            patch_score=patch_score,
-            scale=scale,
-        )
-    )
-
-
-@torch.library.custom_op("syncmask::sync_mask_triton", mutates_args=())
-def _sync_mask_triton(
-    q: Tensor,
-    k: Tensor,
-    maskable: Tensor,
-    v: Tensor | None,
-    token_ratio: float,
-    patch_ratio: float,
-    token_score: str,
-    patch_score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    launcher = importlib.import_module("syncmask_fast.kernels.sync_mask_triton")  # imports this module
-    return launcher.sync_mask_triton(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
-
-
-@torch.library.custom_op("syncmask::sync_mask", mutates_args=())
-def _sync_mask(
-    q: Tensor,
-    k: Tensor,
-    maskable: Tensor,
-    v: Tensor | None,
-    token_ratio: float,
-    patch_ratio: float,
-    token_score: str,
-    patch_score: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # csrc/sync_mask.cpp registers the CPU kernel of this schema; this body runs where there is none.
-    if q.device.type == "cpu":
-        common.warn_slow("sync_mask", _native.status())
-    return _sync_mask_reference(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
-
-
-@_sync_mask.register_kernel("cuda")
-def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
-    op = _sync_mask_triton if common.has_triton(q.device) else _sync_mask_reference
-    if op is _sync_mask_reference:
-        common.warn_slow("sync_mask", common.NO_TRITON)
-    return op(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale)
-
-
-@_sync_mask_reference.register_fake
-@_sync_mask_triton.register_fake
-@_sync_mask.register_fake
-def _(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
+def _fake(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale):
     words, patches = maskable.shape, (k.shape[0], k.shape[2] - 1)
-    dtype = common.reference_dtype(q)
-    return (
-        q.new_empty(words, dtype=torch.bool),
-        q.new_empty(patches, dtype=torch.bool),
-        q.new_empty(words, dtype=dtype),
-        q.new_empty(patches, dtype=dtype),
-    )
+    dtype = library.reference_dtype(q)
+    masks = q.new_empty(words, dtype=torch.bool), q.new_empty(patches, dtype=torch.bool)
+    return *masks, q.new_empty(words, dtype=dtype), q.new_empty(patches, dtype=dtype)
 
 
-_native.load()  # after the schema above, which the kernel belongs to
+OPS = library.define(
+    "sync_mask",
+    "(Tensor q, Tensor k, Tensor maskable, Tensor? v, float token_ratio, float patch_ratio, str token_score, "
+    "str patch_score, float scale) -> (Tensor token_mask, Tensor patch_mask, Tensor token_scores, Tensor patch_scores)",
+    fake=_fake,
+    reference=sync_mask_reference,
+    triton="sync_mask_triton:sync_mask_triton",
+)
 
 
 def sync_mask(
@@ -255,8 +184,8 @@ def sync_mask(
                reference, with one warning, where these are missing.
     source:    own rules for the idea of SyncMask (module docstring).
     """
-    _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, common.FLOATS)
-    op = _op_of(backend, q.device)
+    _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, checks.FLOATS)
+    op = OPS.pick(backend, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     v = None if v is None or token_score != "output" else v.detach()
     ratios = float(token_ratio), float(patch_ratio)
@@ -285,42 +214,30 @@ def attention_summary(
     return sync_mask(q, k, maskable, v=v, **none, **rules, scale=scale, backend=backend)[2:]
 
 
-def _op_of(backend: str, device: torch.device) -> torch.library.CustomOpDef:
-    if backend == "auto":
-        return _sync_mask
-    built = ["reference"]
-    if _native.loaded() and device.type == "cpu":
-        built.append("cpp")
-    if backend != "reference" and common.has_triton(device):
-        built.append("triton")
-    common.check_backend("sync_mask", backend, built, device)
-    return {"reference": _sync_mask_reference, "triton": _sync_mask_triton, "cpp": _sync_mask}[backend]
-
-
 def _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, dtypes) -> None:
-    common.check_tensor("q", q, "B, H, T, D", dtypes)
-    common.check_tensor("k", k, "B, H, 1+P, D", dtypes)
-    common.check_tensor("maskable", maskable, "B, T", (torch.bool,))
+    checks.check_tensor("q", q, "B, H, T, D", dtypes)
+    checks.check_tensor("k", k, "B, H, 1+P, D", dtypes)
+    checks.check_tensor("maskable", maskable, "B, T", (torch.bool,))
     batch, heads, tokens, width = q.shape
     if heads == 0 or tokens == 0 or width == 0:
         raise ValueError(f"q has shape {list(q.shape)}; expected H, T and D of at least 1")
     keys = k.shape[2]
     if keys < 2:
         raise ValueError(f"k has shape {list(k.shape)}; expected at least 2 keys: the image [CLS] and one patch")
-    common.check_shape("k", k, (batch, heads, keys, width), "B, H and D of q")
-    common.check_shape("maskable", maskable, (batch, tokens), "B and T of q")
-    common.check_same("k", k, "q", q, dtype=True)
-    common.check_same("maskable", maskable, "q", q)
-    common.check_choice("token_score", token_score, TOKEN_SCORES)
-    common.check_choice("patch_score", patch_score, PATCH_SCORES)
+    checks.check_shape("k", k, (batch, heads, keys, width), "B, H and D of q")
+    checks.check_shape("maskable", maskable, (batch, tokens), "B and T of q")
+    checks.check_same("k", k, "q", q, dtype=True)
+    checks.check_same("maskable", maskable, "q", q)
+    checks.check_choice("token_score", token_score, TOKEN_SCORES)
+    checks.check_choice("patch_score", patch_score, PATCH_SCORES)
     if v is not None:
-        common.check_tensor("v", v, "B, H, 1+P, D", dtypes)
-        common.check_shape("v", v, k.shape, "the shape of k")
-        common.check_same("v", v, "q", q, dtype=True)
+        checks.check_tensor("v", v, "B, H, 1+P, D", dtypes)
+        checks.check_shape("v", v, k.shape, "the shape of k")
+        checks.check_same("v", v, "q", q, dtype=True)
     elif token_score == "output":
         raise ValueError("v is None; expected the values [B, H, 1+P, D], which token_score='output' needs")
-    common.check_number("token_ratio", token_ratio, 0, 1, "a number from 0 to 1")
-    common.check_number("patch_ratio", patch_ratio, 0, 1, "a number from 0 to 1")
+    checks.check_number("token_ratio", token_ratio, 0, 1, "a number from 0 to 1")
+    checks.check_number("patch_ratio", patch_ratio, 0, 1, "a number from 0 to 1")
     if scale is not None:
         finite = torch.finfo(torch.float32).max
-        common.check_number("scale", scale, -finite, finite, "None or a finite number")
+        checks.check_number("scale", scale, -finite, finite, "None or a finite number")

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import subprocess
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from hypothesis import strategies as st
 
 from syncmask_fast import _native, ops
 from syncmask_fast.kernels import group_semi_hard as module
-
-BACKENDS = ["reference", pytest.param("cpp", marks=pytest.mark.skipif(not _native.loaded(), reason=_native.status()))]
 
 
 def oracle(image_feats, text_feats, ids, batch_size=1, margin=0.0, start=0, search_space=None):
@@ -54,8 +51,7 @@ def draw_integers(n, d, generator, products=None):
 
 # n and D: all ones; odd; primes; around the kernel's 16 and 32 lanes.
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 15), (31, 16), (37, 17), (64, 31), (65, 33), (90, 100)])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_oracle(shape, backend, generator):
+def test_matches_reference(shape, backend, generator):
     for margin, batch_size, search_space in ((0.0, 1, None), (0.1, 8, None), (0.05, 5, 13)):
         args = draw(*shape, generator)
         options = dict(batch_size=batch_size, margin=margin, search_space=search_space)
@@ -67,7 +63,6 @@ def test_matches_oracle(shape, backend, generator):
 @pytest.mark.parametrize("margin", [0.0, 2.0, -3.0, math.inf, -math.inf])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 @pytest.mark.parametrize("search_space", [None, 1, 16, 1000])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
     args = draw_integers(45, 5, generator)
     start = 0 if search_space == 1 else 11
@@ -75,12 +70,11 @@ def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
     assert ops.group_semi_hard(*args, **options, backend=backend).tolist() == oracle(*args, **options)
 
 
-# 2 neighbours: most lists run dry; 5: some do; 128: none does. n: up to a panel of 48 items, and above 48 * 2 items, where bounds are
+# 2 neighbors: most lists run dry; 5: some do; 128: none does. n: up to a panel of 48 items, and above 48 * 2 items, where bounds are
 # sampled first. Few products: most of a list is not allowed.
-@pytest.mark.skipif(not _native.loaded(), reason=_native.status())
 @pytest.mark.parametrize("n", [1, 2, 47, 48, 49, 95, 300])
-@pytest.mark.parametrize("neighbours", [0, 2, 5, 128])
-def test_dry_lists(n, neighbours, generator):
+@pytest.mark.parametrize("neighbors", [0, 2, 5, 128])
+def test_dry_lists(n, neighbors, isa, generator):
     for products, margin, search_space in (
         (n, 0.0, None),
         (n // 4 + 1, 0.3, None),
@@ -90,21 +84,21 @@ def test_dry_lists(n, neighbours, generator):
         options = dict(batch_size=8, margin=margin, search_space=search_space)
         for images, texts, ids in (draw(n, 16, generator, products), draw_integers(n, 4, generator, products)):
             expected = ops.group_semi_hard_reference(images.double(), texts.double(), ids, **options)
-            assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbours).equal(
+            assert torch.ops.syncmask.group_semi_hard(images, texts, ids, 8, margin, 0, search_space, neighbors).equal(
                 expected
             )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not _native.loaded_cuda() or not torch.cuda.is_available(),
+    not _native.is_cuda_loaded() or not torch.cuda.is_available(),
     reason="needs a CUDA device and csrc/group_semi_hard.cu built",
 )
 @pytest.mark.parametrize(
     ("n", "d"), [(1, 4), (2, 3), (33, 5), (300, 16), (3000, 30)]
 )  # D in fours and not; one block and several
-@pytest.mark.parametrize("neighbours", [0, 2, 40])  # 2: most lists run dry; 40: more than a warp reads at a time
-def test_cuda(n, d, neighbours, generator):
+@pytest.mark.parametrize("neighbors", [0, 2, 40])  # 2: most lists run dry; 40: more than a warp reads at a time
+def test_cuda(n, d, neighbors, generator):
     for products, margin, search_space in (
         (n, 0.0, None),
         (n // 4 + 1, 0.3, None),
@@ -115,7 +109,7 @@ def test_cuda(n, d, neighbours, generator):
         for args in (draw(n, d, generator, products), draw_integers(n, d, generator, products)):
             expected = ops.group_semi_hard(*args, **options)
             on_gpu = [x.cuda() for x in args]
-            order = torch.ops.syncmask.group_semi_hard(*on_gpu, 8, margin, 0, search_space, neighbours)
+            order = torch.ops.syncmask.group_semi_hard(*on_gpu, 8, margin, 0, search_space, neighbors)
             assert order.is_cuda
             assert order.tolist() == expected.tolist()
     assert ops.group_semi_hard(*on_gpu, **options, backend="cpp").equal(order)
@@ -146,16 +140,16 @@ def steps_of_the_cuda_kernel(
     state.copy_(torch.tensor([position, place]))
 
 
-@pytest.mark.parametrize("neighbours", [1, 4, 64])
-def test_lists_and_steps_on_cuda(neighbours, generator):
+@pytest.mark.parametrize("neighbors", [1, 4, 64])
+def test_lists_and_steps_on_cuda(neighbors, generator):
     """The loop that makes the lists, around a stand-in for the kernel."""
     library = torch.library.Library("syncmask", "IMPL")
-    library.impl("_walk", steps_of_the_cuda_kernel, "CPU")
+    library.impl("_group_walk", steps_of_the_cuda_kernel, "CPU")
     for products, margin, start in ((70, 0.0, 0), (20, 0.3, 69), (3, -math.inf, 5), (1, math.inf, 0)):
         for images, texts, ids in (draw(70, 8, generator, products), draw_integers(70, 8, generator, products)):
             codes = torch.unique(ids, return_inverse=True)[1]
             expected = oracle(images, texts, ids, 8, margin, start)
-            assert module._walk_cuda(images, texts, codes, 8, margin, start, neighbours).tolist() == expected
+            assert module._walk_cuda(images, texts, codes, 8, margin, start, neighbors).tolist() == expected
     library._destroy()
 
 
@@ -189,7 +183,6 @@ def test_compiles_for_cuda(tmp_path):
     print(run.stderr)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_and_strides(backend, generator):
     args = draw_integers(40, 6, generator)
     expected = ops.group_semi_hard(*args, batch_size=4, backend=backend)
@@ -202,7 +195,6 @@ def test_dtypes_and_strides(backend, generator):
     assert ops.group_semi_hard(same, same, torch.arange(40), backend=backend).tolist() == list(range(40))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_alternates_and_returns_to_every_level(backend):
     # Image 0 is near text 2, text 2 near image 1: image -> text, then text -> image.
     images = torch.tensor([[1.0, 0, 0], [0, 0.9, 0.1], [0.5, 0, 0], [0, 0, 1]])
@@ -219,7 +211,6 @@ def test_alternates_and_returns_to_every_level(backend):
     assert ops.group_semi_hard(images, texts, distinct, margin=100.0, backend=backend).tolist() == [0, 2, 1, 3]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_threshold_is_strict(backend):
     images = torch.tensor([[4.0], [1.0], [1.0]])
     texts = torch.tensor([[1.0], [0.75], [0.5]])  # own pair of item 0: 4; item 1: 3; item 2: 2
@@ -228,7 +219,6 @@ def test_threshold_is_strict(backend):
     assert ops.group_semi_hard(images, texts, ids, margin=0.9, backend=backend).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_not_finite_is_still_a_permutation(bad, backend, generator):
     images, texts, ids = draw(30, 8, generator)
@@ -237,7 +227,6 @@ def test_not_finite_is_still_a_permutation(bad, backend, generator):
     assert sorted(order.tolist()) == list(range(30))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
     feats, ids = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     assert ops.group_semi_hard(feats, feats, ids, search_space=3, backend=backend).shape == (0,)
@@ -265,12 +254,14 @@ def walks(sample):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(walks())
 def test_properties(walk):
-    (images, texts, ids), options, neighbours = walk
+    (images, texts, ids), options, neighbors = walk
     n, run = len(ids), options["search_space"] or len(ids)
     orders = [ops.group_semi_hard(images, texts, ids, **options, backend="reference")]
-    if _native.loaded():
+    for isa in _native.isas():
+        _native.set_isa(isa)
         orders.append(ops.group_semi_hard(images, texts, ids, **options, backend="cpp"))
-        orders.append(torch.ops.syncmask.group_semi_hard(images, texts, ids, *options.values(), neighbours))
+        orders.append(torch.ops.syncmask.group_semi_hard(images, texts, ids, *options.values(), neighbors))
+    _native.set_isa(None)
     for order in orders:
         assert sorted(order.tolist()) == list(range(n))
         assert order[0] == options["start"]
@@ -286,8 +277,7 @@ def test_properties(walk):
     assert all(order.equal(orders[0]) for order in orders)
 
 
-@pytest.mark.skipif(not _native.loaded(), reason=_native.status())
-def test_threads_do_not_show(generator):
+def test_threads_do_not_show(isa, generator):
     args = draw_integers(400, 8192, generator)  # enough work per step for three threads
     threads = torch.get_num_threads()
     try:
@@ -338,20 +328,6 @@ def test_errors(change, names):
         ops.group_semi_hard(**(good() | change))
     for name in names:
         assert name in str(caught.value)
-
-
-def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(_native, "_path", None)
-    monkeypatch.setattr(_native, "_problem", "the C++ extension is not built")
-    with pytest.raises(ValueError, match=r"backend is 'cpp', but the C\+\+ extension is not built; .*make install"):
-        ops.group_semi_hard(**good(), backend="cpp")
-    monkeypatch.setattr(module, "_warned", False)
-    args = (*good().values(), 1, 0.0, 0, None)
-    with pytest.warns(UserWarning, match="not built.*make install"):
-        first = module._group_semi_hard._init_fn(*args)  # the body that the C++ kernel otherwise shadows
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
-        assert module._group_semi_hard._init_fn(*args).equal(first)
 
 
 @pytest.mark.parametrize("name", ["group_semi_hard", "group_semi_hard_reference"])

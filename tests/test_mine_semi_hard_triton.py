@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from syncmask_fast import ops
-from syncmask_fast.kernels import common
+from syncmask_fast.kernels import library
 from syncmask_fast.kernels import mine_semi_hard_triton as launcher
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +59,7 @@ def same(got, expected):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_truth(shape, dtype, generator):
+def test_matches_reference(shape, dtype, generator):
     args = draw(shape, generator, dtype)
     for k, temperature in ((1, None), (5, 0.3)) if dtype == torch.float16 else ((5, None), (1, 0.3)):
         options = {"k": k, "margin": 0.02, "temperature": temperature, "seed": 11}
@@ -68,6 +68,18 @@ def test_matches_truth(shape, dtype, generator):
         assert (index.dtype, score.dtype) == (torch.int64, torch.float32)
         torch.testing.assert_close(score, truth_score.float(), rtol=1e-5, atol=1e-6)
         assert index.equal(truth_index)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "temperature"), [(torch.float32, 5, None), (torch.bfloat16, 130, None), (torch.float16, 5, 0.3)]
+)
+def test_small(dtype, width, temperature, generator):
+    """Each kernel once, the anchors read in pieces and whole: the fast suite runs this under the interpreter."""
+    args, options = draw((9, 12, width), generator, dtype), {"k": 2, "temperature": temperature, "seed": 11}
+    index, score = run(*args, **options)
+    truth_index, truth_score = truth(args, **options)
+    torch.testing.assert_close(score, truth_score.float(), rtol=1e-5, atol=1e-6)
+    assert index.equal(truth_index)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +97,16 @@ def test_shares_do_not_show(k, temperature, generator, monkeypatch):
     anchors, candidates, anchor_ids, candidate_ids, positive = draw_integers(20, 75, generator)
     args = anchors, candidates.repeat(2, 1), anchor_ids, candidate_ids.repeat(2), positive
     for processors in (0, 1, 1000):
-        monkeypatch.setattr(common, "processors", lambda device, count=processors: count)
+        monkeypatch.setattr(library, "num_sms", lambda device, count=processors: count)
         same(run(*args, k=k, temperature=temperature), truth(args, k=k, temperature=temperature))
 
 
-def test_shares_of():
-    assert launcher.shares_of(512, 1024, 16, 132) == 1
-    assert launcher.shares_of(1, 1, 1, 132) == 1
-    assert launcher.shares_of(1, 1024, 64, 132) == 16  # no more than the second kernel can put in order
+def test_candidate_splits():
+    assert launcher.candidate_splits(512, 1024, 16, 132) == 1
+    assert launcher.candidate_splits(1, 1, 1, 132) == 1
+    assert launcher.candidate_splits(1, 1024, 64, 132) == 16  # no more than the second kernel can put in order
     for blocks, tiles in ((1, 7), (3, 1000), (100, 100)):
-        shares = launcher.shares_of(blocks, tiles, 16, 132)
+        shares = launcher.candidate_splits(blocks, tiles, 16, 132)
         assert (shares - 1) * -(-tiles // shares) < tiles  # none is without a tile
 
 
@@ -175,7 +187,7 @@ def test_draws_follow_the_distribution():
     ].sum() < 31.3  # 0.1 % point of chi-squared with 11 degrees of freedom
 
 
-def test_operator(generator):
+def test_opcheck(generator):
     args = draw((9, 12, 4), generator)
     torch.library.opcheck(torch.ops.syncmask.mine_semi_hard_triton, (*args, 2, 0.1, 0.3, 3))
 

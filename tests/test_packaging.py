@@ -128,8 +128,8 @@ def test_importing_the_package_is_lighter_still():
 
 @pytest.mark.skipif(_native.find() is None, reason="the C++ extension is not built")
 def test_a_built_extension_loads():
-    assert _native.load() == _native.find(), _native.status()
-    assert _native.stamp().startswith("csrc ")
+    assert _native.load() == _native.find(), _native.describe()
+    assert _native.build_info().startswith("csrc ")
 
 
 @pytest.mark.parametrize("library", [_native.LIBRARY, _native.CUDA_LIBRARY])

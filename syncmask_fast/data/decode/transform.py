@@ -110,8 +110,8 @@ class JpegDecoder:
 
 def why_cpp_unavailable() -> str | None:
     """Why the native way cannot be used here and how to get it, or None if it can."""
-    if not _native.loaded():
-        return _native.status()
+    if not _native.is_loaded():
+        return _native.describe()
     try:
         import simplejpeg  # noqa: F401
     except Exception as error:  # a build for another numpy raises ValueError, not ImportError

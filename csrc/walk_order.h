@@ -1,8 +1,8 @@
 // The order in which the walk of group_semi_hard prefers items, as integers; for C++ and CUDA.
 //
 // With `ordered` a monotone map of floats to 32-bit integers, key = ordered(similarity) - ordered(threshold) as an
-// unsigned integer, which wraps, is above all others for near misses (similarity < threshold) and rises with the
-// similarity on either side: the first two levels of the walk in one comparison. Ties go to the lowest place.
+// unsigned integer wraps: it is above all others for near misses (similarity < threshold), and rises with the
+// similarity on either side. So one comparison covers the first two levels of the walk. Ties go to the lowest place.
 
 #pragma once
 
@@ -33,7 +33,7 @@ SYNCMASK_HOST_DEVICE inline uint32_t key_of(int32_t similarity, int32_t threshol
   return static_cast<uint32_t>(similarity) - static_cast<uint32_t>(threshold);
 }
 
-// A threshold below all: keys then follow the similarity alone.
+// A threshold below all: keys then follow the similarity only.
 constexpr int32_t kNoThreshold = INT32_MIN;
 
 // Higher is better; never 0. place: below 2^31.

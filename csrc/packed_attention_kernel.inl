@@ -5,34 +5,17 @@
 // Everything is a product a . b of one shape: scalars of `a` (any strides, so that a transposed one costs nothing) times
 // vectors along the rows of `b`, which are padded with zeros to whole vectors.
 
-#include "lanes.h"
+#include "simd.h"
 
-constexpr int kTileVectors = SYNCMASK_VECTORS;
-constexpr int kTileRows = SYNCMASK_ROWS;
+constexpr int kVectors = kLanes == 16 ? 4 : 2, kRows = 6;  // of a tile of a product, whose sums fit the registers
 
 INLINE int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-// `a` of a product: element (i, t) is data[i * row + t * term].
-struct Factor {
-  const float* data;
-  int64_t row, term;
-};
 
 // to[i][c] (= or +=) sum over t < terms of a(i, t) * b[t][c], for R rows and V vectors of columns.
 template <int R, int V>
 __attribute__((noinline)) void tile(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride) {
-  Lanes sum[R][V] = {};
-  for (int64_t t = 0; t < terms; ++t) {
-    Lanes x[V];
-#pragma GCC unroll 32
-    for (int v = 0; v < V; ++v) x[v] = load(b + t * b_stride + v * kLanes);
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i) {
-      const float y = a.data[i * a.row + t * a.term];
-#pragma GCC unroll 32
-      for (int v = 0; v < V; ++v) sum[i][v] += x[v] * y;
-    }
-  }
+  Lanes sum[R][V];
+  multiply<R, V>(a, b, b_stride, terms, sum);
 #pragma GCC unroll 32
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 32
@@ -58,7 +41,7 @@ template <int V>
 INLINE void tile_columns(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride, int64_t rows,
                          int64_t vectors) {
   for (; vectors >= V; vectors -= V) {
-    tile_rows<kTileRows, V>(a, b, b_stride, terms, add, to, to_stride, rows);
+    tile_rows<kRows, V>(a, b, b_stride, terms, add, to, to_stride, rows);
     b += V * kLanes;
     to += V * kLanes;
   }
@@ -67,7 +50,7 @@ INLINE void tile_columns(Factor a, const float* b, int64_t b_stride, int64_t ter
 
 // to [rows, columns] (= or +=) a [rows, terms] . b [terms, columns]; columns: a multiple of kLanes.
 void product(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  tile_columns<kTileVectors>(a, b, b_stride, terms, add, to, to_stride, rows, columns / kLanes);
+  tile_columns<kVectors>(a, b, b_stride, terms, add, to, to_stride, rows, columns / kLanes);
 }
 
 template <typename T>
@@ -142,7 +125,7 @@ INLINE float highest_of(Lanes x) {
 }
 
 // Keys or values of a block, as rows and transposed; rows has padded(count) rows.
-INLINE void read_keys(const Matrix& from, Floats& rows, Floats* transposed) {
+INLINE void read_keys(const Matrix& from, AlignedBuffer<float>& rows, AlignedBuffer<float>* transposed) {
   const int64_t width = padded(from.columns), count = padded(from.rows);
   rows.resize(count * width);
   read_padded(from, 0, from.rows, rows.data(), width);
@@ -169,22 +152,22 @@ INLINE float softmax_row(float* scores, int64_t keys, float scale, float* top) {
   return sum_of(sum);
 }
 
-void attend(const Block& block, Scratch& scratch, const Output& out, float* log_sums) {
-  const int64_t keys = block.k.rows, columns = block.q.columns, width = padded(columns), row = padded(keys);
-  read_keys(block.k, scratch.rows, &scratch.keys);
-  read_keys(block.v, scratch.rows, nullptr);
+void attend(const Task& task, Scratch& scratch, const Output& out, float* log_sums) {
+  const int64_t keys = task.k.rows, columns = task.q.columns, width = padded(columns), row = padded(keys);
+  read_keys(task.k, scratch.rows, &scratch.keys);
+  read_keys(task.v, scratch.rows, nullptr);
   scratch.queries.resize(kChunk * width);
   scratch.scores.resize(kChunk * row);
   scratch.outputs.resize(kChunk * width);
   float *queries = scratch.queries.data(), *scores = scratch.scores.data(), *outputs = scratch.outputs.data();
   if (keys == 0) std::fill_n(outputs, kChunk * width, 0.0f);
-  for (int64_t first = 0; first < block.q.rows; first += kChunk) {
-    const int64_t count = std::min(kChunk, block.q.rows - first);
+  for (int64_t first = 0; first < task.q.rows; first += kChunk) {
+    const int64_t count = std::min(kChunk, task.q.rows - first);
     if (keys > 0) {
-      read_padded(block.q, first, count, queries, width);
+      read_padded(task.q, first, count, queries, width);
       product({queries, width, 1}, scratch.keys.data(), row, columns, false, scores, row, count, row);
       float sums[kChunk];
-      for (int64_t i = 0; i < count; ++i) sums[i] = softmax_row(scores + i * row, keys, block.scale, log_sums + first + i);
+      for (int64_t i = 0; i < count; ++i) sums[i] = softmax_row(scores + i * row, keys, task.scale, log_sums + first + i);
       product({scores, row, 1}, scratch.rows.data(), width, keys, false, outputs, width, count, width);
       for (int64_t i = 0; i < count; ++i) {
         const float share = 1 / sums[i];
@@ -198,22 +181,22 @@ void attend(const Block& block, Scratch& scratch, const Output& out, float* log_
   }
 }
 
-void attend_backward(const Block& block, const Matrix& grad, const Matrix& out, const float* log_sums, Scratch& scratch, const Output& grad_q,
+void attend_backward(const Task& task, const Matrix& grad, const Matrix& out, const float* log_sums, Scratch& scratch, const Output& grad_q,
                      const Output& grad_k, const Output& grad_v) {
-  const int64_t keys = block.k.rows, columns = block.q.columns, width = padded(columns), row = padded(keys);
-  read_keys(block.v, scratch.rows, &scratch.values);
-  read_keys(block.k, scratch.rows, &scratch.keys);
-  for (Floats* floats : {&scratch.queries, &scratch.outputs, &scratch.grads}) floats->resize(kChunk * width);
-  for (Floats* floats : {&scratch.scores, &scratch.grad_scores}) floats->resize(kChunk * row);
-  for (Floats* floats : {&scratch.grad_keys, &scratch.grad_values}) {
+  const int64_t keys = task.k.rows, columns = task.q.columns, width = padded(columns), row = padded(keys);
+  read_keys(task.v, scratch.rows, &scratch.values);
+  read_keys(task.k, scratch.rows, &scratch.keys);
+  for (AlignedBuffer<float>* floats : {&scratch.queries, &scratch.outputs, &scratch.grads}) floats->resize(kChunk * width);
+  for (AlignedBuffer<float>* floats : {&scratch.scores, &scratch.grad_scores}) floats->resize(kChunk * row);
+  for (AlignedBuffer<float>* floats : {&scratch.grad_keys, &scratch.grad_values}) {
     floats->resize(row * width);
     std::fill_n(floats->data(), row * width, 0.0f);
   }
   float *queries = scratch.queries.data(), *outputs = scratch.outputs.data(), *grads = scratch.grads.data();
   float *weights = scratch.scores.data(), *grad_scores = scratch.grad_scores.data();
-  for (int64_t first = 0; first < block.q.rows; first += kChunk) {
-    const int64_t count = std::min(kChunk, block.q.rows - first);
-    read_padded(block.q, first, count, queries, width);
+  for (int64_t first = 0; first < task.q.rows; first += kChunk) {
+    const int64_t count = std::min(kChunk, task.q.rows - first);
+    read_padded(task.q, first, count, queries, width);
     read_padded(out, first, count, outputs, width);
     read_padded(grad, first, count, grads, width);
     product({queries, width, 1}, scratch.keys.data(), row, columns, false, weights, row, count, row);
@@ -225,9 +208,9 @@ void attend_backward(const Block& block, const Matrix& grad, const Matrix& out, 
       float *weight = weights + i * row, *grad_score = grad_scores + i * row;
       std::fill(weight + keys, weight + row, -std::numeric_limits<float>::max());
       for (int64_t j = 0; j < row; j += kLanes) {
-        const Lanes x = exp_of_negative(load(weight + j) * block.scale - log_sum);
+        const Lanes x = exp_of_negative(load(weight + j) * task.scale - log_sum);
         store(weight + j, x);
-        store(grad_score + j, x * (load(grad_score + j) - mean) * block.scale);
+        store(grad_score + j, x * (load(grad_score + j) - mean) * task.scale);
       }
     }
     product({weights, 1, row}, grads, width, count, true, scratch.grad_values.data(), width, keys, width);
@@ -239,7 +222,4 @@ void attend_backward(const Block& block, const Matrix& grad, const Matrix& out, 
   write_rows(scratch.grad_values.data(), width, grad_v, 0, keys);
 }
 
-#undef INLINE
-#undef SYNCMASK_LANES
-#undef SYNCMASK_VECTORS
-#undef SYNCMASK_ROWS
+const Kernels kernels{attend, attend_backward};

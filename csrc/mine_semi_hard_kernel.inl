@@ -3,11 +3,9 @@
 // in a vector, anchors and vectors of candidates in a tile. The sums of a tile and what they are made of fit the
 // registers; lane l of vector t is candidate t * kLanes + l of the tile.
 
-#include "lanes.h"
+#include "simd.h"
 
-typedef uint32_t Words __attribute__((vector_size(4 * SYNCMASK_LANES)));
-constexpr int kRows = SYNCMASK_ROWS;
-constexpr int kVectors = SYNCMASK_VECTORS;
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4, kVectors = 2;  // of a tile, whose sums fit the registers
 constexpr int kWidth = kVectors * kLanes;
 
 // Panels of `size` rows, to[panel][c][row]; the last one is filled up with its last row. A panel is whole vectors wide
@@ -30,14 +28,7 @@ INLINE uint64_t passing(Lanes rank, Lanes floor, Lanes score, Lanes limit) {
 #if SYNCMASK_LANES == 16
   return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(score, limit, _CMP_LT_OQ), rank, floor, _CMP_NLE_UQ);
 #else
-  const Ints mask = ~(rank <= floor) & (score < limit);
-#if SYNCMASK_LANES == 8
-  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint64_t>(mask[l] & 1) << l;
-  return bits;
-#endif
+  return bits_of(~(rank <= floor) & (score < limit));
 #endif
 }
 
@@ -64,20 +55,11 @@ INLINE Lanes noise_bound(Words hash) {
 template <bool kDraws>
 __attribute__((noinline)) void multiply_and_sieve(const Block& block, const float* a, const float* b, int64_t row, int64_t candidate,
                                                   float* tile, uint64_t* passed) {
-  const int64_t columns = block.query.anchors.columns;
-  Lanes sum[kRows][kVectors] = {};
-  for (int64_t c = 0; c < columns; ++c, a += kRows, b += kWidth) {
-    Lanes x[kVectors];
-#pragma GCC unroll 32
-    for (int t = 0; t < kVectors; ++t) x[t] = load(b + t * kLanes);
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
-      for (int t = 0; t < kVectors; ++t) sum[r][t] += x[t] * a[r];
-    }
-  }
+  const int64_t columns = block.args.anchors.columns;
+  Lanes sum[kRows][kVectors];
+  multiply<kRows, kVectors>({a, 1, kRows}, b, kWidth, columns, sum);
   const float *floors = block.floor.data() + row, *limits = block.limit.data() + row;
-  const float scale = block.query.inverse_temperature;
+  const float scale = block.args.inverse_temperature;
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
     const Lanes floor = floors[r] - Lanes{}, limit = limits[r] - Lanes{};
@@ -114,7 +96,7 @@ void insert(Block& block, int64_t row, float rank, float score, int32_t index) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   float* ranks = block.ranks_of(row);
   const float values[] = {rank, score, bits_to_float(index)};
-  for (int64_t i = (block.query.k - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {
+  for (int64_t i = (block.args.k - 1) / kLanes * kLanes; i >= 0; i -= kLanes) {
     const Lanes own = load(ranks + i), before = i == 0 ? Lanes{} + __builtin_inff() : load(ranks + i - kLanes);
     const Ints stays = own >= rank, moves = shift(before, own, lanes) < rank;
     float* to = ranks + i;
@@ -130,16 +112,16 @@ void insert(Block& block, int64_t row, float rank, float score, int32_t index) {
 // Inserts those pairs of a row of a tile that are among the best of their anchor so far, and raises its floor.
 template <bool kDraws>
 __attribute__((noinline)) void offer(Block& block, int64_t row, int64_t first_candidate, uint64_t passed, const float* scores) {
-  const Query& query = block.query;
-  const int64_t anchor_id = query.anchor_ids[block.first + row];
-  const float* worst = block.ranks_of(row) + query.k - 1;
+  const Args& args = block.args;
+  const int64_t anchor_id = args.anchor_ids[block.first + row];
+  const float* worst = block.ranks_of(row) + args.k - 1;
   for (; passed != 0; passed &= passed - 1) {
     const int lane = __builtin_ctzll(passed);
     const int64_t candidate = first_candidate + lane, index = block.run + candidate;
     float rank = scores[lane];
-    if (kDraws) rank = rank / query.temperature + noise(mix(block.row_key[row] + block.column_key[candidate]));
+    if (kDraws) rank = rank / args.temperature + noise(mix(block.row_key[row] + block.column_key[candidate]));
     rank = rank > kLowest ? rank : kLowest;  // above -inf, which stands for no winner
-    if (rank > *worst && query.candidate_ids[index] != anchor_id) insert(block, row, rank, scores[lane], index);
+    if (rank > *worst && args.candidate_ids[index] != anchor_id) insert(block, row, rank, scores[lane], index);
   }
   if (*worst >= kLowest) block.floor[row] = kDraws ? *worst - __builtin_fabsf(*worst) * 0x1p-19f - 1e-4f : *worst;
 }
@@ -147,7 +129,7 @@ __attribute__((noinline)) void offer(Block& block, int64_t row, int64_t first_ca
 // All pairs of the packed anchors with `count` packed candidates.
 template <bool kDraws>
 INLINE void search_tiles(Block& block, const float* candidates, int64_t count) {
-  const int64_t columns = block.query.anchors.columns;
+  const int64_t columns = block.args.anchors.columns;
   alignas(64) float tile[kRows * kWidth];
   uint64_t passed[kRows];
   for (int64_t i = 0; i < block.count; i += kRows) {
@@ -162,14 +144,11 @@ INLINE void search_tiles(Block& block, const float* candidates, int64_t count) {
 }
 
 void search(Block& block, const float* candidates, int64_t count) {
-  if (block.query.draws) {
+  if (block.args.draws) {
     search_tiles<true>(block, candidates, count);
   } else {
     search_tiles<false>(block, candidates, count);
   }
 }
 
-#undef INLINE
-#undef SYNCMASK_LANES
-#undef SYNCMASK_ROWS
-#undef SYNCMASK_VECTORS
+const Kernels kernels{pack, search, insert, kRows, kWidth, kLanes};

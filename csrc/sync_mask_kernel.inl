@@ -2,14 +2,14 @@
 // instruction set by sync_mask.cpp (so no include guard), which defines SYNCMASK_LANES, SYNCMASK_VECTORS and
 // SYNCMASK_SUMS: floats in a vector, vectors of words in a part, and sums that fit the registers beside them.
 //
-// Vectors run over words: lane l of vector t is word t * kLanes + l of the part. So the softmax over keys needs
+// Vectors run over words: lane l of vector t is word t * kLanes + l of the task. So the softmax over keys needs
 // nothing across lanes, keys are read where they lie, and only queries are transposed. A part with fewer words
 // repeats the last one (its weight in patch scores is 0), which cannot make a number of NaN or a NaN of a number.
 
-#include "lanes.h"
+#include "simd.h"
 
-constexpr int kVectors = SYNCMASK_VECTORS;
-constexpr int kSums = SYNCMASK_SUMS;
+constexpr int kVectors = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;  // of words in a task
+constexpr int kSums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 8;    // that fit the registers
 
 // Lane i of the result: the sum or the maximum over the lanes of x[i], in one tree for every i.
 template <bool kMaximum>
@@ -28,36 +28,26 @@ INLINE Lanes reduce(Lanes (&x)[kLanes]) {
 
 // to[c][l] = element c of the query of word l.
 template <int V>
-INLINE void pack_queries(const Part& part, Scratch& scratch) {
+INLINE void pack_queries(const Task& task, Scratch& scratch) {
   for (int group = 0; group < V; ++group) {
     const float* query[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int64_t i = group * kLanes + l;
-      const int64_t word = part.words[i < part.count ? i : part.count - 1];
-      query[l] = read_rows(part.q, word, 1, scratch.rows.data() + l * part.q.columns).data;
+      const int64_t word = task.words[i < task.count ? i : task.count - 1];
+      query[l] = read_rows(task.q, word, 1, scratch.rows.data() + l * task.q.columns).data;
     }
     float* to = scratch.queries.data() + group * kLanes;
-    interleave_rows(query, part.q.columns, V * kLanes, to);
+    interleave_rows(query, task.q.columns, V * kLanes, to);
   }
 }
 
-// to[i][w] = scale * sum over r < terms of a[i * a_row + r * a_term] * b[r][w] for kRows rows i and V vectors of
+// to[i][w] = scale * sum over r < terms of a(i, r) * b[r][w] for kRows rows i and V vectors of
 // words w; raises top[w] to the maximum of those.
 template <int kRows, int V>
-__attribute__((noinline)) void product(const float* a, int64_t a_row, int64_t a_term, const float* b, int64_t terms, float scale,
+__attribute__((noinline)) void product(Factor a, const float* b, int64_t terms, float scale,
                                        float* to, Lanes* top) {
-  Lanes sum[kRows][V] = {};
-  for (int64_t r = 0; r < terms; ++r) {
-    Lanes x[V];
-#pragma GCC unroll 32
-    for (int t = 0; t < V; ++t) x[t] = load(b + (r * V + t) * kLanes);
-#pragma GCC unroll 32
-    for (int i = 0; i < kRows; ++i) {
-      const float y = a[i * a_row + r * a_term];
-#pragma GCC unroll 32
-      for (int t = 0; t < V; ++t) sum[i][t] += x[t] * y;
-    }
-  }
+  Lanes sum[kRows][V];
+  multiply<kRows, V>(a, b, V * kLanes, terms, sum);
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 32
@@ -71,24 +61,24 @@ __attribute__((noinline)) void product(const float* a, int64_t a_row, int64_t a_
 
 // Logits of keys from `key` on: kRows at a time, then the rest with fewer.
 template <int kRows, int V>
-INLINE void logits(const Part& part, Scratch& scratch, int64_t key, Lanes* top) {
-  for (; key + kRows <= part.k.rows; key += kRows) {
-    const Rows keys = read_rows(part.k, key, kRows, scratch.rows.data());
+INLINE void logits(const Task& task, Scratch& scratch, int64_t key, Lanes* top) {
+  for (; key + kRows <= task.k.rows; key += kRows) {
+    const Rows keys = read_rows(task.k, key, kRows, scratch.rows.data());
     float* to = scratch.weights.data() + key * V * kLanes;
-    product<kRows, V>(keys.data, keys.stride, 1, scratch.queries.data(), part.k.columns, part.scale, to, top);
+    product<kRows, V>({keys.data, keys.stride, 1}, scratch.queries.data(), task.k.columns, task.scale, to, top);
   }
-  if constexpr (kRows > 1) logits<kRows / 2, V>(part, scratch, key, top);
+  if constexpr (kRows > 1) logits<kRows / 2, V>(task, scratch, key, top);
 }
 
 // outputs[c][w] = sum over keys j of weight[j][w] * v[j][c].
 template <int kRows, int V>
-INLINE void outputs(const Rows& values, const Part& part, Scratch& scratch, int64_t column) {
-  for (; column + kRows <= part.v.columns; column += kRows) {
+INLINE void outputs(const Rows& values, const Task& task, Scratch& scratch, int64_t column) {
+  for (; column + kRows <= task.v.columns; column += kRows) {
     Lanes unused[V] = {};
     float* to = scratch.outputs.data() + column * V * kLanes;
-    product<kRows, V>(values.data + column, 1, values.stride, scratch.weights.data(), part.v.rows, 1.0f, to, unused);
+    product<kRows, V>({values.data + column, 1, values.stride}, scratch.weights.data(), task.v.rows, 1.0f, to, unused);
   }
-  if constexpr (kRows > 1) outputs<kRows / 2, V>(values, part, scratch, column);
+  if constexpr (kRows > 1) outputs<kRows / 2, V>(values, task, scratch, column);
 }
 
 // Turns the logits of a key into exp(logit - top); adds them to sum, raises peak to them.
@@ -105,12 +95,12 @@ INLINE void exponentials_of(float* logits, const Lanes* top, Lanes* sum, Lanes* 
 
 // Of all keys; sum over all, peak over patches.
 template <int V>
-INLINE void exponentials(const Part& part, Scratch& scratch, const Lanes* top, Lanes* sum, Lanes* peak) {
+INLINE void exponentials(const Task& task, Scratch& scratch, const Lanes* top, Lanes* sum, Lanes* peak) {
   float* weights = scratch.weights.data();
   Lanes of_cls[V] = {};
   exponentials_of<V>(weights, top, sum, of_cls);
-  for (int64_t begin = 1; begin < part.k.rows; begin += kLanes) {  // in blocks: long sums lose digits
-    const int64_t end = begin + kLanes < part.k.rows ? begin + kLanes : part.k.rows;
+  for (int64_t begin = 1; begin < task.k.rows; begin += kLanes) {  // in blocks: long sums lose digits
+    const int64_t end = begin + kLanes < task.k.rows ? begin + kLanes : task.k.rows;
     Lanes block[V] = {};
     for (int64_t key = begin; key < end; ++key) exponentials_of<V>(weights + key * V * kLanes, top, block, peak);
 #pragma GCC unroll 32
@@ -120,8 +110,8 @@ INLINE void exponentials(const Part& part, Scratch& scratch, const Lanes* top, L
 
 // patch[j] = the sum or the maximum over words w of weight[1 + j][w] * share[w]; writes whole vectors.
 template <bool kMaximum, int V>
-INLINE void over_words(const Part& part, Scratch& scratch, const Lanes* share, float* patch) {
-  for (int64_t key = 1; key < part.k.rows; key += kLanes) {
+INLINE void over_words(const Task& task, Scratch& scratch, const Lanes* share, float* patch) {
+  for (int64_t key = 1; key < task.k.rows; key += kLanes) {
     Lanes x[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
@@ -138,19 +128,19 @@ INLINE void over_words(const Part& part, Scratch& scratch, const Lanes* share, f
 }
 
 template <int V>
-void run(const Part& part, Scratch& scratch, float* token, float* patch) {
+void run(const Task& task, Scratch& scratch, float* token, float* patch) {
   constexpr float kInfinity = __builtin_inff();
   Lanes top[V], sum[V] = {}, peak[V] = {}, share[V];
   for (int t = 0; t < V; ++t) top[t] = Lanes{} - kInfinity;
-  pack_queries<V>(part, scratch);
-  logits<kSums / V, V>(part, scratch, 0, top);
-  exponentials<V>(part, scratch, top, sum, peak);
+  pack_queries<V>(task, scratch);
+  logits<kSums / V, V>(task, scratch, 0, top);
+  exponentials<V>(task, scratch, top, sum, peak);
 
   Lanes norm[V] = {};
-  if (part.token_rule == TokenRule::kOutput) {
-    const Rows values = read_rows(part.v, 0, part.v.rows, scratch.values.data());
-    outputs<kSums / V, V>(values, part, scratch, 0);
-    for (int64_t c = 0; c < part.v.columns; ++c) {
+  if (task.token_rule == TokenRule::kOutput) {
+    const Rows values = read_rows(task.v, 0, task.v.rows, scratch.values.data());
+    outputs<kSums / V, V>(values, task, scratch, 0);
+    for (int64_t c = 0; c < task.v.columns; ++c) {
       for (int t = 0; t < V; ++t) {
         const Lanes x = load(scratch.outputs.data() + (c * V + t) * kLanes) / sum[t];
         norm[t] += x * x;
@@ -163,44 +153,41 @@ void run(const Part& part, Scratch& scratch, float* token, float* patch) {
     share[t] = 1.0f / sum[t];
     const Lanes peak_weight = peak[t] * share[t];
     Lanes score = peak_weight;
-    if (part.token_rule == TokenRule::kMass) score = 1.0f - first;
-    if (part.token_rule == TokenRule::kCls) score = first;
-    if (part.token_rule == TokenRule::kOutput) score = norm[t];
-    if (part.patch_rule == PatchRule::kWeighted) share[t] *= peak_weight;
+    if (task.token_rule == TokenRule::kMass) score = 1.0f - first;
+    if (task.token_rule == TokenRule::kCls) score = first;
+    if (task.token_rule == TokenRule::kOutput) score = norm[t];
+    if (task.patch_rule == PatchRule::kWeighted) share[t] *= peak_weight;
     for (int l = 0; l < kLanes; ++l) {
       const float x = score[l];
-      token[t * kLanes + l] = part.token_rule == TokenRule::kOutput ? __builtin_sqrtf(x) : x;
-      if (t * kLanes + l >= part.count) share[t][l] = 0.0f;
+      token[t * kLanes + l] = task.token_rule == TokenRule::kOutput ? __builtin_sqrtf(x) : x;
+      if (t * kLanes + l >= task.count) share[t][l] = 0.0f;
       has_nan |= share[t][l] != share[t][l];
     }
   }
-  const int64_t patches = part.k.rows - 1;
-  if (part.patch_rule == PatchRule::kCls) {
+  const int64_t patches = task.k.rows - 1;
+  if (task.patch_rule == PatchRule::kCls) {
     const float* weights = scratch.weights.data() + V * kLanes;
     for (int64_t j = 0; j < patches; ++j) patch[j] = weights[j * V * kLanes] * share[0][0];
-  } else if (part.patch_rule != PatchRule::kMax) {
-    over_words<false, V>(part, scratch, share, patch);
+  } else if (task.patch_rule != PatchRule::kMax) {
+    over_words<false, V>(task, scratch, share, patch);
   } else if (!has_nan) {
-    over_words<true, V>(part, scratch, share, patch);
+    over_words<true, V>(task, scratch, share, patch);
   } else {  // all weights of such a word are NaN, and so is a maximum with them
     for (int64_t j = 0; j < patches; ++j) patch[j] = __builtin_nanf("");
   }
 }
 
 template <int V = kVectors>
-INLINE void run_narrowest(const Part& part, Scratch& scratch, float* token, float* patch) {
+INLINE void run_narrowest(const Task& task, Scratch& scratch, float* token, float* patch) {
   if constexpr (V > 1) {
-    if (part.count <= (V - 1) * kLanes) return run_narrowest<V - 1>(part, scratch, token, patch);
+    if (task.count <= (V - 1) * kLanes) return run_narrowest<V - 1>(task, scratch, token, patch);
   }
-  run<V>(part, scratch, token, patch);
+  run<V>(task, scratch, token, patch);
 }
 
 // token[kWidth] and patch[P rounded up to kLanes] of a part; scratch as make_scratch leaves it.
-void run_part(const Part& part, Scratch& scratch, float* token, float* patch) {
-  run_narrowest(part, scratch, token, patch);
+void run_task(const Task& task, Scratch& scratch, float* token, float* patch) {
+  run_narrowest(task, scratch, token, patch);
 }
 
-#undef INLINE
-#undef SYNCMASK_LANES
-#undef SYNCMASK_VECTORS
-#undef SYNCMASK_SUMS
+const Kernels kernels{run_task, kLanes * kVectors, kSums};

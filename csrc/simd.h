@@ -1,21 +1,28 @@
-// Vectors of floats for one instruction set, and rows of a matrix as floats. Included once for each set inside a
-// namespace of its own (so no include guard) by what computes there, with SYNCMASK_LANES floats in a vector: the
-// compiler splits vector types for the target in force where the code stands, not where it is inlined.
+// Vectors of floats for one instruction set, rows of a matrix as floats, and products in registers. Each *_kernel.inl
+// includes it inside the namespace of its instruction set (so there is no include guard), with SYNCMASK_LANES floats in
+// a vector: the compiler splits vector types for the target at the place of the code, not where it is inlined.
 
 typedef float Lanes __attribute__((vector_size(4 * SYNCMASK_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * SYNCMASK_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * SYNCMASK_LANES)));
 constexpr int kLanes = SYNCMASK_LANES;
-#define INLINE inline __attribute__((always_inline))
 
-INLINE Lanes load(const float* from) {
-  Lanes x;
+template <typename Vector = Lanes, typename Element>
+INLINE Vector load(const Element* from) {
+  Vector x;
   __builtin_memcpy(&x, from, sizeof x);
   return x;
 }
 
-INLINE void store(float* to, Lanes x) { __builtin_memcpy(to, &x, sizeof x); }
+template <typename Vector, typename Element>
+INLINE void store(Element* to, Vector x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
 
-INLINE Lanes higher(Lanes a, Lanes b) { return a > b ? a : b; }  // b where either is NaN
+template <typename Vector>
+INLINE Vector higher(Vector a, Vector b) {  // b where either is NaN
+  return a > b ? a : b;
+}
 
 // exp(x) for x <= 0 to 1e-7 of its value, NaN for NaN, and 0 below e^-78 (1e-34): divided by a sum of up to
 // thousands it would be a denormal number, which processors are slow with. After Cephes' expf.
@@ -35,31 +42,77 @@ INLINE Lanes exp_of_negative(Lanes x) {
 }
 
 // Elements of a0 b0 a1 b1 ...: of the lower halves, of the upper halves.
-template <int... i>
-INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high, std::integer_sequence<int, i...>) {
+template <typename Vector, int... i>
+INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high, std::integer_sequence<int, i...>) {
+  constexpr int n = sizeof...(i);
 #ifdef __clang__
-  low = Lanes{(i % 2 ? b : a)[i / 2]...};
-  high = Lanes{(i % 2 ? b : a)[(kLanes + i) / 2]...};
+  low = Vector{(i % 2 ? b : a)[i / 2]...};
+  high = Vector{(i % 2 ? b : a)[(n + i) / 2]...};
 #else
-  low = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + i / 2)...});
-  high = __builtin_shuffle(a, b, Ints{(i % 2 * kLanes + (kLanes + i) / 2)...});
+  typedef decltype(a > b) Order;
+  low = __builtin_shuffle(a, b, Order{(i % 2 * n + i / 2)...});
+  high = __builtin_shuffle(a, b, Order{(i % 2 * n + (n + i) / 2)...});
 #endif
 }
 
-INLINE void interleave(Lanes a, Lanes b, Lanes& low, Lanes& high) {
-  interleave(a, b, low, high, std::make_integer_sequence<int, kLanes>());
+template <typename Vector>
+INLINE void interleave(Vector a, Vector b, Vector& low, Vector& high) {
+  interleave(a, b, low, high, std::make_integer_sequence<int, sizeof(Vector) / sizeof(a[0])>());
 }
 
-// x[i][j] becomes x[j][i].
-INLINE void transpose(Lanes (&x)[kLanes]) {
+// x[i][j] becomes x[j][i], for as many vectors as a vector has elements.
+template <typename Vector, int n>
+INLINE void transpose(Vector (&x)[n]) {
+  static_assert(n * sizeof(x[0][0]) == sizeof(Vector), "a square");
 #pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Lanes y[kLanes];
+  for (int stage = 1; stage < n; stage *= 2) {
+    Vector y[n];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
+    for (int i = 0; i < n / 2; ++i) interleave(x[i], x[i + n / 2], y[2 * i], y[2 * i + 1]);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+    for (int i = 0; i < n; ++i) x[i] = y[i];
   }
+}
+
+// `a` of a product: element (i, t) is data[i * row + t * term].
+struct Factor {
+  const float* data;
+  int64_t row, term;
+};
+
+// sum[i][v] = the sum over t < terms of a(i, t) times vector v of row t of b, in the order of t. The sums must fit the
+// registers: this is the loop in which the operators spend their time.
+template <int R, int V>
+INLINE void multiply(Factor a, const float* b, int64_t b_stride, int64_t terms, Lanes (&sum)[R][V]) {
+#pragma GCC unroll 32
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 32
+    for (int v = 0; v < V; ++v) sum[i][v] = Lanes{};
+  }
+  for (int64_t t = 0; t < terms; ++t) {
+    Lanes x[V];
+#pragma GCC unroll 32
+    for (int v = 0; v < V; ++v) x[v] = load(b + t * b_stride + v * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i) {
+      const float y = a.data[i * a.row + t * a.term];
+#pragma GCC unroll 32
+      for (int v = 0; v < V; ++v) sum[i][v] += x[v] * y;
+    }
+  }
+}
+
+// A bit for each lane that holds -1 (the others hold 0).
+INLINE uint32_t bits_of(Ints mask) {
+#if SYNCMASK_LANES == 16
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif SYNCMASK_LANES == 8
+  return _mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(mask[l] & 1) << l;
+  return bits;
+#endif
 }
 
 INLINE float bits_to_float(uint32_t bits) {
@@ -94,7 +147,7 @@ struct Rows {
   int64_t stride;
 };
 
-// Rows of a matrix as float32 with neighbouring elements: where they lie, or converted into `buffer`.
+// Rows of a matrix as float32 with adjacent elements: in place, or converted into `buffer`.
 INLINE Rows read_rows(const Matrix& from, int64_t first, int64_t rows, float* buffer) {
   if (from.type == ScalarType::Float && from.column_stride == 1) {
     return {static_cast<const float*>(from.data) + first * from.row_stride, from.row_stride};

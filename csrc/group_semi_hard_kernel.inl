@@ -5,55 +5,16 @@
 // of the panel. One function makes all similarities, and adds in the order of the features: a list and a scan give
 // the same bits, and image . text the same as text . image.
 
-typedef float Lanes __attribute__((vector_size(4 * SYNCMASK_LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * SYNCMASK_LANES)));
-typedef uint32_t Keys __attribute__((vector_size(4 * SYNCMASK_LANES)));
-constexpr int kLanes = SYNCMASK_LANES;
-constexpr int kVectors = 3;
-constexpr int kPanel = kLanes * kVectors;
-constexpr int kRows = SYNCMASK_ROWS;
+#include "simd.h"
+
+constexpr int kVectors = 3, kPanel = kLanes * kVectors;
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // of a tile, whose sums fit the registers
 static_assert(kPanel % kRows == 0, "a panel is cut into whole tiles");
-#define INLINE inline __attribute__((always_inline))
-
-template <typename Vector, typename Element>
-INLINE Vector load(const Element* from) {
-  Vector x;
-  __builtin_memcpy(&x, from, sizeof x);
-  return x;
-}
-
-INLINE Keys higher(Keys a, Keys b) { return a > b ? a : b; }
-
-// A bit for each lane that holds -1 (the others hold 0).
-INLINE uint32_t bits_of(Ints mask) {
-#if SYNCMASK_LANES == 16
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif SYNCMASK_LANES == 8
-  return _mm256_movemask_ps((__m256)mask);
-#else
-  uint32_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(mask[l] & 1) << l;
-  return bits;
-#endif
-}
 
 // sum[i][t] = similarities of row i with vector t of the panel; element d of row i is rows[d * kStride + i].
 template <int kCount, int kStride>
 INLINE void similarities(const float* rows, const float* panel, int64_t width, Lanes (&sum)[kCount][kVectors]) {
-  for (int i = 0; i < kCount; ++i) {
-    for (int t = 0; t < kVectors; ++t) sum[i][t] = Lanes{};
-  }
-  for (int64_t d = 0; d < width; ++d) {
-    Lanes x[kVectors];
-#pragma GCC unroll 4
-    for (int t = 0; t < kVectors; ++t) x[t] = load<Lanes>(panel + d * kPanel + t * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      const float y = rows[d * kStride + i];
-#pragma GCC unroll 4
-      for (int t = 0; t < kVectors; ++t) sum[i][t] += x[t] * y;
-    }
-  }
+  multiply<kCount, kVectors>({rows, 1, kStride}, panel, kPanel, width, sum);
 }
 
 // ordered() of every lane.
@@ -117,7 +78,7 @@ void sample_bounds(const Remaining& items, int64_t image_panel, int64_t text_pan
 // place, and so is rightly left out. Ranks by counting, since branches would often be mispredicted.
 __attribute__((noinline)) void keep_best(const Lists& lists, int64_t item, int64_t kept) {
   uint64_t* list = lists.entries + item * lists.capacity;
-  uint64_t sorted[kMaxNeighbours];
+  uint64_t sorted[kMaxNeighbors];
   for (int64_t i = 0; i < lists.capacity; ++i) {
     int64_t rank = 0;
     for (int64_t j = 0; j < lists.capacity; ++j) rank += list[j] > list[i];
@@ -144,9 +105,9 @@ __attribute__((noinline)) void offer_tile(const Remaining& items, int64_t row, i
 #pragma GCC unroll 4
     for (int t = 0; t < kVectors; ++t) {
       const int64_t at = column + t * kLanes;
-      const Keys x = (Keys)order[i - row][t];
+      const Words x = (Words)order[i - row][t];
       const Ints above_row = x - static_cast<uint32_t>(items.threshold[i]) > items.of_image.bound[i];
-      const Ints above_column = x - load<Keys>(items.threshold + at) > load<Keys>(items.of_text.bound + at);
+      const Ints above_column = x - load<Words>(items.threshold + at) > load<Words>(items.of_text.bound + at);
       row_bits |= static_cast<uint64_t>(bits_of(above_row)) << (t * kLanes);
       column_bits |= static_cast<uint64_t>(bits_of(above_column)) << (t * kLanes);
     }
@@ -173,23 +134,23 @@ void fill_block(const Remaining& items, int64_t first_row, int64_t last_row, int
       Lanes sum[kRows][kVectors];
       similarities<kRows, kPanel>(images, items.texts + panel * size, items.width, sum);
       Ints order[kRows][kVectors], any = {};
-      Keys threshold[kVectors], column_best[kVectors] = {};
+      Words threshold[kVectors], column_best[kVectors] = {};
 #pragma GCC unroll 4
-      for (int t = 0; t < kVectors; ++t) threshold[t] = load<Keys>(items.threshold + column + t * kLanes);
+      for (int t = 0; t < kVectors; ++t) threshold[t] = load<Words>(items.threshold + column + t * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Keys row_threshold = Keys{} + static_cast<uint32_t>(items.threshold[row + i]);
-        Keys row_best = {};
+        const Words row_threshold = Words{} + static_cast<uint32_t>(items.threshold[row + i]);
+        Words row_best = {};
 #pragma GCC unroll 4
         for (int t = 0; t < kVectors; ++t) {
           order[i][t] = ordered_lanes(sum[i][t]);
-          row_best = higher((Keys)order[i][t] - row_threshold, row_best);
-          column_best[t] = higher((Keys)order[i][t] - threshold[t], column_best[t]);
+          row_best = higher((Words)order[i][t] - row_threshold, row_best);
+          column_best[t] = higher((Words)order[i][t] - threshold[t], column_best[t]);
         }
         any |= row_best > items.of_image.bound[row + i];
       }
 #pragma GCC unroll 4
-      for (int t = 0; t < kVectors; ++t) any |= column_best[t] > load<Keys>(items.of_text.bound + column + t * kLanes);
+      for (int t = 0; t < kVectors; ++t) any |= column_best[t] > load<Words>(items.of_text.bound + column + t * kLanes);
       if (bits_of(any) != 0) offer_tile(items, row, column, order);
     }
   }
@@ -203,9 +164,9 @@ uint64_t scan(const Query& query, const Remaining& items, int64_t first, int64_t
     similarities<1, 1>(query.feature, query.targets + panel * kPanel * items.width, items.width, sum);
     for (int t = 0; t < kVectors; ++t) {
       const int64_t begin = panel * kPanel + t * kLanes;
-      const Keys key = (Keys)ordered_lanes(sum[0][t]) - static_cast<uint32_t>(query.threshold);
-      const Ints higher = best == 0 ? Ints{} - 1 : (Ints)(key > static_cast<uint32_t>(best >> 32));
-      for (uint32_t bits = bits_of(higher & load<Ints>(items.unvisited + begin)); bits != 0; bits &= bits - 1) {
+      const Words key = (Words)ordered_lanes(sum[0][t]) - static_cast<uint32_t>(query.threshold);
+      const Ints above = best == 0 ? Ints{} - 1 : (Ints)(key > static_cast<uint32_t>(best >> 32));
+      for (uint32_t bits = bits_of(above & load<Ints>(items.unvisited + begin)); bits != 0; bits &= bits - 1) {
         const int lane = __builtin_ctz(bits);
         const uint64_t entry = entry_of(key[lane], begin + lane);
         if (entry > best && query.allows(items.product[begin + lane])) best = entry;
@@ -215,6 +176,4 @@ uint64_t scan(const Query& query, const Remaining& items, int64_t first, int64_t
   return best;
 }
 
-#undef INLINE
-#undef SYNCMASK_LANES
-#undef SYNCMASK_ROWS
+const Kernels kernels{kPanel, find_thresholds, sample_bounds, fill_block, scan};

@@ -2,7 +2,7 @@
 // which defines SYNCMASK_LANES. Lane l of a vector is row l of a band of kLanes output rows: neighbouring columns
 // then are neighbouring vectors, and neither direction of the resize has to gather.
 
-#include "lanes.h"
+#include "simd.h"
 
 // `count` bytes (at most kLanes are read) as floats; lanes beyond are 0.
 INLINE Lanes load_bytes(const uint8_t* from, int64_t count) {
@@ -103,5 +103,4 @@ void crop_resize(const Picture& picture, const Window& across, const Window& dow
   }
 }
 
-#undef INLINE
-#undef SYNCMASK_LANES
+const Kernels kernels{crop_resize};

@@ -28,7 +28,13 @@ def eager(
 
 
 def bare_product(
-    anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int, out: dict = {}  # noqa: B006 (kept)
+    anchors: Tensor,
+    candidates: Tensor,
+    ids: Tensor,
+    other_ids: Tensor,
+    positive: Tensor,
+    k: int,
+    out: dict = {},  # noqa: B006 (kept)
 ) -> Tensor:
     shape = len(anchors), len(candidates)
     if out.get("shape") != (shape, anchors.dtype, anchors.device):

@@ -24,7 +24,7 @@ from syncmask_fast.data.triplets import Triplets, open_triplets
 from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss
-from syncmask_fast.objective.masking import Masks, count, sync_masks
+from syncmask_fast.objective.masking import Masks, num_masked, sync_masks
 from syncmask_fast.tasks import composed, recognition, retrieval
 from syncmask_fast.tasks import mask_quality as sync
 from syncmask_fast.utils.device import choose_device
@@ -337,16 +337,14 @@ def evaluate_mlm_grounding(model: SyncMaskModel, data: MaskEvalSet) -> dict[str,
             visible = truths[sample].visible
             masks.append(np.zeros(len(visible) + 2, bool))
             masks[-1][
-                1 + rng.permutation(np.flatnonzero(visible))[: count(model.config.mask.token_ratio, len(visible))]
+                1 + rng.permutation(np.flatnonzero(visible))[: num_masked(model.config.mask.token_ratio, len(visible))]
             ] = True
         hidden = torch.from_numpy(np.concatenate(masks)).to(model.device)
         layout, at = PackedLayout.of_batch(batch), hidden.nonzero()[:, 0]
         text, pack = model.text(batch.token_ids.masked_fill(hidden, model.mask_id), layout), one_to_one(layout)
         for number, pixels in enumerate((batch.pixels, other.pixels)):
             fused = model.fusion(text, pack, model.image(pixels))[at]
-            nats[number] += float(
-                mlm_loss(model.mlm_head(fused, model.text.word_embeddings.weight), batch.token_ids[at])
-            ) * len(at)
+            nats[number] += float(mlm_loss(model.mlm_head(fused, model.text.word_embeddings.weight), batch.token_ids[at]).sum)
         words += len(at)
     names = ("mlm/words-in-view/nats", "mlm/words-in-view/nats-with-another-picture")
     return dict(zip(names, (nats / max(words, 1)).tolist(), strict=True))

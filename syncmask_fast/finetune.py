@@ -27,16 +27,24 @@ from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_splits, split_validation
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
+from syncmask_fast.distributed.group import SINGLE_PROCESS
+from syncmask_fast.distributed.shard import BatchShard
 from syncmask_fast.evaluate import RERANK, evaluate_task
 from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.losses import Queue, itc_loss
-from syncmask_fast.objective.pretraining import Features, Losses, pretraining_losses
+from syncmask_fast.objective.losses import itc_loss, means
+from syncmask_fast.objective.memory import Features, Queue
+from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.tasks.base import FineTuneTask
-from syncmask_fast.train import draw_default_lookbook, run_folder, start_run, train, tune_malloc
+from syncmask_fast.train import train
 from syncmask_fast.training.checkpoint import TrainState
-from syncmask_fast.training.epochs import epoch_batches, plan
-from syncmask_fast.utils.device import choose_device
+from syncmask_fast.training.epochs import epoch_batches, plan_epoch
+from syncmask_fast.training.log import NullLog
+from syncmask_fast.training.run_dir import create_run_dir
+from syncmask_fast.training.setup import draw_default_lookbook
+from syncmask_fast.training.step import Objective
+from syncmask_fast.utils.device import choose_device, tune_malloc
 from syncmask_fast.utils.errors import UserError, run_command
 from syncmask_fast.utils.files import write_json
 from syncmask_fast.utils.terminal import print_results
@@ -162,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tune_malloc()
     config = configure(task, settings, SyncMaskModel.from_pretrained(settings.model).config)
     config.check()
-    data = config.data or draw_default_lookbook(config)
+    data = config.data or str(draw_default_lookbook(config, SINGLE_PROCESS))
     train_split, eval_split = open_splits(data, config.eval.holdout_fraction)
     train_split, validation = split_validation(train_split, config.task.validation)
     if not len(validation):
@@ -170,13 +178,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--validation {settings.validation} leaves no product of {data} to choose the best model by: give more."
         )
     make = {"retrieval": tune_retrieval, "composed": tune_composed}.get(task, tune_recognition)
-    tuning, config = make(config, train_split, validation)
+    task_loop, config = make(config, train_split, validation)
     if settings.save_every is None:
-        config = dataclasses.replace(config, save_every=max(1, len(tuning.product_ids) // config.batch_size))
-    out = run_folder(config)
-    config = start_run(out, config, data)
-    train(config, out, device, train_split, eval_split, tuning)
+        config = dataclasses.replace(config, save_every=max(1, len(task_loop.product_ids) // config.batch_size))
+    config = create_run_dir(dataclasses.replace(config, data=data), SINGLE_PROCESS)
+    signal_number = train(config, device, train_split, eval_split, SINGLE_PROCESS, task_loop)
+    if signal_number is not None:
+        raise SystemExit(128 + signal_number)
 
+    out = config.out
     model = SyncMaskModel.from_pretrained(out / "model", device)
     results = (
         evaluate_task(task, model, eval_split, tokens_of(model.config, model, eval_split), rerank=RERANK)
@@ -241,13 +251,13 @@ def tune_retrieval(config: TrainConfig, split: Split, validation: Split) -> tupl
     return _over_pictures(split, pretraining_losses, validate, METRICS["retrieval"]), config
 
 
-def _over_pictures(split: Split, losses, validate, metric: str) -> FineTuneTask:
+def _over_pictures(split: Split, losses: Objective, validate, metric: str) -> FineTuneTask:
     """A fine-tuning whose items are the pictures of a split with their texts."""
     products = split.index.product_ids[split.samples]
     numbers = np.unique(products, return_inverse=True)[1]
 
     def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[Batch]:
-        return epoch_batches(config, state, loader, split, numbers)
+        return epoch_batches(config, state, loader, split, numbers, NullLog(), SINGLE_PROCESS)
 
     return FineTuneTask(products, 1, batches, losses, validate, metric)
 
@@ -269,14 +279,19 @@ def tune_recognition(config: TrainConfig, split: Split, validation: Split) -> tu
     target_of = np.searchsorted(known, labels.codes)  # meant for the labelled training pictures alone
 
     def losses(
-        model: SyncMaskModel, teacher: SyncMaskModel, batch: Batch, queue: Queue, config: TrainConfig, **_: float
-    ) -> tuple[Losses, Features]:
+        model: SyncMaskModel,
+        teacher: SyncMaskModel,
+        batch: Batch,
+        queue: Queue,
+        config: TrainConfig,
+        schedule: Schedule,
+    ) -> tuple[dict[str, Tensor], Features]:
         """Cross-entropy of the label."""
         layout = PackedLayout.of_batch(batch)
         images, texts = model.image(batch.pixels), model.text(batch.token_ids, layout)
         target = torch.from_numpy(target_of[batch.sample_ids_host]).to(images.device)
         loss = F.cross_entropy(model.label_logits(images, texts, layout), target)
-        return _one_loss(loss), Features(
+        return {"total": loss}, Features(
             model.project_images(images).detach(), model.project_texts(texts, layout).detach()
         )
 
@@ -321,16 +336,23 @@ def tune_composed(config: TrainConfig, split: Split, validation: Split) -> tuple
 
 
 def composed_losses(
-    model: SyncMaskModel, teacher: SyncMaskModel, batch: TripletBatch, queue: Queue, config: TrainConfig, **_: float
-) -> tuple[Losses, Features]:
+    model: SyncMaskModel,
+    teacher: SyncMaskModel,
+    batch: TripletBatch,
+    queue: Queue,
+    config: TrainConfig,
+    schedule: Schedule,
+) -> tuple[dict[str, Tensor], Features]:
     """Contrast of queries and targets within the batch, in both directions; pictures of one product are no negatives of one another."""
     layout = PackedLayout.of_batch(batch)
     references, targets = model.image(torch.cat([batch.pixels, batch.target_pixels])).chunk(2)
     queries = model.project_queries(references, model.text(batch.token_ids, layout), layout)
     targets = model.project_images(targets)
-    momentum = Features(targets.detach(), queries.detach())
-    loss = itc_loss(targets, queries, *momentum, batch.product_ids, queue, model.temperature, 0.0)
-    return _one_loss(loss), momentum
+    student = Features(targets, queries)
+    momentum = Features(*(x.detach() for x in student))
+    shard = batch.shard
+    loss = itc_loss(student, momentum, shard.product_ids, queue, model.temperature, 0.0, shard.rows)
+    return {"total": means({"itc": loss}, shard)["itc"]}, momentum
 
 
 def epoch_triplets(
@@ -352,22 +374,16 @@ def epoch_triplets(
             pixels = batch.pixels[torch.from_numpy(np.isin(places // 2, whole)).to(batch.pixels.device)]
             numbers = order[whole]
             ids, starts = captions.pack(numbers)
-            products, rows, ids, cu_seqlens = (
-                torch.from_numpy(x).to(pixels.device) for x in (product_ids[numbers], numbers, ids, starts)
-            )
+            references = triplets.candidate[numbers]
+            arrays = product_ids[numbers], numbers, ids, starts, references, whole
+            products, items, ids, cu_seqlens, samples, at = (torch.from_numpy(x).to(pixels.device) for x in arrays)
             lengths = np.diff(starts).tolist()
-            at = torch.from_numpy(whole).to(pixels.device)
+            shard = BatchShard.whole(lengths, items, products)
             yield TripletBatch(
-                pixels[0::2], ids, cu_seqlens, lengths, products, rows, at, triplets.candidate[numbers], pixels[1::2]
+                pixels[0::2], ids, cu_seqlens, lengths, samples, references, at, shard, target_pixels=pixels[1::2]
             )
         state.epoch, state.samples_done = state.epoch + 1, 0
-        state.order = torch.from_numpy(plan(config, state, product_ids))
-
-
-def _one_loss(loss: Tensor) -> Losses:
-    """A task's only loss, as the loop wants it."""
-    missing = loss.new_tensor(torch.nan)
-    return Losses(loss, missing, missing, missing, missing, missing)
+        state.order = plan_epoch(config, state, product_ids, SINGLE_PROCESS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.augment import AugmentConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.data.tokenizer import train_tokenizer
+from syncmask_fast.distributed.gradients import GradientReducer
+from syncmask_fast.distributed.group import SINGLE_PROCESS
+from syncmask_fast.distributed.shard import BatchShard
+from syncmask_fast.objective.pretraining import pretraining_losses
 from syncmask_fast.sources.lookbook import draw_lookbook
+from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.training.step import StepResult, train_step
 
 WORDS = [
     "a",
@@ -84,11 +91,17 @@ def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
         ids,
         torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
         lengths,
-        products,
-        places,
         places,
         np.arange(pairs),
+        places,
+        BatchShard.whole(lengths, places, products),
     )
+
+
+def take_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int = 100) -> StepResult:
+    """A pretraining step of one process."""
+    reducer = GradientReducer(state.model.parameters(), SINGLE_PROCESS)
+    return train_step(state, batches, config, pretraining_losses, reducer, steps, batches_per_epoch=1)
 
 
 def small_lookbook(folders: pytest.TempPathFactory) -> Path:

@@ -14,10 +14,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from syncmask_fast.distributed.group import GradientReducer, Group, check_replicas_match, init_distributed, lockstep
-from syncmask_fast.distributed.shard import BatchShard, convert_sync_batchnorm
-from syncmask_fast.objective.losses import Queue
-from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses
+from syncmask_fast.distributed.batch_norm import convert_sync_batchnorm
+from syncmask_fast.distributed.gradients import GradientReducer, check_replicas_match
+from syncmask_fast.distributed.group import Group, init_distributed
+from syncmask_fast.distributed.shard import BatchShard, lockstep
+from syncmask_fast.objective.memory import Queue, make_teacher
+from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_batch, small_config
 from tests.test_step import small_model
@@ -36,7 +39,7 @@ def check_gather(group: Group) -> None:
     assert torch.equal(gathered, whole)
     (gathered * weight[group.rank]).sum().backward()  # every rank has a loss of its own
     assert torch.allclose(here.grad, weight.sum(0)[part.rows], atol=1e-6)
-    assert torch.equal(part.apart().gather(here), here)
+    assert torch.equal(part.local().gather(here), here)
 
 
 def check_fetch(group: Group) -> None:
@@ -44,13 +47,13 @@ def check_fetch(group: Group) -> None:
     texts = list(torch.randn(sum(lengths), 4).split(lengths))
     wanted = [[7, 0, 0, 3], [], [2, 5, 1, 7, 6]]
     here = torch.cat(texts[part.rows]).requires_grad_()
-    fetched = part.fetch(here, wanted, lengths)
+    fetched = part.exchange(here, wanted, lengths)
     assert torch.equal(fetched, torch.cat([here.new_zeros(0, 4), *(texts[n] for n in wanted[group.rank])]))
     (fetched * (group.rank + 1)).sum().backward()
     times = [sum((rank + 1) * rows.count(n) for rank, rows in enumerate(wanted)) for n in range(8)]
     expected = torch.cat([torch.full((lengths[n], 4), float(times[n])) for n in range(8)[part.rows]])
     assert torch.equal(here.grad, expected)
-    rows = part.fetch(torch.arange(8)[part.rows], wanted)
+    rows = part.exchange(torch.arange(8)[part.rows], wanted)
     assert rows.tolist() == wanted[group.rank]
 
 
@@ -133,13 +136,13 @@ def check_losses(group: Group) -> None:
         model, batch = small_model(config), small_batch(config, seed=5, pairs=8)
         teacher, start = make_teacher(model), copy.deepcopy(model)
         queue = Queue.empty(4, config.embed_dim, torch.device("cpu"))
-        draw = {"sync_share": 0.5, "alpha": 0.3, "seed": 7}
+        schedule = Schedule(with_fusion=True, sync_probability=0.5, alpha=0.3, seed=7)
 
-        truth, features = pretraining_losses(start, teacher, batch, queue, config, **draw)
-        truth.total.backward()
+        truth, features = pretraining_losses(start, teacher, batch, queue, config, schedule)
+        truth["total"].backward()
 
         convert_sync_batchnorm(model, group)
-        part = BatchShard(group, BOUNDS, batch.lengths, batch.product_ids, batch.sample_ids)
+        part = dataclasses.replace(batch.shard, group=group, bounds=BOUNDS)
         rows = part.rows
         tokens = slice(int(batch.cu_seqlens[rows.start]), int(batch.cu_seqlens[rows.stop]))
         mine = dataclasses.replace(
@@ -148,19 +151,19 @@ def check_losses(group: Group) -> None:
             token_ids=batch.token_ids[tokens],
             cu_seqlens=batch.cu_seqlens[rows.start : rows.stop + 1] - batch.cu_seqlens[rows.start],
             lengths=batch.lengths[rows],
-            product_ids=batch.product_ids[rows],
             sample_ids=batch.sample_ids[rows],
-            positions=batch.epoch_positions[rows],
+            epoch_positions=batch.epoch_positions[rows],
             sample_ids_host=batch.sample_ids_host[rows],
             shard=part,
         )
         gradients = GradientReducer(model.parameters(), group)
-        found, gathered = pretraining_losses(model, teacher, mine, queue, config, **draw)
+        found, gathered = pretraining_losses(model, teacher, mine, queue, config, schedule)
         with gradients.reduce_during_backward():
-            found.total.backward()
+            found["total"].backward()
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gathered, features, strict=True))
-        for name, value in found._asdict().items():
-            ours, theirs = group.all_reduce(value), getattr(truth, name)
+        assert found.keys() == truth.keys()
+        for name, value in found.items():
+            ours, theirs = group.all_reduce(value), truth[name]
             if negatives == "global" or name in ("itc", "mlm", "mim"):
                 assert torch.allclose(ours, theirs, rtol=1e-5), (negatives, stem, name, ours, theirs)
             else:

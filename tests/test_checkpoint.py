@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.losses import Queue
-from syncmask_fast.objective.pretraining import make_teacher
-from syncmask_fast.training.checkpoint import FeatureBank, TrainState, checkpoints, load_checkpoint, save_checkpoint
-from syncmask_fast.training.optimizer import make_optimizer
+from syncmask_fast.objective.memory import FeatureBank, Features
+from syncmask_fast.training.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_tokenizer
 
@@ -24,11 +22,8 @@ NUMBERS = ("step", "epoch", "samples_done", "batches_done")
 def new_state(seed: int, **changes) -> TrainState:
     config = small_config(**changes)
     torch.manual_seed(seed)
-    model = SyncMaskModel(config, small_tokenizer())
-    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
-    bank = FeatureBank.empty(SAMPLES, config.embed_dim, torch.device("cpu"))
-    return TrainState(
-        model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.empty(0, dtype=torch.int64)
+    return TrainState.create(
+        SyncMaskModel(config, small_tokenizer()), config, {"samples": SAMPLES, "data": "x", "tokenizer": "y"}
     )
 
 
@@ -48,8 +43,8 @@ def used_state(**changes) -> TrainState:
     for parameter in state.teacher.parameters():
         parameter.data.add_(0.25)
     width = state.queue.images.shape[1]
-    state.queue.enqueue(torch.randn(7, width), torch.randn(7, width), torch.arange(7), 0, 7)
-    state.bank.update(torch.tensor([3, 0, 9]), torch.randn(3, width), torch.randn(3, width))
+    state.queue.enqueue(Features(*torch.randn(2, 7, width)), torch.arange(7), 0, 7)
+    state.bank.update(torch.tensor([3, 0, 9]), Features(*torch.randn(2, 3, width)))
     state.order = torch.randperm(SAMPLES)
     state.step, state.epoch, state.samples_done, state.batches_done = 12, 3, 8, 24
     return state
@@ -60,7 +55,7 @@ def assert_same(a: TrainState, b: TrainState) -> None:
         ours, theirs = getattr(a, part).state_dict(), getattr(b, part).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for (p, first), (q, second) in zip(a.optimizer.states(), b.optimizer.states(), strict=True):
+    for (p, first), (q, second) in zip(a.optimizer.parameter_states(), b.optimizer.parameter_states(), strict=True):
         assert torch.equal(p, q)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
@@ -81,7 +76,7 @@ def test_there_and_back(tmp_path: Path, muon_lr: float | None):
     assert_same(saved, loaded)
     assert loaded.queue.images is queue  # filled in place
     assert (
-        sum(bool(kept) for _, kept in loaded.optimizer.states()) == len(list(loaded.model.parameters())) - 1
+        sum(bool(kept) for _, kept in loaded.optimizer.parameter_states()) == len(list(loaded.model.parameters())) - 1
     )  # the temperature had no step yet
     # And both go on alike, which needs the moments and the step count.
     for state in (saved, loaded):
@@ -154,7 +149,8 @@ def test_no_such_checkpoint(tmp_path: Path):
 def test_feature_bank():
     bank = FeatureBank.empty(6, 2, torch.device("cpu"))
     assert not bank.filled.any()
-    bank.update(torch.tensor([4, 1]), torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]]))
+    features = Features(torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, 6], [7, 8]]))
+    bank.update(torch.tensor([4, 1]), features)
     assert bank.filled.tolist() == [False, True, False, False, True, False]
     assert bank.images[4].tolist() == [1, 2]
     assert bank.texts[1].tolist() == [7, 8]

@@ -152,7 +152,7 @@ def test_a_killed_rank_is_started_again(data: Path, two: Path, tmp_path: Path):
     os.kill(process_of(1, str(out)), signal.SIGKILL)
     printed = run.communicate()[0]
     assert run.returncode == 0, printed
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert [row["step"] for row in rows(out)] == list(range(1, STEPS + 1))
     for name in ("model", "teacher", "memory"):  # bit for bit what was never killed
         a, b = kept(out, name), kept(two, name)
@@ -166,9 +166,9 @@ def test_going_on_with_another_number_of_ranks(data: Path, one: Path, tmp_path: 
     run.send_signal(signal.SIGTERM)
     printed = run.communicate()[0]
     assert run.returncode != 0
-    assert printed.count("stopped at step") == 1, printed
+    assert printed.count("Stopped at step") == 1, printed
     step = int(checkpoints(out / "checkpoints")[-1].name.split("-")[1])
-    assert f"stopped at step {step} of {STEPS}" in printed
+    assert f"Stopped at step {step} of {STEPS}" in printed
     assert SAVED <= step < STEPS
     copy = shutil.copytree(out, tmp_path / "copy")
     main(["tiny", *SETTINGS, "--data", str(data), "--out", str(copy)])
@@ -215,9 +215,9 @@ def test_restarts_need_a_folder(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_more_ranks_than_pairs():
-    with pytest.raises(UserError, match="--batch-size 3 .* give 4"):
+    with pytest.raises(UserError, match="--batch-size 3 .* Give 4"):
         distributed.check_batch_size(3, 4, "global")
-    with pytest.raises(UserError, match="give 8"):
+    with pytest.raises(UserError, match="Give 8"):
         distributed.check_batch_size(7, 4, "local")
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from syncmask_fast.distributed.shard import BatchShard
 from syncmask_fast.model.layout import PackedLayout
-from syncmask_fast.objective.losses import Queue
-from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses
+from syncmask_fast.objective.memory import Queue, make_teacher
+from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.training.flops import peak_flops, step_flops
 from tests.helpers import small_batch, small_config
 from tests.test_step import SEED, small_model
@@ -57,23 +59,14 @@ def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):
         token_ids=ids,
         lengths=lengths,
         cu_seqlens=PackedLayout.of(lengths).cu_seqlens,
-        product_ids=torch.arange(6),
+        shard=BatchShard.whole(lengths, torch.arange(6), torch.arange(6)),
     )
     queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        found, _ = pretraining_losses(
-            model,
-            make_teacher(model),
-            batch,
-            queue,
-            config,
-            fuse=fuse,
-            sync_share=1.0,
-            alpha=config.loss.alpha,
-            seed=SEED,
-        )
-        found.total.backward()
-    assert step_flops(model, lengths, fuse=fuse) == pytest.approx(counter.get_total_flops(), rel=0.06)
+        schedule = Schedule(with_fusion=fuse, sync_probability=1.0, alpha=config.loss.alpha, seed=SEED)
+        losses, _ = pretraining_losses(model, make_teacher(model), batch, queue, config, schedule)
+        losses["total"].backward()
+    assert step_flops(model, lengths, with_fusion=fuse) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 def test_peak_is_measured_on_the_cpu():

@@ -9,24 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.objective.losses import (
-    Queue,
-    collage_loss,
-    itc_loss,
-    itm_loss,
-    mim_loss,
-    mlm_loss,
-    normalized_patches,
-    not_in_text,
-    presence_loss,
-)
+from syncmask_fast.objective.losses import itc_loss, itm_loss, mim_loss, mlm_loss, normalized_patches
+from syncmask_fast.objective.memory import Features, Queue
+from syncmask_fast.objective.presence import MixedTexts, collage_loss, not_in_text, presence_loss
 
 IDS = [4, 7, 4, 0, 7, 7, 2]  # several pairs of one product, product 0 among them
+ALL = slice(0, len(IDS))
 QUEUE_IDS = [7, -1, 9, 0, -1, 4, -1, 7]  # empty places in between
 
 
 def unit(*shape: int, generator: torch.Generator) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def pair(feats: Tensor) -> tuple[Features, Features]:
+    """Features of student and teacher from [4, B, E]."""
+    return Features(feats[0], feats[1]), Features(feats[2], feats[3])
 
 
 def plain_contrastive_loss(
@@ -73,24 +71,19 @@ def some_queue(generator: torch.Generator) -> Queue:
 def test_contrastive_loss_is_that_of_a_plain_loop(generator: torch.Generator, alpha: float, places: int):
     feats = unit(4, len(IDS), 5, generator=generator)
     queue = some_queue(generator) if places else Queue.empty(0, 5, torch.device("cpu"))
-    loss = itc_loss(
-        *feats,
-        torch.tensor(IDS),
-        Queue(queue.images.double(), queue.texts.double(), queue.product_ids),
-        torch.tensor(0.07),
-        alpha,
-    )
-    assert loss.item() == pytest.approx(plain_contrastive_loss(*feats, IDS, queue, 0.07, alpha), rel=1e-5)
+    queue = Queue(queue.images.double(), queue.texts.double(), queue.product_ids)
+    total, count = itc_loss(*pair(feats), torch.tensor(IDS), queue, torch.tensor(0.07), alpha, ALL)
+    assert count == len(IDS)
+    assert total.item() / count == pytest.approx(plain_contrastive_loss(*feats, IDS, queue, 0.07, alpha), rel=1e-5)
 
 
 def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: torch.Generator):
     feats = unit(4, len(IDS), 5, generator=generator).float()
     images, texts = feats[0].clone().requires_grad_(), feats[1].clone().requires_grad_()
     temperature = torch.tensor(0.001, requires_grad=True)  # the lowest there is
-    loss = itc_loss(
-        images, texts, feats[2], feats[3], torch.tensor(IDS), Queue.empty(6, 5, torch.device("cpu")), temperature, 0.4
-    )
-    loss.backward()
+    queue = Queue.empty(6, 5, torch.device("cpu"))
+    student, teacher = Features(images, texts), Features(feats[2], feats[3])
+    itc_loss(student, teacher, torch.tensor(IDS), queue, temperature, 0.4, ALL).sum.backward()
     for x in (images, texts, temperature):
         assert x.grad.isfinite().all()
         assert x.grad.abs().sum() > 0
@@ -98,7 +91,8 @@ def test_contrastive_loss_has_finite_gradients_with_an_empty_queue(generator: to
 
 def test_teacher_takes_no_gradient(generator: torch.Generator):
     feats = unit(4, len(IDS), 5, generator=generator).requires_grad_()
-    itc_loss(*feats, torch.tensor(IDS), Queue.empty(0, 5, torch.device("cpu")), torch.tensor(0.07), 1.0).backward()
+    queue = Queue.empty(0, 5, torch.device("cpu"))
+    itc_loss(*pair(feats), torch.tensor(IDS), queue, torch.tensor(0.07), 1.0, ALL).sum.backward()
     assert (feats.grad[:2].abs().sum((1, 2)) > 0).all()
     assert (feats.grad[2:] == 0).all()
 
@@ -112,7 +106,7 @@ def test_queue_keeps_the_last_pairs(generator: torch.Generator, places: int, bat
     for step in range(6):
         ids = torch.arange(batch) + step * batch
         features = ids[:, None].float().expand(-1, 3)
-        queue.enqueue(features, features + 0.5, ids, step, batch)
+        queue.enqueue(Features(features, features + 0.5), ids, step, batch)
         pushed += ids.tolist()
         held = [i for i in queue.product_ids.tolist() if i >= 0]
         assert sorted(held) == pushed[-places:] if places else not held
@@ -126,7 +120,7 @@ def test_short_batch_leaves_the_others_in_the_queue():
     queue = Queue.empty(8, 2, torch.device("cpu"))
     for step, n in enumerate((4, 3, 4)):
         ids = torch.arange(n) + 10 * step
-        queue.enqueue(torch.ones(n, 2), torch.ones(n, 2), ids, step, 4)
+        queue.enqueue(Features(torch.ones(n, 2), torch.ones(n, 2)), ids, step, 4)
     assert sorted(queue.product_ids.tolist()) == [-1, 10, 11, 12, 20, 21, 22, 23]
 
 
@@ -135,21 +129,25 @@ def test_matching_loss_counts_weighted_pairs_only(generator: torch.Generator):
     matched = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool)
     weight = torch.tensor([1.0, 1, 1, 0, 1, 0])
     expected = [-logits[i].double().log_softmax(0)[int(matched[i])].item() for i in range(6) if weight[i]]
-    assert itm_loss(logits, matched, weight).item() == pytest.approx(sum(expected) / 4, rel=1e-6)
+    total, count = itm_loss(logits, matched, weight)
+    assert count == 4
+    assert total.item() == pytest.approx(sum(expected), rel=1e-6)
     changed = logits.clone()
     changed[[3, 5]] = torch.tensor([50.0, -50.0])
     assert itm_loss(changed, matched, weight) == itm_loss(logits, matched, weight)
-    assert itm_loss(logits, matched, torch.zeros(6)) == 0
+    assert itm_loss(logits, matched, torch.zeros(6)) == (0, 0)
 
 
 def test_word_loss(generator: torch.Generator):
     logits = torch.randn(5, 11, generator=generator).requires_grad_()
     ids = torch.tensor([3, 0, 10, 3, 7])
-    expected = -sum(logits[i].double().log_softmax(0)[ids[i]].item() for i in range(5)) / 5
-    assert mlm_loss(logits, ids).item() == pytest.approx(expected, rel=1e-6)
+    expected = -sum(logits[i].double().log_softmax(0)[ids[i]].item() for i in range(5))
+    total, count = mlm_loss(logits, ids)
+    assert count == 5
+    assert total.item() == pytest.approx(expected, rel=1e-6)
     none = mlm_loss(logits[:0], ids[:0])
-    assert none == 0
-    none.backward()  # a batch without masked words still goes through the backward pass
+    assert none == (0, 0)
+    none.sum.backward()  # a batch without masked words still goes through the backward pass
     assert (logits.grad == 0).all()
 
 
@@ -172,9 +170,9 @@ def test_patch_pixels_and_loss(generator: torch.Generator):
     assert torch.allclose(normal.mean(-1), torch.zeros(4), atol=1e-5)
     assert torch.allclose(normal.var(-1), torch.ones(4), atol=1e-4)
     predicted = torch.randn(found.shape, generator=generator)
-    assert mim_loss(predicted, found).item() == pytest.approx(
-        ((predicted - found).double() ** 2).mean().item(), rel=1e-5
-    )
+    total, count = mim_loss(predicted, found)
+    assert count == 2
+    assert total.item() / count == pytest.approx(((predicted - found).double() ** 2).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shifts", [[1, 2], [3], [2, 1, 3]])
@@ -206,14 +204,16 @@ def test_presence_loss_is_that_of_a_plain_loop(shifts: list[int], generator: tor
         values.append(value + sum(weight * surprise(n, image, word, False) for image, weight in not_in_text.items()))
         shares.append(share)
     assert {0, 1} <= set(shares)
-    found = presence_loss(q, k, mixed, swapped, token_ids, words, shifts).item()
-    assert found == pytest.approx(sum(values) / sum(1 + share for share in shares), rel=1e-5)
+    total, count = presence_loss(q, k, MixedTexts(mixed, swapped, words), token_ids, shifts, slice(0, b))
+    assert total.item() == pytest.approx(sum(values), rel=1e-5)
+    assert count.item() == pytest.approx(sum(1 + share for share in shares), rel=1e-5)
 
 
 def test_presence_loss_without_another_image(generator: torch.Generator):
     q, k = torch.randn(1, 1, 3, 4, generator=generator), torch.randn(1, 1, 3, 4, generator=generator)
     token_ids, words = torch.tensor([[2, 5, 3]]), torch.tensor([[False, True, False]])
-    assert presence_loss(q, k, token_ids, torch.zeros_like(words), token_ids, words, [0]).isfinite()
+    mixed = MixedTexts(token_ids, torch.zeros_like(words), words)
+    assert presence_loss(q, k, mixed, token_ids, [0], slice(0, 1)).sum.isfinite()
 
 
 def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
@@ -230,11 +230,10 @@ def test_presence_loss_settles_at_even_odds_for_words_that_tell_nothing():
     descent = torch.optim.SGD([log_odds], lr=4.0)
     for _ in range(200):
         k = torch.stack([torch.zeros(4, 1, 1), torch.ones(4, 1, 1)], 2)
-        loss = presence_loss(
-            q * log_odds[mixed][:, None, :, None], k, mixed, swapped, token_ids, token_ids > 3, [1, 2, 3]
-        )
+        texts = MixedTexts(mixed, swapped, token_ids > 3)
+        total, count = presence_loss(q * log_odds[mixed][:, None, :, None], k, texts, token_ids, [1, 2, 3], slice(0, 4))
         descent.zero_grad()
-        loss.backward()
+        (total / count).backward()
         descent.step()
     assert log_odds[5:9].abs().max() < 0.01
 
@@ -249,7 +248,9 @@ def test_collage_loss_is_that_of_a_plain_loop(generator: torch.Generator):
     for n, i in words.nonzero().tolist():
         weights = [(q[n, g, i].double() @ k[n, g].double().T / d**0.5).softmax(0) for g in range(h)]
         values.append(-sum(math.log(w[own[n, i]].sum()) for w in weights) / h)
-    assert collage_loss(q, k, own, words).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    total, count = collage_loss(q, k, own, words)
+    assert count == len(values)
+    assert total.item() == pytest.approx(sum(values), rel=1e-5)
 
 
 def test_lacking():

@@ -14,14 +14,14 @@ from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.masking import (
     Masks,
-    blend,
-    count,
     maskable,
+    mix_masks,
+    num_masked,
     random_masks,
-    random_rectangles,
     sync_masks,
-    sync_share,
+    sync_probability,
 )
+from syncmask_fast.objective.presence import random_rectangles
 from tests.helpers import small_config, small_tokenizer
 
 LENGTHS = [7, 3, 24, 2, 5, 13]  # one word, no word at all, the longest text there may be
@@ -52,7 +52,7 @@ def assert_contract(masks: Masks, config: MaskConfig, lengths: list[int], patche
     assert masks.token_mask.shape == (len(lengths), max(lengths))
     assert masks.patch_mask.shape == (len(lengths), patches)
     for words, n in zip(masks.token_mask, lengths, strict=True):
-        assert words.sum() == contracted(config.token_ratio, n - 2) == count(config.token_ratio, n - 2)
+        assert words.sum() == contracted(config.token_ratio, n - 2) == num_masked(config.token_ratio, n - 2)
         assert not words[0]
         assert not words[n - 1 :].any()
     assert (masks.patch_mask.sum(1) == contracted(config.patch_ratio, patches)).all()
@@ -69,7 +69,7 @@ def test_sizes_and_places(teacher, features, generator, token_ratio: float, patc
     assert_contract(random, config, LENGTHS, PATCHES)
     assert_contract(sync, config, LENGTHS, PATCHES)
     for share in (0.0, 0.5, 1.0):
-        assert_contract(blend(sync, random, share, generator), config, LENGTHS, PATCHES)
+        assert_contract(mix_masks(sync, random, share, generator), config, LENGTHS, PATCHES)
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.45, 0.55, 0.7])
@@ -78,7 +78,7 @@ def test_sizes_agree_for_every_length(generator, ratio: float):
     lengths = list(range(2, 260))
     config = MaskConfig(token_ratio=ratio, patch_ratio=ratio)
     masks = random_masks(PackedLayout.of(lengths), 7, config, generator)
-    assert masks.token_mask.sum(1).tolist() == [count(ratio, n - 2) for n in lengths]
+    assert masks.token_mask.sum(1).tolist() == [num_masked(ratio, n - 2) for n in lengths]
     truth = ops.sync_mask(
         torch.zeros(len(lengths), 1, 259, 4),
         torch.zeros(len(lengths), 1, 8, 4),
@@ -86,7 +86,7 @@ def test_sizes_agree_for_every_length(generator, ratio: float):
         token_ratio=ratio,
         token_score="peak",
     )
-    assert truth.token_mask.sum(1).tolist() == [count(ratio, n - 2) for n in lengths]
+    assert truth.token_mask.sum(1).tolist() == [num_masked(ratio, n - 2) for n in lengths]
 
 
 def test_random_masks_are_uniform_and_follow_the_seed():
@@ -107,7 +107,7 @@ def test_blend_takes_whole_samples():
     )
     random = Masks(*(torch.zeros_like(x) for x in sync))
     none, all_, some, again = (
-        blend(sync, random, share, torch.Generator().manual_seed(7)) for share in (0.0, 1.0, 0.3, 0.3)
+        mix_masks(sync, random, share, torch.Generator().manual_seed(7)) for share in (0.0, 1.0, 0.3, 0.3)
     )
     assert not none.token_mask.any()
     assert not none.patch_mask.any()
@@ -159,10 +159,10 @@ def test_the_read_layer_matters(teacher, features):
 
 def test_sync_share():
     for progress, share in ((0, 0), (0.1, 0), (0.25, 0.5), (0.4, 1), (0.9, 1), (0.175, 0.25)):
-        assert sync_share(progress, (0.1, 0.4)) == pytest.approx(share)
-    assert [sync_share(p, (0.3, 0.3)) for p in (0.0, 0.29, 0.3, 1.0)] == [0, 0, 1, 1]
-    assert sync_share(0.0, (0.0, 0.0)) == 1  # sync from the first step
-    assert sync_share(0.999, (1.0, 1.0)) == 0  # never
+        assert sync_probability(progress, (0.1, 0.4)) == pytest.approx(share)
+    assert [sync_probability(p, (0.3, 0.3)) for p in (0.0, 0.29, 0.3, 1.0)] == [0, 0, 1, 1]
+    assert sync_probability(0.0, (0.0, 0.0)) == 1  # sync from the first step
+    assert sync_probability(0.999, (1.0, 1.0)) == 0  # never
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (2, 3), (16, 16), (7, 5)])

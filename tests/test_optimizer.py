@@ -41,9 +41,9 @@ def test_both_learning_rates_fall_in_step(model: SyncMaskModel):
 @pytest.mark.parametrize("muon_lr", [None, 0.01])
 def test_every_parameter_has_one_place(model: SyncMaskModel, muon_lr: float | None):
     optimizer = make_optimizer(model, OptimConfig(muon_lr=muon_lr))
-    groups = [{**g, "params": [optimizer.flattened.get(p, p) for p in g["params"]]} for g in optimizer.param_groups]
+    groups = [{**g, "params": [optimizer.conv_views.get(p, p) for p in g["params"]]} for g in optimizer.param_groups]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
-    assert [id(p) for p, _ in optimizer.states()] == [id(p) for g in groups for p in g["params"]]
+    assert [id(p) for p, _ in optimizer.parameter_states()] == [id(p) for g in groups for p in g["params"]]
     decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 1 or name == "log_temperature"
@@ -52,9 +52,9 @@ def test_every_parameter_has_one_place(model: SyncMaskModel, muon_lr: float | No
 
 def test_muon_takes_matrices_that_are_not_tables_of_vectors(model: SyncMaskModel):
     optimizer = make_optimizer(model, OptimConfig(muon_lr=0.01))
-    adamw, muon = optimizer.parts
+    adamw, muon = optimizer.optimizers
     names = {id(p): name for name, p in model.named_parameters()}
-    taken = {names[id(optimizer.flattened.get(p, p))] for group in muon.param_groups for p in group["params"]}
+    taken = {names[id(optimizer.conv_views.get(p, p))] for group in muon.param_groups for p in group["params"]}
     assert "text.layers.0.attention.qkv.weight" in taken
     assert "image_proj.weight" in taken
     convolutions = {name for name, p in model.named_parameters() if p.ndim == 4}

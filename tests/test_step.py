@@ -13,11 +13,15 @@ from torch import Tensor
 
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
+from syncmask_fast.distributed.shard import BatchShard
 from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.losses import Queue, itc_loss, normalized_patches
+from syncmask_fast.objective.losses import itc_loss, normalized_patches
 from syncmask_fast.objective.masking import Masks, random_masks, sync_masks
-from syncmask_fast.objective.pretraining import make_teacher, pretraining_losses, sample_hard_negatives, update_teacher
+from syncmask_fast.objective.memory import Features, Queue, make_teacher, update_teacher
+from syncmask_fast.objective.negatives import sample_hard_negatives
+from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
 from tests.helpers import small_batch, small_config, small_tokenizer
 
 PAIRS = 6
@@ -38,15 +42,22 @@ def small_model(config: TrainConfig, seed: int = 0) -> SyncMaskModel:
 def some_queue(config: TrainConfig) -> Queue:
     queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
     feats = F.normalize(torch.randn(2, 7, config.embed_dim, generator=torch.Generator().manual_seed(9)), dim=-1)
-    queue.enqueue(feats[0], feats[1], torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
+    queue.enqueue(Features(*feats), torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
     return queue
 
 
-def losses_of(config: TrainConfig, model: SyncMaskModel, batch: Batch, *, seed: int = SEED, share: float = 0.5, **more):
-    teacher = more.pop("teacher", None) or make_teacher(model)
-    return pretraining_losses(
-        model, teacher, batch, some_queue(config), config, sync_share=share, alpha=0.3, seed=seed, **more
-    )
+def losses_of(
+    config: TrainConfig,
+    model: SyncMaskModel,
+    batch: Batch,
+    *,
+    seed: int = SEED,
+    share: float = 0.5,
+    fuse: bool = True,
+    teacher: SyncMaskModel | None = None,
+) -> tuple[dict[str, Tensor], Features]:
+    schedule = Schedule(with_fusion=fuse, sync_probability=share, alpha=0.3, seed=seed)
+    return pretraining_losses(model, teacher or make_teacher(model), batch, some_queue(config), config, schedule)
 
 
 class TestAgainstTheSlowWay:
@@ -54,9 +65,9 @@ class TestAgainstTheSlowWay:
 
     @pytest.fixture(
         params=[
-            ("sync", 1.0, "pixels", "replace"),
+            ("sync", 1.0, "pixels", "mask-tokens"),
             ("sync", 0.0, "teacher", "visible"),
-            ("random", 0.5, "pixels", "replace"),
+            ("random", 0.5, "pixels", "mask-tokens"),
         ],
         ids=str,
     )
@@ -108,13 +119,15 @@ class TestAgainstTheSlowWay:
         for ours, slow in zip(momentum, self.features(teacher, batch), strict=True):
             assert torch.allclose(ours, slow, atol=1e-5)
         feats = (*self.features(model, batch), *self.features(teacher, batch))
-        slow = itc_loss(*feats, batch.product_ids, some_queue(config), model.temperature, 0.3)
-        assert found.itc.item() == pytest.approx(slow.item(), rel=1e-4)
+        student, teacher_feats = Features(*feats[:2]), Features(*feats[2:])
+        queue, ids = some_queue(config), batch.shard.product_ids
+        slow = itc_loss(student, teacher_feats, ids, queue, model.temperature, 0.3, slice(0, PAIRS))
+        assert found["itc"].item() == pytest.approx(slow.sum.item() / PAIRS, rel=1e-4)
 
     def test_itm(self, case):
         config, model, _, batch, _, found, _ = case
         images, texts = self.features(model, batch)
-        draw = (batch.product_ids, config.batch.margin, config.loss.temperature)
+        draw = (batch.shard.product_ids, config.batch.margin, config.loss.temperature)
         negative_text, has_text = sample_hard_negatives(images, texts, *draw, SEED)
         negative_image, has_image = sample_hard_negatives(texts, images, *draw, SEED + 1)
         assert has_text.all()
@@ -126,7 +139,7 @@ class TestAgainstTheSlowWay:
         for image, text, matched in pairs:
             logits = model.itm_head(self.fused(model, ids[text], batch.pixels[image])[0]).double()
             total -= logits.log_softmax(0)[matched].item()
-        assert found.itm.item() == pytest.approx(total / len(pairs), rel=1e-4)
+        assert found["itm"].item() == pytest.approx(total / len(pairs), rel=1e-4)
 
     def test_mlm_sees_the_full_image_and_the_masked_text(self, case):
         _, model, _, batch, _, found, _ = case
@@ -134,13 +147,11 @@ class TestAgainstTheSlowWay:
         for i, ids in enumerate(self.texts(batch)):
             at = masks.token_mask[i, : len(ids)].nonzero()[:, 0]
             hidden = ids.index_fill(0, at, model.mask_id)
-            logits = model.mlm_head(
-                self.fused(model, hidden, batch.pixels[i])[at], model.text.word_embeddings.weight
-            ).double()
+            logits = model.mlm_head(self.fused(model, hidden, batch.pixels[i])[at], model.text.word_embeddings.weight).double()
             total += F.cross_entropy(logits, ids[at], reduction="sum").item()
             count += len(at)
         assert count >= PAIRS
-        assert found.mlm.item() == pytest.approx(total / count, rel=1e-4)
+        assert found["mlm"].item() == pytest.approx(total / count, rel=1e-4)
 
     def test_mim_sees_the_full_text_and_the_masked_image(self, case):
         config, model, teacher, batch, _, found, _ = case
@@ -165,25 +176,27 @@ class TestAgainstTheSlowWay:
                         full.var(-1, correction=0, keepdim=True) + 1e-5
                     ).sqrt()
             errors.append((predicted - target).double() ** 2)
-        assert found.mim.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-4)
+        assert found["mim"].item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-4)
 
     def test_total_is_the_weighted_sum(self, case):
         found = case[5]
-        assert found.total.item() == pytest.approx(
-            (2 * found.itc + 3 * found.itm + 5 * found.mlm + 7 * found.mim).item(), rel=1e-6
+        assert found["total"].item() == pytest.approx(
+            (2 * found["itc"] + 3 * found["itm"] + 5 * found["mlm"] + 7 * found["mim"]).item(), rel=1e-6
         )
 
 
-@pytest.mark.parametrize(("target", "copy"), [("pixels", "replace"), ("teacher", "replace"), ("pixels", "visible")])
+@pytest.mark.parametrize(
+    ("target", "copy"), [("pixels", "mask-tokens"), ("teacher", "mask-tokens"), ("pixels", "visible")]
+)
 @pytest.mark.parametrize("masking", ["sync", "random", "none"])
 def test_every_parameter_learns(masking: str, target: str, copy: str):
     config = small_config(masking=masking)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, mim_target=target, mim_input=copy))
     model = small_model(config)
     found, _ = losses_of(config, model, small_batch(config))
-    found.total.backward()
-    assert all(x.isfinite() for x in found[:5])
-    assert (found.mlm == 0) == (found.mim == 0) == (masking == "none")
+    found["total"].backward()
+    assert all(x.isfinite() for x in found.values())
+    assert ("mlm" in found) == ("mim" in found) == (masking != "none")
     masked_only = ("image.mask_token", "mlm_head.", "mim_head.")
     for name, parameter in model.named_parameters():
         learns = masking != "none" or not name.startswith(masked_only)
@@ -207,13 +220,9 @@ def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: fl
     errors = []
     for _ in range(20):
         found, _ = losses_of(config, model, batch, teacher=teacher)
-        found.total.backward()
-        errors.append(found.mim.item())
-        parts = [
-            model.image.vit.blocks[0].attn.qkv,
-            model.text.layers[0].attention.qkv,
-            model.mim_head.visible_attention.kv,
-        ]
+        found["total"].backward()
+        errors.append(found["mim"].item())
+        parts = [model.image.vit.blocks[0].attn.qkv, model.text.layers[0].attention.qkv, model.mim_head.visible_attention.kv]
         if ratio < 1:  # otherwise there is [CLS] alone to look at, however it is asked for
             parts.append(model.mim_head.visible_attention.q)
         assert all(part.weight.grad.any() for part in parts)
@@ -232,10 +241,11 @@ def test_rows_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setattr(f"syncmask_fast.model.{module}.rows_multiple", lambda device, n=multiple: n)
         model.zero_grad()
         found, _ = losses_of(config, model, batch)
-        found.total.backward()
+        found["total"].backward()
         outcomes.append((found, [p.grad.clone() for p in model.parameters()]))
     for found, gradients in outcomes[1:]:
-        assert torch.allclose(torch.stack(found), torch.stack(outcomes[0][0]), rtol=1e-5)
+        for name, value in found.items():
+            assert torch.allclose(value, outcomes[0][0][name], rtol=1e-5), name
         for ours, exact in zip(gradients, outcomes[0][1], strict=True):
             assert (ours - exact).abs().max() <= 1e-4 * exact.abs().max() + 1e-7
 
@@ -244,9 +254,11 @@ def test_alignment_alone_leaves_the_fusion_out():
     config = small_config()
     model = small_model(config)
     found, _ = losses_of(config, model, small_batch(config), fuse=False)
-    found.total.backward()
-    assert found.total == found.itc * config.loss.itc
-    assert found.itc.item() == pytest.approx(losses_of(config, model, small_batch(config))[0].itc.item(), rel=1e-5)
+    found["total"].backward()
+    assert found["total"] == found["itc"] * config.loss.itc
+    assert found["itc"].item() == pytest.approx(
+        losses_of(config, model, small_batch(config))[0]["itc"].item(), rel=1e-5
+    )
     later = ("image.mask_token", "fusion.", "itm_head.", "mlm_head.", "mim_head.")
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(later), name
@@ -259,9 +271,9 @@ def test_presence_is_added_and_teaches_the_first_cross_attention(fuse: bool):
     model, batch = small_model(config), small_batch(config)
     found, _ = losses_of(config, model, batch, fuse=fuse)
     without, _ = losses_of(small_config(), model, batch, fuse=fuse)
-    assert found.total.item() == pytest.approx((without.total + 11 * found.presence).item(), rel=1e-5)
-    assert without.presence.isnan()
-    found.total.backward()
+    assert found["total"].item() == pytest.approx((without["total"] + 11 * found["presence"]).item(), rel=1e-5)
+    assert "presence" not in without
+    found["total"].backward()
     assert model.fusion.layers[0].cross.q.weight.grad.any()
     assert model.fusion.layers[0].attention.qkv.weight.grad.any()
 
@@ -272,8 +284,9 @@ def test_collages_add_to_presence_and_teach_the_image_encoder_too():
     cut = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, collages=0.5))
     model, batch = small_model(config), small_batch(config)
     without, found = (losses_of(c, model, batch, fuse=False)[0] for c in (plain, cut))
-    assert found.presence.item() > without.presence.item()  # each part is a cross-entropy
-    found.total.backward()
+    assert found["presence"].item() == pytest.approx(without["presence"].item(), rel=1e-5)
+    assert found["total"].item() == pytest.approx((without["total"] + found["collage"]).item(), rel=1e-5)
+    found["total"].backward()
     assert model.image.vit.pos_embed.grad.any()
 
 
@@ -285,7 +298,7 @@ def test_presence_compares_with_every_other_image_where_there_are_few():
             config, loss=dataclasses.replace(config.loss, presence=1.0, presence_negatives=images)
         )
         losses.append(losses_of(changed, model, batch))
-    assert losses[0][0].presence.item() == pytest.approx(losses[1][0].presence.item(), rel=1e-5)
+    assert losses[0][0]["presence"].item() == pytest.approx(losses[1][0]["presence"].item(), rel=1e-5)
 
 
 def test_the_teacher_is_not_asked_where_nobody_needs_it(monkeypatch: pytest.MonkeyPatch):
@@ -293,10 +306,10 @@ def test_the_teacher_is_not_asked_where_nobody_needs_it(monkeypatch: pytest.Monk
     model, batch = small_model(config), small_batch(config)
     teacher = make_teacher(small_model(config, seed=1))
     empty = Queue.empty(0, config.embed_dim, torch.device("cpu"))
-    draw = {"sync_share": 0.0, "seed": SEED}
+    schedule = Schedule(with_fusion=False, sync_probability=0.0, alpha=0.0, seed=SEED)
     monkeypatch.setattr(teacher.image, "forward", lambda *_: pytest.fail("the teacher was asked"))
-    found, momentum = pretraining_losses(model, teacher, batch, empty, config, fuse=False, alpha=0.0, **draw)
-    assert found.itc.isfinite()
+    found, momentum = pretraining_losses(model, teacher, batch, empty, config, schedule)
+    assert found["itc"].isfinite()
     assert not momentum.images.requires_grad
     assert torch.allclose(momentum.images, model.project_images(model.image(batch.pixels)), atol=1e-6)
 
@@ -305,18 +318,20 @@ def test_draws_follow_the_seed():
     config = small_config()
     model, batch = small_model(config), small_batch(config)
     first, again, other = (losses_of(config, model, batch, seed=seed)[0] for seed in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
-    assert first.itc == other.itc  # nothing is drawn for ITC
-    assert first.mlm != other.mlm
-    assert first.mim != other.mim
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert first["itc"] == other["itc"]  # nothing is drawn for ITC
+    assert first["mlm"] != other["mlm"]
+    assert first["mim"] != other["mim"]
 
 
 def test_one_product_in_the_batch_has_no_negatives():
     config = small_config()
-    batch = dataclasses.replace(small_batch(config), product_ids=torch.zeros(PAIRS, dtype=torch.int64))
+    batch = small_batch(config)
+    one_product = torch.zeros(PAIRS, dtype=torch.int64)
+    batch.shard = dataclasses.replace(batch.shard, product_ids=one_product)
     model = small_model(config)
     found, _ = losses_of(config, model, batch)
-    assert all(x.isfinite() for x in found[:5])
+    assert all(x.isfinite() for x in found.values())
     ids = batch.token_ids.split(batch.lengths)
     slow = 0.0
     for i in range(PAIRS):
@@ -327,7 +342,7 @@ def test_one_product_in_the_batch_has_no_negatives():
             .item()
             / PAIRS
         )
-    assert found.itm.item() == pytest.approx(slow, rel=1e-4)
+    assert found["itm"].item() == pytest.approx(slow, rel=1e-4)
 
 
 @pytest.mark.parametrize("lengths", [[2, 2], [3, 2, 3], [24, 2, 3]])
@@ -337,11 +352,12 @@ def test_texts_with_hardly_a_word(lengths: list[int]):
     pairs = len(lengths)
     ids = torch.cat([torch.tensor([2, *([7] * (n - 2)), 3]) for n in lengths])
     starts, places = PackedLayout.of(lengths).cu_seqlens, torch.arange(pairs)
-    batch = Batch(torch.randn(pairs, 3, 48, 48), ids, starts, lengths, places, places, places, np.arange(pairs))
+    shard = BatchShard.whole(lengths, places, places)
+    batch = Batch(torch.randn(pairs, 3, 48, 48), ids, starts, lengths, places, np.arange(pairs), places, shard)
     model = small_model(config)
     found, _ = losses_of(config, model, batch, share=1.0)
-    found.total.backward()
-    assert all(x.isfinite() for x in found[:5])
+    found["total"].backward()
+    assert all(x.isfinite() for x in found.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -40,15 +40,22 @@ _log = logging.getLogger("syncmask_fast")
 class Batch:
     """B image-text pairs. Texts are packed: pair i has token_ids[cu_seqlens[i] : cu_seqlens[i + 1]]."""
 
-    pixels: Tensor  # float32 [B, 3, S, S], normalised, on the device
-    token_ids: Tensor  # int64 [total], [CLS] ... [SEP] of each text, on the device
-    cu_seqlens: Tensor  # int32 [B + 1], on the device
-    lengths: list[int]  # tokens of each text, on the host
-    product_ids: Tensor  # int64 [B], on the device
-    sample_ids: Tensor  # int64 [B], sample numbers in the index, on the device
-    epoch_positions: Tensor  # int64 [B], places in the epoch, on the device
-    sample_ids_host: np.ndarray  # int64 [B], the same as `samples`, on the host
-    shard: BatchShard | None = field(default=None, kw_only=True)  # of a batch that is cut over several processes
+    pixels: Tensor
+    """float32 [B, 3, S, S], normalized, on the device."""
+    token_ids: Tensor
+    """int64 [total], [CLS] ... [SEP] of each text, on the device."""
+    cu_seqlens: Tensor
+    """int32 [B + 1], on the device."""
+    lengths: list[int]
+    """Tokens of each text, on the host."""
+    sample_ids: Tensor
+    """int64 [B], numbers of the samples in the index, on the device."""
+    sample_ids_host: np.ndarray
+    """int64 [B], the same on the host."""
+    epoch_positions: Tensor
+    """int64 [B], positions in the epoch, on the device."""
+    shard: BatchShard
+    """Which rows of the global batch these are, with the product ids of all its rows."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -235,7 +242,9 @@ class Loader:
         tokens, products, samples, positions, starts = self._upload(
             token_ids, product_ids, job.samples, job.positions, cu_seqlens
         )
-        return Batch(pixels, tokens, starts, np.diff(cu_seqlens).tolist(), products, samples, positions, job.samples)
+        lengths = np.diff(cu_seqlens).tolist()
+        shard = BatchShard.whole(lengths, samples, products)
+        return Batch(pixels, tokens, starts, lengths, samples, job.samples, positions, shard)
 
     def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
         tensors = [torch.from_numpy(array) for array in arrays]

@@ -47,7 +47,7 @@ class PackedLayout:
     @classmethod
     def of_batch(cls, batch: Batch) -> PackedLayout:
         """Return the layout of a batch's texts. `max_seqlen` is that of all ranks, so that their padded forms have one width."""
-        longest = max((batch.shard or batch).lengths)
+        longest = max(batch.shard.lengths)
         return cls(batch.cu_seqlens, longest, sum(batch.lengths))
 
     def __len__(self) -> int:

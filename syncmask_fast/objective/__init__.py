@@ -1,0 +1,1 @@
+"""What is learned in a step: teacher, masks, negatives and losses."""

@@ -1,0 +1,1 @@
+"""One task, one file: metrics, evaluation and fine-tuning."""

@@ -13,11 +13,13 @@ from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.tokenizer import TokenCache
-from syncmask_fast.model.attention import PackedLayout
+from syncmask_fast.distributed.group import SINGLE_PROCESS
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.pretraining import Losses
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.epochs import epoch_batches
+from syncmask_fast.training.log import NullLog
+from syncmask_fast.training.step import Objective
 
 BATCH_SIZE = 128
 
@@ -31,29 +33,23 @@ class FineTuneTask:
     images_per_item: int
     batches: Callable[[TrainConfig, TrainState, Loader], Iterator[Batch]]
     """Endless batches, as `epoch_batches` yields them."""
-    losses: Callable
-    """Replaces `pretraining_losses`, with the same arguments."""
+    losses: Objective
+    """Replaces `pretraining_losses`, with the same parameters."""
     validate: Callable[[SyncMaskModel], dict[str, float]]
     """Return the metrics of a model on the validation products."""
     metric: str
     """The metric that selects the best model."""
 
 
-def image_items(split: Split, losses: Callable, validate: Callable, metric: str) -> FineTuneTask:
+def image_items(split: Split, losses: Objective, validate: Callable, metric: str) -> FineTuneTask:
     """Return a fine-tuning whose items are the images of a split with their texts."""
     product_ids = split.index.product_ids[split.samples]
     product_index = np.unique(product_ids, return_inverse=True)[1]
 
     def batches(config: TrainConfig, state: TrainState, loader: Loader) -> Iterator[Batch]:
-        return epoch_batches(config, state, loader, split, product_index)
+        return epoch_batches(config, state, loader, split, product_index, NullLog(), SINGLE_PROCESS)
 
     return FineTuneTask(product_ids, 1, batches, losses, validate, metric)
-
-
-def single_loss(loss: Tensor) -> Losses:
-    """Return a task's only loss as the record that the loop logs."""
-    missing = loss.new_tensor(torch.nan)
-    return Losses(loss, missing, missing, missing, missing, missing)
 
 
 def open_tokens(model: SyncMaskModel, split: Split) -> TokenCache:

@@ -1,0 +1,1 @@
+"""What surrounds a step: the step itself, optimizer, checkpoints, log, interrupts."""

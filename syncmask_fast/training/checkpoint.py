@@ -1,9 +1,9 @@
-"""Checkpoints: one `TrainState` to and from a folder of safetensors and JSON. Written aside, then renamed; the last two are kept.
+"""Checkpoints: save a `TrainState` to a folder of safetensors and JSON, and resume from it.
 
-state.json is the manifest: the layout's version, the clocks, where the run comes from, and size and SHA-256 of every other file, with a SHA-256 of
-its own. docs/reliability.md says what that guarantees.
+A checkpoint is written to a temporary folder and then renamed; the last two are kept. state.json is the manifest: version,
+counters, provenance, and size and SHA-256 of every other file, with a SHA-256 of its own (docs/reliability.md).
 
-Random draws are functions of the seed, the epoch, the position and the step, so that there is no generator state to save.
+Random draws are functions of seed, epoch, position and step, so there is no generator state to save.
 """
 
 from __future__ import annotations
@@ -18,46 +18,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from syncmask_fast.config import TrainConfig
+from syncmask_fast.distributed.group import Group, one_line, restart_count
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.losses import Queue
-from syncmask_fast.training.optimizer import Optimizer
+from syncmask_fast.objective.memory import FeatureBank, Queue, make_teacher
+from syncmask_fast.training.log import MetricsLog
+from syncmask_fast.training.optimizer import Optimizer, make_optimizer
 from syncmask_fast.utils.errors import UserError, warn
 from syncmask_fast.utils.files import replace_folder, sha256, write_json
 
-FORMAT = 2  # 1 had no checksums, and is read still
+FORMAT = 3
+FOLDER = "checkpoints"
 MANIFEST = "state.json"
-MAX_MANIFEST = 2**20  # bytes
-PARTS = ("model", "teacher", "optimizer", "memory")
-NUMBERS = ("step", "epoch", "samples_done", "batches_done")
-
-
-@dataclass
-class FeatureBank:
-    """The teacher's last features of every training sample, for the next epoch's plan."""
-
-    images: Tensor
-    """float32 [N, E]."""
-    texts: Tensor
-    """float32 [N, E]."""
-    filled: Tensor
-    """bool [N]."""
-
-    @classmethod
-    def empty(cls, samples: int, width: int, device: torch.device) -> FeatureBank:
-        features = torch.zeros(2, samples, width, device=device)
-        return cls(features[0], features[1], torch.zeros(samples, dtype=torch.bool, device=device))
-
-    def update(self, at: Tensor, images: Tensor, texts: Tensor) -> None:
-        self.images.index_copy_(0, at, images)
-        self.texts.index_copy_(0, at, texts)
-        self.filled.index_fill_(0, at, True)
+MAX_MANIFEST_BYTES = 2**20
+TENSOR_FILES = ("model", "teacher", "optimizer", "memory")
+COUNTERS = ("step", "epoch", "samples_done", "batches_done")
 
 
 @dataclass
 class TrainState:
-    """Everything that a run needs to go on."""
+    """Everything that a run needs to resume."""
 
     model: SyncMaskModel
     teacher: SyncMaskModel
@@ -65,184 +48,264 @@ class TrainState:
     queue: Queue
     bank: FeatureBank
     order: Tensor
-    """int64 [N]: this epoch's plan, as places in the training split."""
+    """int64 [N]: this epoch's order of the training items."""
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     epoch: int = 0
     samples_done: int = 0
-    """Samples of this epoch's plan that are done."""
+    """Items of this epoch's order that are done."""
     batches_done: int = 0
-    """Batches done in all (the queue's clock)."""
+    """Batches done in all, which gives the queue's position."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """What the run was made from: training `samples`, and marks of the `data` and the `tokenizer`."""
+    """Number of training `samples`, and fingerprints of the `data` and the `tokenizer`."""
+
+    @classmethod
+    def create(cls, model: SyncMaskModel, config: TrainConfig, provenance: dict[str, Any]) -> TrainState:
+        """Return the state of step 0 around an initialized model."""
+        items = provenance["samples"]
+        return cls(
+            model,
+            make_teacher(model),
+            make_optimizer(model, config.optim),
+            Queue.empty(config.loss.queue, config.embed_dim, model.device),
+            FeatureBank.empty(items, config.embed_dim, model.device),
+            torch.arange(items),
+            provenance=provenance,
+        )
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the tensors of queue and feature bank by the names that they have in a checkpoint."""
+        queue = {f"queue.{name}": value for name, value in self.queue._asdict().items()}
+        return queue | {f"bank.{name}": getattr(self.bank, name) for name in ("images", "texts", "filled")}
+
+
+def find_resume_path(config: TrainConfig, run_dir: Path) -> Path | None:
+    """Return the folder of the run's own checkpoints, the checkpoint that --resume names, or None for a new run.
+
+    A run that started from another run's checkpoint resumes from its own once it has one, so the same command can be
+    repeated. The same holds for a run that torchrun has restarted, whatever --resume names.
+    """
+    own = run_dir / FOLDER
+    has_own = bool(checkpoints(own))
+    if config.resume not in ("auto", "never") and not (restart_count() and has_own):
+        named = Path(config.resume)
+        if not has_own or named.resolve().parent == own.resolve():
+            return named
+    return own if has_own else None
+
+
+def resume(path: Path, state: TrainState, group: Group) -> Path:
+    """Fill `state` from a checkpoint, or from the latest one in a folder of them; return its path.
+
+    errors: UserError if it is damaged or belongs to another run, or if a rank does not find it.
+    """
+    if not group.is_main and not path.exists():
+        raise UserError(
+            f"{path} is not on the machine of rank {group.rank}. Give an --out in a folder that all machines share."
+        )
+    # Rank 0 alone looks for the latest complete one, because it may rename damaged ones.
+    if path.name == FOLDER and group.is_main:
+        path = load_latest(path, state)
+        return group.broadcast_object(path)
+    path = group.broadcast_object(path)
+    load_checkpoint(path, state)
+    return path
+
+
+def save(run_dir: Path, state: TrainState, log: MetricsLog) -> bool:
+    """Save a checkpoint after the steps before it are in metrics.jsonl; return whether that worked.
+
+    On a full disk the earlier checkpoints stay, and training continues.
+    """
+    folder = run_dir / FOLDER
+    try:
+        log.fsync()
+        save_checkpoint(folder, state)
+    except OSError as error:
+        older = checkpoints(folder)
+        latest = f"{older[-1].name} stays the latest" if older else "there is none yet"
+        warn(
+            f"The checkpoint of step {state.step} could not be written to {folder} ({error}); {latest}, and training "
+            "continues. Free some space."
+        )
+        return False
+    return True
+
+
+def save_model(model: SyncMaskModel, folder: Path) -> None:
+    """Write a model's folder completely or not at all. errors: UserError if it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        replace_folder(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{folder} cannot be written ({error}). Free some space and run the same command; it resumes."
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 that is equal for tokenizers with the same ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep: int = 2) -> Path:
-    """Writes `folder`/step-NNNNNNNN and removes all but the newest `keep`. Returns the new one's path.
+    """Write `folder`/step-NNNNNNNN, remove all but the latest `keep`, and return the new path.
 
-    A kill at any moment leaves the checkpoints that were there before. errors: OSError where it cannot be written; what was written of it is gone.
+    A kill at any moment leaves the earlier checkpoints intact. errors: OSError if it cannot be written; nothing of it stays.
     """
     target = folder / f"step-{state.step:08d}"
-    aside = folder / f".{target.name}.partial"
-    for old in folder.glob(".step-*.partial"):  # what a kill has left
+    partial = folder / f".{target.name}.partial"
+    for old in folder.glob(".step-*.partial"):  # left by a kill
         shutil.rmtree(old, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        memory = {
-            **{f"queue.{name}": value for name, value in state.queue._asdict().items()},
-            **{f"bank.{name}": getattr(state.bank, name) for name in ("images", "texts", "filled")},
-            "order": state.order,
-        }
-        parts = {
+        partial.mkdir(parents=True)
+        tensors = {
             "model": state.model.state_dict(),
             "teacher": state.teacher.state_dict(),
             "optimizer": _optimizer_tensors(state),
-            "memory": memory,
+            "memory": state.memory() | {"order": state.order},
         }
-        for name, tensors in parts.items():
-            save_file(_plain(tensors), aside / f"{name}.safetensors")
-        numbers = {name: getattr(state, name) for name in NUMBERS}
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(aside.iterdir())}
-        content = {"format": FORMAT, **numbers, "provenance": state.provenance, "files": files}
-        write_json(aside / MANIFEST, {**content, "sha256": _digest(content)})
-        replace_folder(aside, target)
+        for name in TENSOR_FILES:
+            save_file(_to_cpu(tensors[name]), partial / f"{name}.safetensors")
+        counters = {name: getattr(state, name) for name in COUNTERS}
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, **counters, "provenance": state.provenance, "files": files}
+        write_json(partial / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+        replace_folder(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
     for old in checkpoints(folder)[:-keep]:
-        gone = old.with_name(f".{old.name}.partial")  # a half removed one must not look like a checkpoint
+        # Rename first: a half removed folder must not look like a checkpoint.
+        gone = old.with_name(f".{old.name}.partial")
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
     return target
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-????????"))
 
 
 def load_latest(folder: Path, state: TrainState) -> Path:
-    """Fills `state` from the newest checkpoint that is whole; a damaged one is said, renamed to damaged-*, and the one before is taken.
+    """Fill `state` from the latest intact checkpoint and return its path.
 
-    errors: UserError where none is whole, or where it belongs to another configuration.
+    A damaged one is reported and renamed to damaged-*. errors: UserError if none is intact, or if it is of another run.
     """
     while found := checkpoints(folder):
-        newest = found[-1]
+        latest = found[-1]
         try:
-            _fill(newest, state, _read(newest))
-            return newest
+            _restore(latest, state, *_read(latest))
+            return latest
         except DamagedCheckpoint as damage:
             if len(found) == 1:
                 raise UserError(
-                    f"{damage}, and there is no other: copy one back, or start anew with another --out."
+                    f"{damage}, and no other checkpoint is left. Restore one, or start a new run with another --out."
                 ) from damage
-            aside = newest.with_name(f"damaged-{newest.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            newest.rename(aside)
-            warn(f"{damage}: it is kept as {aside.name}, and the run goes on from {found[-2].name}.")
-    raise UserError(f"{folder} holds no checkpoint.")
+            renamed = latest.with_name(f"damaged-{latest.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            latest.rename(renamed)
+            warn(f"{damage}. It is renamed to {renamed.name}, and the run resumes from {found[-2].name}.")
+    raise UserError(f"{folder} contains no checkpoint.")
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Fills `state` in place from a checkpoint; raises `UserError` where it is damaged or belongs to another configuration."""
+    """Fill `state` in place from a checkpoint. errors: UserError if it is damaged or of another run."""
     try:
-        _fill(path, state, _read(path))
+        _restore(path, state, *_read(path))
     except DamagedCheckpoint as damage:
-        raise UserError(f"{damage}: give another with --resume, or start anew with another --out.") from damage
+        raise UserError(f"{damage}. Give another with --resume, or start a new run with another --out.") from damage
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint whose files are not what was written; the message names the checkpoint and the damage."""
+    """A checkpoint whose files differ from what was written. The message names the checkpoint and the damage."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The manifest and the tensors of a checkpoint, after a comparison of every file with its checksum.
-
-    Nothing is unpickled, and no file is read into memory before its size is known to be what was written.
-    """
+    """Return the manifest and the tensors of a checkpoint after checking every file's size and SHA-256."""
     try:
         with open(path / MANIFEST, "rb") as file:
-            content = json.loads(file.read(MAX_MANIFEST))
-        if not isinstance(content, dict) or type(content.get("format")) is not int:
+            manifest = json.loads(file.read(MAX_MANIFEST_BYTES))
+        if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
             raise ValueError(f"{MANIFEST} is not that of a checkpoint")
-        if not 1 <= content["format"] <= FORMAT:
+        if manifest["format"] != FORMAT:
             raise UserError(
-                f"{path} was written by another version (layout {content['format']}, this one reads 1 to {FORMAT}): "
-                "go on with the version that wrote it, or start anew with another --out."
+                f"{path} was written by another version (layout {manifest['format']}; this one reads {FORMAT}). "
+                "Resume with the version that wrote it, or start a new run with another --out."
             )
-        if content["format"] == 1:  # without checksums and origin; the rest is the same
-            content |= {"provenance": {}, "files": {}}
-        elif content.pop("sha256", None) != _digest(content):
+        if manifest.pop("sha256", None) != _digest(manifest):
             raise ValueError(f"{MANIFEST} does not have its checksum")
-        if not all(type(content[name]) is int and 0 <= content[name] < 2**53 for name in NUMBERS):
-            raise ValueError(f"{MANIFEST} has counts that are none")
-        for name, known in content["files"].items():
+        if not all(type(manifest[name]) is int and 0 <= manifest[name] < 2**53 for name in COUNTERS):
+            raise ValueError(f"{MANIFEST} has invalid counters")
+        # Sizes come first: no file is read into memory before its size is known to be right.
+        for name, known in manifest["files"].items():
             file = path / Path(name).name
             if file.stat().st_size != known["bytes"] or sha256(file) != known["sha256"]:
                 raise ValueError(f"{name} does not have its checksum")
-        return content, {name: load_file(path / f"{name}.safetensors") for name in PARTS}
+        return manifest, {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedCheckpoint(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason})") from error
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _fill(path: Path, state: TrainState, content: tuple[dict[str, Any], dict[str, dict[str, Tensor]]]) -> None:
-    """Fills `state` in place. errors: UserError where the checkpoint is of another configuration or of other data."""
-    numbers, files = content
-    _compare_origin(path, numbers["provenance"], state.provenance)
-    memory = files["memory"]
-    targets = {f"queue.{name}": value for name, value in state.queue._asdict().items()}
-    targets |= {f"bank.{name}": getattr(state.bank, name) for name in ("images", "texts", "filled")}
+def _restore(path: Path, state: TrainState, manifest: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Fill `state` in place. errors: UserError if the checkpoint is of another configuration or of other data."""
+    _check_provenance(path, manifest["provenance"], state.provenance)
+    memory, targets = tensors["memory"], state.memory()
     try:
         for name, value in targets.items():
             if memory[name].shape != value.shape or memory[name].dtype != value.dtype:
                 raise ValueError(f"{name} is {list(memory[name].shape)}, where {list(value.shape)} is needed")
         order = memory["order"]
-        if len(state.bank.filled) and not torch.equal(order.sort().values, torch.arange(len(state.bank.filled))):
-            raise ValueError("its plan is not an order of the training samples")
-        state.model.load_state_dict(files["model"])
-        state.teacher.load_state_dict(files["teacher"])
-        _load_optimizer(state, files["optimizer"])
+        if not torch.equal(order.sort().values, torch.arange(len(state.bank.filled))):
+            raise ValueError("its order is not a permutation of the training items")
+        state.model.load_state_dict(tensors["model"])
+        state.teacher.load_state_dict(tensors["teacher"])
+        _load_optimizer(state, tensors["optimizer"])
     except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        mend = "give another with --resume, or start anew with another --out"
-        raise UserError(f"{path} is not a checkpoint of this run ({reason}): {mend}.") from error
+        raise UserError(
+            f"{path} is not a checkpoint of this run ({one_line(error)}). "
+            "Give another with --resume, or start a new run with another --out."
+        ) from error
     for name, value in targets.items():
         value.copy_(memory[name])
     state.order = order
-    for name in NUMBERS:
-        setattr(state, name, numbers[name])
+    for name in COUNTERS:
+        setattr(state, name, manifest[name])
 
 
-def _compare_origin(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Says where the data is no longer what the run began with, and refuses where it could not go on sensibly."""
+def _check_provenance(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Warn if the data has changed since the run started; raise `UserError` if resuming would make no sense."""
     if not saved or not ours:
         return
     if saved.get("samples") != ours["samples"]:
         raise UserError(
-            f"{path} is of a run on {saved.get('samples')} training samples, but there are {ours['samples']} now: "
-            "put shards that are missing or new back as they were, or start anew with another --out."
+            f"{path} is of a run on {saved.get('samples')} training samples, but there are {ours['samples']} now. "
+            "Restore missing shards and remove new ones, or start a new run with another --out."
         )
     if saved.get("tokenizer") != ours["tokenizer"]:
         raise UserError(
-            f"{path} is of a run with another tokenizer (one that is trained on the texts changes with them): "
-            "put the data back as it was, or start anew with another --out."
+            f"{path} is of a run with another tokenizer (one that is trained on the texts changes with them). "
+            "Restore the data, or start a new run with another --out."
         )
     if saved.get("data") != ours["data"]:
-        warn(f"the data is no longer what the run of {path} began with: it goes on, but not as it would have.")
+        warn(f"The data has changed since the run of {path} started. The run resumes, but not bit for bit.")
 
 
-def _digest(content: dict[str, Any]) -> str:
-    """The checksum of a manifest, whatever the layout of its JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _digest(manifest: dict[str, Any]) -> str:
+    """Return the checksum of a manifest, independent of the JSON's layout."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
-        for parameter, kept in state.optimizer.states()
-        for key, value in kept.items()
+        for parameter, entries in state.optimizer.parameter_states()
+        for key, value in entries.items()
     }
 
 
@@ -254,17 +317,17 @@ def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
         saved.setdefault(name, {})[key] = value
     unknown = saved.keys() - names.values()
     if unknown:
-        raise ValueError(f"its optimiser has a state of {min(unknown)}, which the model lacks")
-    for parameter, kept in state.optimizer.states():
-        kept.clear()
+        raise ValueError(f"its optimizer has a state of {min(unknown)}, which the model lacks")
+    for parameter, entries in state.optimizer.parameter_states():
+        entries.clear()
         for key, value in saved.get(names[parameter], {}).items():
             if value.numel() not in (1, parameter.numel()):
-                raise ValueError(f"its optimiser's {key} of {names[parameter]} has {value.numel()} numbers")
-            kept[key] = value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
+                raise ValueError(f"its optimizer's {key} of {names[parameter]} has {value.numel()} numbers")
+            entries[key] = value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies that share no memory, as safetensors demands."""
     return {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()

@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW for everything, or Muon for the weight matrices and AdamW for the rest; and its learning rate."""
+"""AdamW, or Muon for weight matrices and AdamW for the rest, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,88 +13,95 @@ from syncmask_fast.training.rollback import Rollback
 
 
 class Optimizer:
-    """One or two of torch's optimisers, stepped together.
+    """One or two of torch's optimizers, stepped together.
 
-    flattened: matrices that an optimiser holds in place of a parameter of more dimensions, whose memory they share.
+    conv_views: for each convolution that Muon updates, the matrix that shares its memory -> the convolution's weight.
     """
 
-    def __init__(self, parts: list[torch.optim.Optimizer], flattened: dict[Tensor, Tensor] | None = None) -> None:
-        self.parts = parts
-        self.flattened = flattened or {}
-        self.peaks = [group["lr"] for group in self.param_groups]
+    def __init__(self, optimizers: list[torch.optim.Optimizer], conv_views: dict[Tensor, Tensor] | None = None) -> None:
+        self.optimizers = optimizers
+        self.conv_views = conv_views or {}
+        self.peak_lrs = [group["lr"] for group in self.param_groups]
 
     @property
     def param_groups(self) -> list[dict]:
         """AdamW's groups first."""
-        return [group for part in self.parts for group in part.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, finite: Tensor | None = None) -> None:
-        """Updates the parameters; where `finite`, a bool scalar on their device, is false, neither they nor the state change."""
-        for matrix, parameter in self.flattened.items():
+        """Update parameters and state; change nothing where `finite`, a bool scalar on the device, is false."""
+        for matrix, parameter in self.conv_views.items():
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
         rollback = Rollback()
-        for part in self.parts:
-            if finite is not None and isinstance(part, torch.optim.Muon):
-                for parameter in (p for group in part.param_groups for p in group["params"] if p.grad is not None):
-                    kept = part.state[parameter]
-                    if not kept:  # as Muon itself begins; made here, so that there is something to go back to
-                        kept["momentum_buffer"] = torch.zeros_like(parameter)
-                    rollback.snapshot((parameter, *kept.values()))
+        for optimizer in self.optimizers:
+            if finite is not None and isinstance(optimizer, torch.optim.Muon):
+                self._snapshot_muon(optimizer, rollback)
             elif finite is not None:
-                part.found_inf = 1 - finite.float()  # fused AdamW heeds it, as torch.amp.GradScaler does
-            part.step()
+                # Fused AdamW skips the update itself, as under torch.amp.GradScaler.
+                optimizer.found_inf = 1 - finite.float()
+            optimizer.step()
         if finite is not None:
             rollback.restore_unless(finite)
 
+    @staticmethod
+    def _snapshot_muon(optimizer: torch.optim.Muon, rollback: Rollback) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            state = optimizer.state[parameter]
+            if not state:  # create it before the first step, so that it can be restored
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            rollback.snapshot((parameter, *state.values()))
+
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-        for parameter in self.flattened.values():
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in self.conv_views.values():
             parameter.grad = None
 
-    def states(self) -> Iterator[tuple[Tensor, dict]]:
-        """Every parameter with the (changeable) state that its optimiser keeps of it."""
-        for part in self.parts:
-            for group in part.param_groups:
+    def parameter_states(self) -> Iterator[tuple[Tensor, dict]]:
+        """Yield every model parameter with the state, open to changes, that its optimizer keeps."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    yield self.flattened.get(parameter, parameter), part.state[parameter]
+                    yield self.conv_views.get(parameter, parameter), optimizer.state[parameter]
 
-    def set_lr_multiplier(self, factor: float) -> None:
-        """Sets every group's learning rate to `factor` times its peak."""
-        for group, peak in zip(self.param_groups, self.peaks, strict=True):
-            group["lr"] = factor * peak
+    def set_lr_multiplier(self, multiplier: float) -> None:
+        """Set every group's learning rate to a multiple of its peak."""
+        for group, peak in zip(self.param_groups, self.peak_lrs, strict=True):
+            group["lr"] = multiplier * peak
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Fused AdamW, without weight decay for biases, norms, single vectors and the temperature; where `muon_lr` is set, Muon for matrices and
-    convolutions.
+    """Return fused AdamW, and with `--optim.muon-lr` Muon for matrices and convolutions (Jordan et al. 2024).
 
-    Muon makes the updates of a matrix orthogonal (Jordan et al. 2024); a convolution's kernel is one with a row for each output channel. A row of an
-    embedding is a vector of its own, so embeddings stay with AdamW.
+    Biases, norms, single vectors and the temperature have no weight decay.
     """
+    # A row of an embedding is a vector of its own, so orthogonal updates make no sense there.
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    muon = config.muon_lr is not None
-    taken = [p for p in model.parameters() if muon and (p.ndim == 2 or p.ndim == 4) and id(p) not in embeddings]
-    others = {id(p): p for p in model.parameters()}
-    for p in taken:
-        del others[id(p)]
-    groups = [
-        {"params": [p for p in others.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in others.values() if p.ndim <= 1], "weight_decay": 0.0},
+    muon = [
+        p for p in model.parameters() if p.ndim in (2, 4) and id(p) not in embeddings and config.muon_lr is not None
     ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, fused=True)]
-    if not muon:
-        return Optimizer(parts)
-    flattened = {nn.Parameter(p.detach().flatten(1)): p for p in taken if p.ndim == 4}
-    matrices = [p for p in taken if p.ndim == 2]
-    parts.append(torch.optim.Muon([*matrices, *flattened], lr=config.muon_lr, weight_decay=config.muon_weight_decay))
-    return Optimizer(parts, flattened)
+    muon_ids = {id(p) for p in muon}
+    others = [p for p in model.parameters() if id(p) not in muon_ids]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.muon_lr is None:
+        return Optimizer([adamw])
+    # Muon takes matrices only: a convolution's kernel is one with a row for each output channel.
+    conv_views = {nn.Parameter(p.detach().flatten(1)): p for p in muon if p.ndim == 4}
+    matrices = [p for p in muon if p.ndim == 2] + list(conv_views)
+    return Optimizer(
+        [adamw, torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.muon_weight_decay)], conv_views
+    )
 
 
 def lr_multiplier(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate as a share of its peak: linear warm-up, then a cosine to `min_lr / lr` at the last step."""
-    warm = max(1, round(config.warmup * steps))
-    if step < warm:
-        return (step + 1) / warm
+    """Return the learning rate as a fraction of its peak: linear warm-up, then a cosine to min_lr / lr."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
     floor = config.min_lr / config.lr
-    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2

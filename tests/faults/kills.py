@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from syncmask_fast.training.checkpoint import NUMBERS, checkpoints
+from syncmask_fast.training.checkpoint import COUNTERS, checkpoints
 from tests.faults.launcher import Launcher
 from tests.helpers import SPEED
 
@@ -143,7 +143,7 @@ def differences(one: Path, other: Path) -> list[str]:
         found.append("metrics.jsonl")
     last = [checkpoints(out / "checkpoints")[-1] for out in (one, other)]
     numbers = [json.loads((path / "state.json").read_text()) for path in last]
-    found += [name for name in NUMBERS if numbers[0][name] != numbers[1][name]]
+    found += [name for name in COUNTERS if numbers[0][name] != numbers[1][name]]
     files = [*sorted(path.name for path in last[0].glob("*.safetensors"))]
     for a, b in [(last[0] / name, last[1] / name) for name in files] + [
         (one / "model/model.safetensors", other / "model/model.safetensors")

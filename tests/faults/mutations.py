@@ -29,12 +29,9 @@ from syncmask_fast.data.splits import Split
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.data.triplets import open_triplets
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.objective.losses import Queue
-from syncmask_fast.objective.pretraining import make_teacher
 from syncmask_fast.tasks.mask_quality import truth
-from syncmask_fast.training.checkpoint import FeatureBank, TrainState, load_latest, save_checkpoint
+from syncmask_fast.training.checkpoint import TrainState, load_latest, save_checkpoint
 from syncmask_fast.training.log import MetricsLog
-from syncmask_fast.training.optimizer import make_optimizer
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_tokenizer
 
@@ -351,12 +348,13 @@ class Config(Kind):
         return as_json(edited_json(known, draw)) if draw.random() < 0.8 else edited(as_json(known), random_edits(draw))
 
     def outcome(self, data: bytes) -> str:
-        from syncmask_fast.train import start_run
+        from syncmask_fast.distributed.group import SINGLE_PROCESS
+        from syncmask_fast.training.run_dir import create_run_dir
 
         shutil.rmtree(self.folder)
         (self.folder / "checkpoints").mkdir(parents=True)
         (self.folder / "config.json").write_bytes(data)
-        start_run(self.folder, self.config, "data")
+        create_run_dir(self.config, SINGLE_PROCESS)
         return READ
 
 
@@ -451,7 +449,7 @@ class Metrics(Kind):
     def outcome(self, data: bytes) -> str:
         (self.folder / "metrics.jsonl").write_bytes(data)
         with redirect_stderr(io.StringIO()) as said:
-            MetricsLog(self.folder, 5, 9, 2, torch.device("cpu"), 1.0).file.close()
+            MetricsLog(small_config(out=self.folder), 5, 9, torch.device("cpu"), 1.0).file.close()
         steps = [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_bytes().splitlines()]
         assert steps == sorted(set(steps))
         assert all(step <= 5 for step in steps)
@@ -509,14 +507,7 @@ def new_state() -> TrainState:
     config = small_config()
     torch.manual_seed(0)
     model = SyncMaskModel(config, small_tokenizer())
-    queue, bank = (
-        Queue.empty(8, config.embed_dim, torch.device("cpu")),
-        FeatureBank.empty(5, config.embed_dim, torch.device("cpu")),
-    )
-    provenance = {"samples": 5, "data": "d", "tokenizer": "t"}
-    return TrainState(
-        model, make_teacher(model), make_optimizer(model, config.optim), queue, bank, torch.arange(5), provenance=provenance
-    )
+    return TrainState.create(model, config, {"samples": 5, "data": "d", "tokenizer": "t"})
 
 
 def feed(kind: Kind, data: bytes) -> str:

@@ -68,7 +68,7 @@ def test_sigterm_saves_and_leaves(launcher: Launcher, data: Path, whole: Path, t
     (saved,) = checkpoints(out / "checkpoints")
     step = int(saved.name[-8:])
     assert 0 < step < STEPS
-    assert f"stopped at step {step} of {STEPS}" in log.read_text()
+    assert f"Stopped at step {step} of {STEPS}" in log.read_text()
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(
         range(1, step + 1)
     )
@@ -82,9 +82,9 @@ def test_disk_full_during_a_checkpoint(launcher: Launcher, data: Path, whole: Pa
     argv = arguments(data, out, STEPS, save_every=4)
     assert launcher.run(argv, log, file_limit=100_000) == 2
     said = log.read_text()
-    assert f"WARNING: the checkpoint of step 4 could not be written to {out / 'checkpoints'}" in said
-    assert "there is none yet, and training goes on" in said
-    assert "WARNING: the checkpoint of step 8" in said
+    assert f"WARNING: The checkpoint of step 4 could not be written to {out / 'checkpoints'}" in said
+    assert "there is none yet, and training continues" in said
+    assert "WARNING: The checkpoint of step 8" in said
     assert said.splitlines()[-1].startswith(f"error: {out / 'model'} cannot be written")
     assert "Traceback" not in said
     assert list((out / "checkpoints").iterdir()) == []  # nothing half written

@@ -1,4 +1,4 @@
-"""What a run goes on from: damaged, older, newer and foreign checkpoints, and metrics that a kill or a machine has left half written."""
+"""What a run resumes from: damaged, other and foreign checkpoints, and metrics.jsonl after a kill or a power loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncmask_fast.objective.pretraining import Losses
-from syncmask_fast.training.checkpoint import MANIFEST, checkpoints, load_checkpoint, load_latest, save_checkpoint
-from syncmask_fast.training.interrupts import find_resume_path, save
+from syncmask_fast.training.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    checkpoints,
+    find_resume_path,
+    load_checkpoint,
+    load_latest,
+    save,
+    save_checkpoint,
+)
 from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.utils.errors import UserError
 from tests.faults.mutations import new_state
@@ -31,14 +38,13 @@ def two(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change) -> None:
-    """Changes a manifest as somebody would who knows the format, checksum and all."""
+    """Change a manifest as somebody would who knows the format, checksum included."""
     from syncmask_fast.training import checkpoint
 
     content = json.loads((path / MANIFEST).read_text())
     content.pop("sha256", None)
     change(content)
-    digest = {} if content.get("format") == 1 else {"sha256": checkpoint._digest(content)}
-    (path / MANIFEST).write_text(json.dumps({**content, **digest}))
+    (path / MANIFEST).write_text(json.dumps({**content, "sha256": checkpoint._digest(content)}))
 
 
 @pytest.mark.parametrize(
@@ -53,36 +59,26 @@ def test_one_flipped_bit_sends_a_run_to_the_checkpoint_before(two: Path, name: s
     assert load_latest(two, state).name == "step-00000001"
     assert state.step == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"WARNING: {two / 'step-00000002'} is not a whole checkpoint")
-    assert "the run goes on from step-00000001" in said
+    assert said.startswith(f"WARNING: {two / 'step-00000002'} is damaged")
+    assert "the run resumes from step-00000001" in said
     assert (two / "damaged-step-00000002").is_dir()
     assert checkpoints(two) == [two / "step-00000001"]
     state.step = 2
-    assert save_checkpoint(two, state) in checkpoints(two)  # and it is made anew
+    assert save_checkpoint(two, state) in checkpoints(two)
 
 
 def test_no_whole_checkpoint_is_a_sentence_and_no_new_start(two: Path):
     for path in checkpoints(two):
         os.truncate(path / "model.safetensors", 100)
-    with pytest.raises(UserError, match="step-00000001 is not a whole checkpoint .* and there is no other"):
+    with pytest.raises(UserError, match="step-00000001 is damaged .* and no other checkpoint is left"):
         load_latest(two, new_state())
     assert (two / "step-00000001").is_dir()
 
 
-def test_a_checkpoint_of_the_first_layout_is_read(two: Path):
-    def as_it_was(content: dict) -> None:
-        content["format"] = 1
-        del content["files"], content["provenance"]
-
-    rewrite(two / "step-00000002", as_it_was)
-    state = new_state()
-    load_latest(two, state)
-    assert state.step == 2
-
-
-def test_a_newer_layout_is_refused(two: Path):
-    rewrite(two / "step-00000002", lambda content: content.update(format=3))
-    with pytest.raises(UserError, match=r"another version \(layout 3, this one reads 1 to 2\)"):
+@pytest.mark.parametrize("layout", [FORMAT - 1, FORMAT + 1])
+def test_another_layout_is_refused(two: Path, layout: int):
+    rewrite(two / "step-00000002", lambda content: content.update(format=layout))
+    with pytest.raises(UserError, match=rf"another version \(layout {layout}; this one reads {FORMAT}\)"):
         load_latest(two, new_state())
 
 
@@ -98,7 +94,7 @@ def test_other_data_is_refused(two: Path, name: str, said: str):
 def test_changed_data_is_said(two: Path, capsys: pytest.CaptureFixture[str]):
     rewrite(two / "step-00000002", lambda content: content["provenance"].update(data="other"))
     load_latest(two, new_state())
-    assert "WARNING: the data is no longer what the run" in capsys.readouterr().err
+    assert "WARNING: The data has changed since the run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["queue.images", "bank.filled", "order"])
@@ -122,7 +118,7 @@ def test_a_forged_checkpoint_that_does_not_fit_is_refused(two: Path, name: str):
     assert torch.equal(before, state.queue.images)
 
 
-def test_what_a_kill_left_is_cleared_away(two: Path):
+def test_partial_checkpoints_are_removed(two: Path):
     (two / ".step-00000099.partial").mkdir()
     state = new_state()
     state.step = 3
@@ -130,7 +126,7 @@ def test_what_a_kill_left_is_cleared_away(two: Path):
     assert sorted(path.name for path in two.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-def test_where_a_run_goes_on(two: Path, tmp_path: Path):
+def test_find_resume_path(two: Path, tmp_path: Path):
     """From another run's checkpoint only until it has its own, so that the same command can be started again."""
     config = small_config()
     other = tmp_path / "other" / "step-00000007"
@@ -147,12 +143,13 @@ def test_where_a_run_goes_on(two: Path, tmp_path: Path):
 
 
 def new_log(folder: Path, start: int) -> MetricsLog:
-    return MetricsLog(folder, start, 100, 2, torch.device("cpu"), 1.0)
+    return MetricsLog(small_config(out=folder, log_every=2), start, 100, torch.device("cpu"), 1.0)
 
 
 def add(log: MetricsLog, *steps: int, loss: float = 1.0) -> None:
     for step in steps:
-        log.add(step, 0, 4, None, 0.0, 0.1, Losses(torch.tensor(loss), *[torch.tensor(1.0)] * 5))
+        row = {"step": step, "epoch": 0, "wait_seconds": 0.0, "lr": 0.1}
+        log.log_step(row, {"total": torch.tensor(loss), "itc": torch.tensor(1.0)}, 4, None)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -191,15 +188,15 @@ def test_skipped_steps_are_counted_across_a_stop(tmp_path: Path):
     log = new_log(tmp_path, 0)
     add(log, 1)
     add(log, 2, 3, loss=torch.nan)
-    assert log.skipped_now == 0  # the losses were not read yet
+    assert log.consecutive_skips == 0  # the losses were not read yet
     log.flush()
-    assert log.skipped_now == 2
+    assert log.consecutive_skips == 2
     log.close()
     log = new_log(tmp_path, 3)
-    assert log.skipped_now == 2
+    assert log.consecutive_skips == 2
     add(log, 4)
     log.flush()
-    assert log.skipped_now == 0
+    assert log.consecutive_skips == 0
     log.close()
 
 
@@ -229,11 +226,11 @@ def test_rows_wait_while_the_disk_is_full(two: Path, tmp_path: Path, capsys: pyt
     assert "metrics.jsonl cannot be written (No space left on device)" in capsys.readouterr().err
     state = new_state()
     state.step = 5
-    assert not save(two, state, log)
-    assert "step-00000002 stays the newest, and training goes on" in capsys.readouterr().err
+    assert not save(tmp_path, state, log)
+    assert "step-00000002 stays the latest, and training continues" in capsys.readouterr().err
     assert [path.name for path in checkpoints(two)] == ["step-00000001", "step-00000002"]
     log.file.room = 10**6
-    assert save(two, state, log)
+    assert save(tmp_path, state, log)
     log.close()
     assert steps_of(tmp_path) == [3, 4, 5]
     assert [path.name for path in checkpoints(two)] == ["step-00000002", "step-00000005"]

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from syncmask_fast import train
 from syncmask_fast.objective import pretraining as step
-from syncmask_fast.train import main, train_step
+from syncmask_fast.train import main
+from syncmask_fast.training import step as training_step
 from syncmask_fast.training.checkpoint import TrainState
+from syncmask_fast.training.optimizer import make_optimizer
 from syncmask_fast.utils.errors import UserError
 from tests.faults.kills import SMALL
-from tests.helpers import small_batch, small_lookbook
+from tests.helpers import small_batch, small_lookbook, take_step
 from tests.test_no_host_sync import CASES, NothingReadBack, config_of, state_of
 
 
@@ -26,7 +28,7 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
     """Everything in a state that a step may change, copied."""
     found = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     found |= {f"teacher.{name}": value for name, value in state.teacher.state_dict().items()}
-    for number, (_, kept) in enumerate(state.optimizer.states()):
+    for number, (_, kept) in enumerate(state.optimizer.parameter_states()):
         found |= {f"optimizer.{number}.{name}": value for name, value in kept.items()}
     found |= {f"queue.{name}": value for name, value in state.queue._asdict().items()}
     found |= {f"bank.{name}": getattr(state.bank, name) for name in ("images", "texts", "filled")}
@@ -47,16 +49,16 @@ def test_a_step_that_is_not_finite_changes_nothing(
     monkeypatch.setattr(step, "uses_varlen", lambda device: True)
     config = config_of(masking, presence, stem, mim_input)
     state = state_of(config, torch.device("cpu"))
-    train_step(config, state, iter([small_batch(config, seed=3)]), 100, 1)  # so that the optimiser has a state
+    take_step(config, state, iter([small_batch(config, seed=3)]))  # so that the optimiser has a state
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[1] *= {"nan": torch.nan, "inf": torch.inf, "huge": 1e38}[bad]
     before = tensors_of(state)
     with NothingReadBack():
-        found, _ = train_step(config, state, iter([poisoned]), 100, 1)
-    assert found.total.isnan()
+        losses = take_step(config, state, iter([poisoned])).losses
+    assert losses["total"].isnan()
     assert_same(before, tensors_of(state))
-    found, _ = train_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
-    assert found.total.isfinite()
+    losses = take_step(config, state, iter([small_batch(config, seed=5)])).losses
+    assert losses["total"].isfinite()
     assert any(
         not torch.equal(before[name], value) for name, value in tensors_of(state).items() if name.startswith("model")
     )
@@ -64,13 +66,13 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 def test_the_first_step_of_all():
     """There is no state of the optimiser to go back to: it is as if the run began one step later."""
-    config = config_of("random", 0.0, "patch", "replace")
+    config = config_of("random", 0.0, "patch", "mask-tokens")
     skipped, clean = (state_of(config, torch.device("cpu")) for _ in range(2))
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[:] = torch.nan
-    train_step(config, skipped, iter([poisoned]), 100, 1)
+    take_step(config, skipped, iter([poisoned]))
     for state in (skipped, clean):
-        train_step(config, state, iter([small_batch(config, seed=5)]), 100, 1)
+        take_step(config, state, iter([small_batch(config, seed=5)]))
     clean_tensors, found = tensors_of(clean), tensors_of(skipped)
     moved = {name for name in found if name.startswith("queue")}  # whose clock went on
     assert_same(
@@ -79,14 +81,14 @@ def test_the_first_step_of_all():
 
 
 def test_one_bad_part_of_an_accumulated_step_skips_it_all():
-    config = config_of("random", 0.0, "patch", "replace")
+    config = config_of("random", 0.0, "patch", "mask-tokens")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, grad_accum=3))
     state = state_of(config, torch.device("cpu"))
     batches = [small_batch(config, seed=n) for n in range(3)]
     batches[1].pixels[0] = torch.nan
     before = tensors_of(state)
-    found, _ = train_step(config, state, iter(batches), 100, 1)
-    assert found.total.isnan()
+    losses = take_step(config, state, iter(batches)).losses
+    assert losses["total"].isnan()
     after = tensors_of(state)
     assert_same(before, {name: after[name] for name in before})
     assert all(
@@ -96,18 +98,18 @@ def test_one_bad_part_of_an_accumulated_step_skips_it_all():
 
 def test_a_good_step_is_the_one_of_before():
     """The guard costs not a bit: the same as without it."""
-    config = config_of("sync", 0.0, "patch", "replace")
+    config = config_of("sync", 0.0, "patch", "mask-tokens")
     guarded = state_of(config, torch.device("cpu"))
     plain = copy.deepcopy(guarded)
-    plain.optimizer = train.make_optimizer(plain.model, config.optim)
+    plain.optimizer = make_optimizer(plain.model, config.optim)
     for seed in (1, 2):
-        train_step(config, guarded, iter([small_batch(config, seed=seed)]), 100, 1)
-    update, teach = type(plain.optimizer).step, train.update_teacher
+        take_step(config, guarded, iter([small_batch(config, seed=seed)]))
+    update, teach = type(plain.optimizer).step, training_step.update_teacher
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(plain.optimizer), "step", lambda self, finite: update(self))
-        patch.setattr(train, "update_teacher", lambda *arguments: teach(*arguments[:4]))
+        patch.setattr(training_step, "update_teacher", lambda *arguments: teach(*arguments[:4]))
         for seed in (1, 2):
-            train_step(config, plain, iter([small_batch(config, seed=seed)]), 100, 1)
+            take_step(config, plain, iter([small_batch(config, seed=seed)]))
     assert_same(tensors_of(plain), tensors_of(guarded))
 
 
@@ -148,7 +150,7 @@ def test_a_run_skips_and_counts(
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if row.get("skipped")] == [2, 3, 5]
     assert all(("loss" in row) == (not row.get("skipped")) for row in found)
-    assert "not finite and changed nothing in step 5" in capsys.readouterr().err
+    assert "not finite in step 5, which changed nothing" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").is_file()
 
 

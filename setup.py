@@ -31,7 +31,15 @@ except ImportError:  # setuptools before 70.1
 ROOT = Path(__file__).resolve().parent
 SOURCES = [
     f"csrc/{name}.cpp"
-    for name in ("crop_resize", "group_semi_hard", "isa", "mine_semi_hard", "packed_attention", "sync_mask", "transpose")
+    for name in (
+        "crop_resize",
+        "group_semi_hard",
+        "isa",
+        "mine_semi_hard",
+        "packed_attention",
+        "sync_mask",
+        "transpose",
+    )
 ]
 CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built

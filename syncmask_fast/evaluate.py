@@ -344,7 +344,9 @@ def evaluate_mlm_grounding(model: SyncMaskModel, data: MaskEvalSet) -> dict[str,
         text, pack = model.text(batch.token_ids.masked_fill(hidden, model.mask_id), layout), one_to_one(layout)
         for number, pixels in enumerate((batch.pixels, other.pixels)):
             fused = model.fusion(text, pack, model.image(pixels))[at]
-            nats[number] += float(mlm_loss(model.mlm_head(fused, model.text.word_embeddings.weight), batch.token_ids[at]).sum)
+            nats[number] += float(
+                mlm_loss(model.mlm_head(fused, model.text.word_embeddings.weight), batch.token_ids[at]).sum
+            )
         words += len(at)
     names = ("mlm/words-in-view/nats", "mlm/words-in-view/nats-with-another-picture")
     return dict(zip(names, (nats / max(words, 1)).tolist(), strict=True))

@@ -31,7 +31,12 @@ FORBIDDEN = {
     r"learnt|spelt|labelled|modelling|analyse[sd]?|whilst": "learned, labeled, ...",
 }
 PICTURE = r"pictures?"  # a drawn page or sheet; a product's is an image
-PICTURE_ALLOWED = ("syncmask_fast/report/", "syncmask_fast/sources/lookbook/", "tests/test_report.py", "tests/test_lookbook.py")
+PICTURE_ALLOWED = (
+    "syncmask_fast/report/",
+    "syncmask_fast/sources/lookbook/",
+    "tests/test_report.py",
+    "tests/test_lookbook.py",
+)
 EXEMPT = ("docs/style.md", "tests/test_language.py")  # these list the words
 SUFFIXES = (".py", ".md", ".h", ".inl", ".cpp", ".cu", ".sh", ".toml", ".j2")
 

@@ -147,7 +147,9 @@ class TestAgainstTheSlowWay:
         for i, ids in enumerate(self.texts(batch)):
             at = masks.token_mask[i, : len(ids)].nonzero()[:, 0]
             hidden = ids.index_fill(0, at, model.mask_id)
-            logits = model.mlm_head(self.fused(model, hidden, batch.pixels[i])[at], model.text.word_embeddings.weight).double()
+            logits = model.mlm_head(
+                self.fused(model, hidden, batch.pixels[i])[at], model.text.word_embeddings.weight
+            ).double()
             total += F.cross_entropy(logits, ids[at], reduction="sum").item()
             count += len(at)
         assert count >= PAIRS
@@ -222,7 +224,11 @@ def test_mim_of_visible_copies_learns_from_picture_and_text(stem: str, ratio: fl
         found, _ = losses_of(config, model, batch, teacher=teacher)
         found["total"].backward()
         errors.append(found["mim"].item())
-        parts = [model.image.vit.blocks[0].attn.qkv, model.text.layers[0].attention.qkv, model.mim_head.visible_attention.kv]
+        parts = [
+            model.image.vit.blocks[0].attn.qkv,
+            model.text.layers[0].attention.qkv,
+            model.mim_head.visible_attention.kv,
+        ]
         if ratio < 1:  # otherwise there is [CLS] alone to look at, however it is asked for
             parts.append(model.mim_head.visible_attention.q)
         assert all(part.weight.grad.any() for part in parts)

@@ -174,9 +174,20 @@ def show(
         samples: Samples on it.
         seed: Other seeds choose other samples.
     """
-    from syncmask_fast.sources.inspect import show_shards
+    from syncmask_fast.report.contact_sheet import Cell, Segment, contact_sheet, frames, marked, save_sheet
+    from syncmask_fast.sources.inspect import draw_samples, inspect_shards
 
-    show_shards(data, picture, samples, seed)
+    cells = []
+    for found in draw_samples(inspect_shards(data), samples, seed):
+        if found.image is None:
+            cells.append(Cell(None, found.title, text=[Segment(found.problem)]))
+            continue
+        height, width = found.image.shape[:2]
+        boxes = [(item["name"], item["box"]) for item in found.attributes if item.get("box")]
+        outlines = frames(boxes, width, height)
+        cells.append(Cell(found.image, found.title, text=marked(found.text, found.attributes), frames=outlines))
+    save_sheet(contact_sheet(cells, columns=8), picture, "--picture")
+    print(f"contact sheet: {picture}")
 
 
 COMMANDS = {"lookbook": lookbook, "fashiongen": fashiongen, "fashioniq": fashioniq, "table": table, "show": show}

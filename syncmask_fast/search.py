@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.tokenizer import TokenCache
 from syncmask_fast.evaluate import evaluation_batches
 from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.report.contact_sheet import Cell, Segment, contact_sheet, save_sheet
 from syncmask_fast.utils.device import choose_device
 from syncmask_fast.utils.errors import UserError, run_command
-
-SIDE, MARGIN, GAP, COLUMNS, LINES = 240, 32, 20, 4, 5
-PAPER, INK, MUTED = (250, 249, 246), (29, 28, 26), (104, 101, 94)
 
 
 @dataclass(frozen=True)
@@ -72,13 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{place:2d}. {match.score:.3f}  product {split.index.product_ids[match.sample]}: {split.index.texts[match.sample]}"
         )
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        sheet(split, command.query, matches).save(command.out)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--out {command.out} cannot be written ({error}): give a name that ends in .png or .jpg."
-        ) from None
+    cells = [match_cell(split, match, place) for place, match in enumerate(matches, 1)]
+    sheet = contact_sheet(cells, columns=4, side=240, lines=5, heading=f"“{command.query}”")
+    save_sheet(sheet, command.out, "--out")
     print(f"\npicture: {command.out}")
 
 
@@ -112,34 +104,10 @@ def search(model: SyncMaskModel, split: Split, query: str, top: int, rerank: int
     return [Match(int(found[i]), float(score[i])) for i in np.sort(first)[:top]]
 
 
-def sheet(split: Split, query: str, matches: Sequence[Match]) -> Image.Image:
-    """The matches as one picture: photos in order with rank, score and the shop's text."""
-    columns = min(COLUMNS, len(matches))
-    rows = -(-len(matches) // columns)
-    title, body, small = (ImageFont.load_default(size) for size in (26, 15, 13))
-    cell = SIDE + 22 + 17 * LINES + 12
-    top = MARGIN + 48
-    wide = max(columns, 2)
-    page = Image.new(
-        "RGB", (2 * MARGIN + wide * SIDE + (wide - 1) * GAP, top + rows * (cell + GAP) - GAP + MARGIN), PAPER
-    )
-    draw = ImageDraw.Draw(page)
-    draw.text(
-        (MARGIN, MARGIN - 6), textwrap.shorten(f"“{query}”", 34 * wide // 2, placeholder=" …”"), font=title, fill=INK
-    )
-    for place, match in enumerate(matches):
-        x, y = MARGIN + place % columns * (SIDE + GAP), top + place // columns * (cell + GAP)
-        photo = Image.fromarray(decode_image(split.index.image_bytes(match.sample)))
-        photo = photo.resize(
-            [max(1, round(SIDE * side / max(photo.size))) for side in photo.size], Image.Resampling.LANCZOS
-        )
-        page.paste(photo, (x + (SIDE - photo.width) // 2, y + (SIDE - photo.height) // 2))
-        draw.text((x, y + SIDE + 6), f"{place + 1}.", font=body, fill=INK)
-        draw.text((x + SIDE, y + SIDE + 6), f"{match.score:.2f}", font=body, fill=MUTED, anchor="ra")
-        lines = textwrap.wrap(split.index.texts[match.sample], 36, max_lines=LINES, placeholder=" …")
-        for line, words in enumerate(lines):
-            draw.text((x, y + SIDE + 28 + 17 * line), words, font=small, fill=MUTED)
-    return page
+def match_cell(split: Split, match: Match, place: int) -> Cell:
+    """Return a match as a cell of a contact sheet: image, rank, score and the shop's text."""
+    image, text = decode_image(split.index.image_bytes(match.sample)), split.index.texts[match.sample]
+    return Cell(image, f"{place}.", f"{match.score:.2f}", [Segment(text)])
 
 
 if __name__ == "__main__":

@@ -728,9 +728,9 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         "tops 12",
         "words per text",
         "32 x 32",
-        "unreadable pictures",
+        "unreadable images",
     ):
         assert part in shown
     assert Image.open(tmp_path / "sheet.png").width > 1000
-    assert "cannot be written" in refusal(capsys, "show", tmp_path / "data", "--picture", tmp_path / "no" / "x.jpg")
+    assert "cannot be written" in refusal(capsys, "show", tmp_path / "data", "--picture", tmp_path / "x.txt")
     assert "does not exist" in refusal(capsys, "show", tmp_path / "nowhere")

@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 from syncmask_fast.data.augment import AugmentConfig
 from syncmask_fast.data.decode.transform import JpegDecoder
 from syncmask_fast.data.loader import PIXEL_MEAN, Loader
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.utils.device import cpu_cores
 from tests.helpers import WORDS, small_tokenizer
 
@@ -30,7 +31,7 @@ THREADS = cpu_cores()
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEGs of quality 90 and about 25 KB: blurred colours under some noise."""
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    with ShardWriter(folder) as writer:
+    with ShardSetWriter(folder) as writer:
         for n in range(IMAGES):
             blurred = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(
                 (SIDE, SIDE), Image.Resampling.BICUBIC

@@ -19,7 +19,7 @@ from syncmask_fast.config import MaskConfig, Task, TrainConfig
 from syncmask_fast.data.images import check_image
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_evaluation
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
 from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel

@@ -25,7 +25,7 @@ from torch import Tensor
 from syncmask_fast.config import Inputs, Task, TaskConfig, TrainConfig
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split, open_splits, split_validation
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.triplets import Triplets, open_triplets
 from syncmask_fast.distributed.group import SINGLE_PROCESS
 from syncmask_fast.distributed.shard import BatchShard

@@ -14,7 +14,7 @@ import tyro
 
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split, open_splits
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.evaluate import evaluation_batches
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.report.contact_sheet import Cell, Segment, contact_sheet, save_sheet

@@ -16,7 +16,7 @@ import tyro
 
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.distributed.gradients import GradientReducer, check_replicas_match
 from syncmask_fast.distributed.group import (
     Group,

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from syncmask_fast.data.images import decode_image
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation
-from syncmask_fast.data.tokenizer import TokenCache, train_tokenizer
+from syncmask_fast.data.token_cache import TokenCache
+from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.evaluate import (
     MaskEvalSet,
     embed,
@@ -196,7 +198,7 @@ def test_masks_of_a_part_are_those_of_the_whole(opened):
 def plain(tmp_path: Path, data: Path) -> Path:
     """Pictures and texts alone."""
     index = ShardIndex.open(data / "eval")
-    with ShardWriter(tmp_path / "plain") as writer:
+    with ShardSetWriter(tmp_path / "plain") as writer:
         for i in range(30):
             writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
     return tmp_path / "plain"

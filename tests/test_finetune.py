@@ -11,7 +11,8 @@ import torch
 
 from syncmask_fast import evaluate, finetune, search
 from syncmask_fast.config import TaskConfig
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_splits, split_validation
 from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.model.pretrained import load_initial_weights
@@ -154,7 +155,7 @@ def test_what_users_get_wrong(start: Path, data: Path, tmp_path: Path):
     with pytest.raises(UserError, match="finetune category"):
         evaluate.main(["category", "--model", str(start), "--data", str(data), "--device", "cpu"])
     index = ShardIndex.open(data / "eval")
-    with ShardWriter(tmp_path / "plain") as writer:
+    with ShardSetWriter(tmp_path / "plain") as writer:
         for i in range(40):
             writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
     with pytest.raises(UserError, match=r"triplets\.json"):

@@ -28,7 +28,8 @@ from syncmask_fast.data.decode.transform import why_cpp_unavailable
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
 from syncmask_fast.data.loader import Batch, Loader, choose_backend
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.data.tokenizer import TokenCache, train_tokenizer
+from syncmask_fast.data.token_cache import TokenCache
+from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.utils.errors import UserError
 
 needs_dali = pytest.mark.skipif(

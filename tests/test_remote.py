@@ -13,7 +13,8 @@ import pytest
 
 from syncmask_fast.data import remote
 from syncmask_fast.data.remote import fetch_if_remote
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation, open_splits
 from syncmask_fast.utils.errors import UserError
 from tests.source_files import picture
@@ -26,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_shards(folder: Path, samples: int, word: str = "coat") -> None:
-    with ShardWriter(folder, samples_per_shard=4) as writer:
+    with ShardSetWriter(folder, samples_per_shard=4) as writer:
         for n in range(samples):
             writer.write(f"{n:04d}", picture(n), {"text": f"{word} {n}", "product_id": n // 2})
 

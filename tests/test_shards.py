@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from syncmask_fast.data import shard_index, shards
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data import shard_index, shard_writer
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.tar import tar_members
 from syncmask_fast.utils.errors import UserError
 
@@ -56,7 +57,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 def test_round_trip(tmp_path):
     span = {"name": "pocket", "value": "patch", "span": [2, 5], "box": [0, np.float32(1.5), 7, np.int64(8)]}
-    with ShardWriter(tmp_path, samples_per_shard=3) as writer:
+    with ShardSetWriter(tmp_path, samples_per_shard=3) as writer:
         for i in range(7):
             more = {
                 "category": "dress",
@@ -85,14 +86,14 @@ def test_round_trip(tmp_path):
 
 def test_same_samples_same_bytes(tmp_path):
     for name in ("a", "b"):
-        with ShardWriter(tmp_path / name) as writer:
+        with ShardSetWriter(tmp_path / name) as writer:
             writer.write("k", JPEG, {"text": "a dress"})
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
 
 
 def test_tarfile_reads_what_is_written(tmp_path):
     long_key = "folder/" + "x" * 150  # longer than a tar header's name field
-    with ShardWriter(tmp_path, prefix="part-") as writer:
+    with ShardSetWriter(tmp_path, prefix="part-") as writer:
         writer.write(long_key, jpeg(fmt="PNG"), {"text": "a dress"})
     with tarfile.open(tmp_path / "part-00000.tar") as tar:
         assert tar.getnames() == [f"{long_key}.png", f"{long_key}.json"]
@@ -101,7 +102,7 @@ def test_tarfile_reads_what_is_written(tmp_path):
 
 def test_exception_leaves_whole_shards_only(tmp_path):
     def write_three() -> None:
-        with ShardWriter(tmp_path, samples_per_shard=2) as writer:
+        with ShardSetWriter(tmp_path, samples_per_shard=2) as writer:
             for i in range(3):
                 writer.write(f"k{i}", JPEG, {"text": "a dress"})
             raise KeyError("the source broke")
@@ -114,12 +115,12 @@ def test_exception_leaves_whole_shards_only(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "a.b", "/a", "a ", "a\0"])
 def test_writer_refuses_keys(tmp_path, key):
-    with ShardWriter(tmp_path) as writer, pytest.raises(ValueError, match="key"):
+    with ShardSetWriter(tmp_path) as writer, pytest.raises(ValueError, match="key"):
         writer.write(key, JPEG, {"text": "x"})
 
 
 def test_writer_refuses_misuse(tmp_path):
-    with ShardWriter(tmp_path) as writer:
+    with ShardSetWriter(tmp_path) as writer:
         writer.write("a", JPEG, {"text": "x"})
         with pytest.raises(ValueError, match="written before"):
             writer.write("a", JPEG, {"text": "x"})
@@ -129,7 +130,7 @@ def test_writer_refuses_misuse(tmp_path):
             writer.write("c", JPEG, {"text": "x", "facts": float("nan")})
     assert len(ShardIndex.open(tmp_path)) == 1
     with pytest.raises(UserError, match="already exists"):
-        ShardWriter(tmp_path)
+        ShardSetWriter(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "x" * 100, "x" * 101, "ü" * 50, "ü" * 51, "folder/b.json"])
@@ -137,7 +138,7 @@ def test_writer_refuses_misuse(tmp_path):
 def test_written_headers_are_tarfiles_own(name, size):
     member = tarfile.TarInfo(name)
     member.size = size
-    assert shards._header(name, size) == member.tobuf(tarfile.GNU_FORMAT)
+    assert shard_writer._header(name, size) == member.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -300,14 +301,14 @@ def test_cache_is_used_and_renewed(tmp_path, monkeypatch):
 def test_read_only_folder_uses_the_users_cache(tmp_path, monkeypatch):
     make_tar(tmp_path / "x.tar", samples(3))
     user = Path(os.environ["XDG_CACHE_HOME"]) / "syncmask_fast"
-    real = shard_index.tempfile.NamedTemporaryFile
+    real = shard_index.atomic_file
 
-    def refuse(*args, dir, **kwargs):  # root may write anywhere, so modes do not do for a test
-        if Path(dir) == tmp_path:
+    def refuse(path, durable):  # root may write anywhere, so file modes cannot test this
+        if path.parent == tmp_path:
             raise PermissionError("read-only")
-        return real(*args, dir=dir, **kwargs)
+        return real(path, durable)
 
-    monkeypatch.setattr(shard_index.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(shard_index, "atomic_file", refuse)
     assert len(ShardIndex.open(tmp_path)) == 3
     assert len(list(user.iterdir())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
@@ -356,7 +357,7 @@ def test_shard_that_shrinks_is_a_user_error(tmp_path):
 
 def test_many_shards_few_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("syncmask_fast.data.shards.MAX_OPEN_SHARDS", 2)
-    with ShardWriter(tmp_path, samples_per_shard=1) as writer:
+    with ShardSetWriter(tmp_path, samples_per_shard=1) as writer:
         for i in range(6):
             writer.write(f"k{i}", jpeg(8 + i), {"text": "a dress"})
     index = ShardIndex.open(tmp_path)

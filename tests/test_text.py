@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from syncmask_fast.data import tokenizer as text_module
+from syncmask_fast.data import token_cache
 from syncmask_fast.data.strings import StringArray, UniqueStrings
-from syncmask_fast.data.tokenizer import TokenCache, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
-from syncmask_fast.data.wordpiece import train_wordpiece
+from syncmask_fast.data.token_cache import TokenCache
+from syncmask_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer, train_wordpiece
 from syncmask_fast.utils.errors import UserError
 
 COLOURS, GARMENTS = ("red", "navy", "olive", "Café-brown"), ("dress", "trousers", "cardigan", "jumpsuit")
@@ -147,7 +147,7 @@ def test_truncation_and_literal_special_tokens(tokenizer, tmp_path):
     assert cache.ids(0)[0] == 2
     assert cache.ids(0)[-1] == 3
     assert 4 not in cache.ids(1)
-    with pytest.raises(ValueError, match="max_tokens"):
+    with pytest.raises(ValueError, match="max_length"):
         TokenCache.open(tmp_path, tokenizer, TEXTS, 2)
     with pytest.raises(ValueError, match="no texts"):
         TokenCache.open(tmp_path, tokenizer, [], 8)
@@ -155,8 +155,8 @@ def test_truncation_and_literal_special_tokens(tokenizer, tmp_path):
 
 def test_cache_is_kept_renewed_and_mended(tokenizer, tmp_path, monkeypatch):
     built = []
-    tokenise = text_module._tokenise
-    monkeypatch.setattr(text_module, "_tokenise", lambda *args: built.append(1) or tokenise(*args))
+    tokenize = token_cache._tokenize
+    monkeypatch.setattr(token_cache, "_tokenize", lambda *args: built.append(1) or tokenize(*args))
     expected = TokenCache.open(tmp_path, tokenizer, TEXTS, 64).ids(5).tolist()
     assert TokenCache.open(tmp_path, tokenizer, TEXTS, 64).ids(5).tolist() == expected
     assert len(built) == 1
@@ -172,7 +172,7 @@ def test_cache_is_kept_renewed_and_mended(tokenizer, tmp_path, monkeypatch):
 
 
 def test_nowhere_to_write(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "atomic_folder", lambda places, write: None)
+    monkeypatch.setattr(token_cache, "atomic_folder", lambda places, write: None)
     assert TokenCache.open(tmp_path, tokenizer, TEXTS, 64).ids(0).tolist() == tokenizer.encode(TEXTS[0]).ids
 
 

@@ -23,7 +23,7 @@ from syncmask_fast.data.augment import AugmentConfig, no_augmentation, sample_au
 from syncmask_fast.data.decode.base import Decoder, DecodeRequest
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.distributed.shard import BatchShard
 from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -20,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from syncmask_fast.utils.caches import user_cache
-from syncmask_fast.utils.errors import UserError
+from syncmask_fast.utils.errors import UserError, one_line
+from syncmask_fast.utils.files import partial_path, user_cache, write_json
 
 THREADS = 8
 MAX_SHARDS = 1_000_000
@@ -67,9 +66,8 @@ def fetch_if_remote(data: str | Path) -> Path:
     except UserError:
         raise
     except Exception as error:  # each protocol's library raises its own kinds
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(
-            f"{address} cannot be read ({reason}); check the address, the credentials and the network"
+            f"{address} cannot be read ({one_line(error)}); check the address, the credentials and the network"
         ) from None
     return folder
 
@@ -143,22 +141,20 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
         def fetch(name: str) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial = partial_path(target)
             try:
-                system.get_file(shards[name], str(aside))
+                system.get_file(shards[name], str(partial))
                 size = found[name].get("size")
-                if size is not None and aside.stat().st_size != size:
+                if size is not None and partial.stat().st_size != size:
                     raise UserError(
-                        f"{shards[name]} ended after {aside.stat().st_size:,} of {size:,} bytes; start again"
+                        f"{shards[name]} ended after {partial.stat().st_size:,} of {size:,} bytes; start again"
                     )
-                os.replace(aside, target)
+                partial.replace(target)
             finally:
-                aside.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
             with noting:  # after each shard, so that a fetch that was cut off goes on
                 known[name] = state[name]
-                note = folder / f"{_STATE}.{os.getpid()}.partial"
-                note.write_text(json.dumps(known))
-                os.replace(note, folder / _STATE)
+                write_json(folder / _STATE, known)
             progress.advance(task, found[name].get("size") or 0)
 
         list(pool.map(fetch, wanted))

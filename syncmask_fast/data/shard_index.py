@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ import numpy as np
 from syncmask_fast.data.images import image_format
 from syncmask_fast.data.strings import StringArray, UniqueStrings
 from syncmask_fast.data.tar import BrokenTar, Buffer, tar_members
-from syncmask_fast.utils.caches import cache_candidates
 from syncmask_fast.utils.errors import UserError
+from syncmask_fast.utils.files import atomic_file, cache_candidates
 
 FORMAT = 2
 CACHE_NAME = ".syncmask-index.npz"
@@ -389,15 +388,8 @@ def _save(cache: Path, state: list[list], arrays: IndexArrays, bad: int) -> bool
     columns["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=cache.name, suffix=".partial", delete=False) as file:
-            try:
-                np.savez(file, **columns)
-                os.fchmod(file.fileno(), 0o644)  # other users may share the dataset
-                file.close()
-                os.replace(file.name, cache)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with atomic_file(cache, durable=False) as file:
+            np.savez(file, **columns)
     except OSError:
         return False
     return True

@@ -14,7 +14,7 @@ import syncmask_fast
 from syncmask_fast.config import to_json
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.evaluate import MaskEvalSet, embed, teacher_masks
 from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.remote import fetch_if_remote
-from syncmask_fast.data.shards import Labels, ShardIndex
+from syncmask_fast.data.shard_index import Labels
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.utils.errors import UserError
 
 

@@ -38,7 +38,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from syncmask_fast.data.shards import ShardFile
+from syncmask_fast.data.shard_writer import ShardWriter
 from syncmask_fast.sources.base import Encoding, RowError, Source, Unit, share, validate_text
 from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
@@ -210,7 +210,7 @@ def pack_unit(source: Source, encoding: Encoding, job: Job, advance: Callable[[]
     products: set[int | str] = set()
     labels: dict[str, Counter[str]] = {"category": Counter(), "subcategory": Counter()}
     samples = alone = rows = image_bytes = 0
-    with ShardFile(job.shard) as shard:
+    with ShardWriter(job.shard) as shard:
         for row in source.read(job.unit):
             rows += 1
             try:

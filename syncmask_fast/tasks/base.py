@@ -12,7 +12,7 @@ from torch import Tensor
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.distributed.group import SINGLE_PROCESS
 from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel

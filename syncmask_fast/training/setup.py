@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Loader
 from syncmask_fast.data.splits import Split, open_splits
-from syncmask_fast.data.tokenizer import TokenCache, load_tokenizer, train_tokenizer
+from syncmask_fast.data.token_cache import TokenCache
+from syncmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from syncmask_fast.distributed.batch_norm import convert_sync_batchnorm
 from syncmask_fast.distributed.group import Group, shard_bounds
 from syncmask_fast.model.attention import attention_backend

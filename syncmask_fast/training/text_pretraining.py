@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from syncmask_fast.config import TrainConfig
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss

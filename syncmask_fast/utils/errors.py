@@ -1,4 +1,4 @@
-"""The one kind of error that users are meant to read, and the warnings beside it."""
+"""The error that users are meant to read, and warnings."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something that the user can mend: one plain sentence that names the file or flag and says how."""
+    """A problem that the user can fix: `<What> <problem>. <Fix>.`, naming the file or flag."""
 
 
 def warn(text: str) -> None:
-    """One loud line on stderr, for what does not end a run but must not go unseen."""
+    """Print one line on stderr, for a problem that does not end a run."""
     print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return an exception's message on one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    """Return an exception's message, or its type if it has none, on one line of at most `limit` characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit]
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs `main` as a command: a `UserError`, or a file that the system refuses, becomes one line on stderr and exit code 2."""
+    """Run `main` as a command: a `UserError` or `OSError` becomes one line on stderr and exit code 2."""
     try:
         main()
     except (UserError, OSError) as error:

@@ -1,41 +1,62 @@
-"""Files that are there whole or not at all, also when the machine stops in between."""
+"""Files and folders that are complete or absent: written under another name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file aside, has the disk keep it, then renames it. errors: OSError."""
-    aside = path.with_name(f".{path.name}.partial")
+def partial_path(path: Path) -> Path:
+    """Return the name under which this process writes `path` until it is complete: `.NAME.PID.partial`, next to it."""
+    return path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file to write that replaces `path` when the block ends. An exception removes it and leaves `path` as it was.
+
+    durable: sync the file and its name to disk; a cache can do without. errors: OSError.
+    """
+    partial = partial_path(path)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2) + "\n")
+        with open(partial, "wb") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
+            if durable:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        fsync(path.parent)
 
 
-def replace_folder(aside: Path, target: Path) -> None:
-    """Puts a finished folder of files in its place, after the disk has kept every file of it. errors: OSError."""
-    for path in (*aside.iterdir(), aside):
-        sync(path)
+def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically. errors: OSError."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False) + "\n"
+    with atomic_file(path) as file:
+        file.write(text.encode(errors="backslashreplace"))  # a lone surrogate, as in some file names: valid JSON too
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Sync a finished folder of files to disk, then rename it to `target`, which it replaces. errors: OSError."""
+    for path in (*partial.iterdir(), partial):
+        fsync(path)
     shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    sync(target.parent)
+    partial.rename(target)
+    fsync(target.parent)
 
 
-def sync(path: Path) -> None:
-    """Waits until the disk has kept a file, or the names in a folder. errors: OSError."""
+def fsync(path: Path) -> None:
+    """Sync a file, or the names in a folder, to disk. errors: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,9 +65,48 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. errors: OSError."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal. errors: OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def user_cache() -> Path:
+    """Return the user's cache folder for this package (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncmask_fast"
+
+
+def cache_candidates(folder: Path, name: str) -> list[Path]:
+    """Return where `folder/name` may be cached: there, or in the user's cache folder if `folder` is read-only."""
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return [folder / name, user_cache() / f"{digest}-{name.lstrip('.')}"]
+
+
+def atomic_folder(candidates: list[Path], write: Callable[[Path], None]) -> Path | None:
+    """Let `write` fill a new folder, and rename it to the first candidate that can be written.
+
+    Return that path, or None if there is none. A folder that another process put there meanwhile stays: it has the
+    same content.
+    """
+    for target in candidates:
+        partial = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{target.name.lstrip('.')}."
+            partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=".partial"))
+            partial.chmod(0o755)  # other users may share the dataset
+            write(partial)
+            try:
+                partial.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+            return target
+        except OSError:
+            continue
+        finally:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+    return None

@@ -26,7 +26,7 @@ from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.loader import make_decoder
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.tokenizer import TokenCache
+from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.triplets import open_triplets
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.tasks.mask_quality import truth

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from syncmask_fast.data.shards import ShardIndex, ShardWriter
+from syncmask_fast.data.shard_writer import ShardSetWriter
+from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.triplets import TRIPLETS
 from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
@@ -141,7 +142,7 @@ def _draw(jobs: tuple[Job, ...], folder: Path, workers: int) -> None:
         task = progress.add_task("", total=total)
         for job in jobs:
             records = []
-            with ShardWriter(folder / job.split, samples_per_shard=SAMPLES_PER_SHARD) as writer:
+            with ShardSetWriter(folder / job.split, samples_per_shard=SAMPLES_PER_SHARD) as writer:
                 for product in draw_products(job, workers):
                     for key, jpeg, record in product:
                         writer.write(key, jpeg, record)

@@ -1,384 +1,319 @@
-"""The parents' way (ALBEF, FashionSAP) of the trainer's step: the same objectives on the same weights, written plainly.
+"""ALBEF's training step, written plainly: the baseline of the trainer's step.
 
-Each way is a switch of `Ways`. With all of them off this is the trainer's step; with one on, that step with one idea taken out of it; with all
-on, what someone gets who follows the papers. With the same masks and negatives the losses are the same for any switches
-(`tests/test_baseline.py`), but for dropout, which is random. Left as the trainer has them: the loss of the contrastive queue, and Muon.
+It has the trainer's objectives and weights, and with the same masks and negatives the same losses
+(`tests/test_baseline.py`). As in ALBEF (Li et al. 2021) and FashionSAP, texts are padded, and true pairs, negatives and
+masked texts are three fusion passes, each of which projects its images' keys and values. The MLM head runs on every
+token, the teacher runs all its layers, and negatives are drawn sample by sample. The trainer's own code computes what
+these do not have: Muon, word presence and ITC with the queue and product positives.
 
-Shape letters: B pairs, L tokens of the longest text, T tokens of all texts, P patches, C width.
+Shape letters: B pairs, L tokens of the longest text, P patches, S = 1 + P, C width, E width of the ITC space, H heads,
+D = C / H.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncmask_fast import ops
-from syncmask_fast.config import OptimConfig, TrainConfig
+from syncmask_fast.config import MaskConfig, OptimConfig, TrainConfig
 from syncmask_fast.data.loader import Batch
-from syncmask_fast.kernels.sync_mask import _patch_score_of_head, _token_score_of_head
-from syncmask_fast.model import encoders, linear
-from syncmask_fast.model.attention import sdpa_padded
 from syncmask_fast.model.encoders import CrossAttention, FeedForward, SelfAttention
-from syncmask_fast.model.layout import FusionBatch, PackedLayout, group_by_image, one_to_one
+from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective import losses
-from syncmask_fast.objective.masking import Masks, _highest, blend, count, maskable, random_masks
-from syncmask_fast.objective.pretraining import (
-    Features,
-    Losses,
-    _mim_target,
-    _presence_loss,
-    sample_hard_negatives,
-    update_teacher,
-)
-from syncmask_fast.train import use_bfloat16
+from syncmask_fast.objective.losses import LossSum
+from syncmask_fast.objective.masking import Masks, maskable, mix_masks, num_masked, random_masks, top_k_mask
+from syncmask_fast.objective.memory import Features
+from syncmask_fast.objective.presence import presence_losses
+from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.optimizer import Optimizer, make_optimizer
+from syncmask_fast.utils.device import autocast_dtype
 
-DROPOUT = 0.1  # of BERT's attention weights, and of what its attention and feed-forward give; ALBEF keeps both
+Negatives = tuple[Tensor, Tensor]
+"""The number of each pair's negative, int64 [B], and whether there is one, bool [B]."""
 
 
 @dataclass(frozen=True)
-class Ways:
-    """Which of the parents' ways are taken."""
+class BaselineOptions:
+    """Variants of the baseline."""
 
-    padding: bool = False
-    """Texts are padded to the longest of the batch, and the padding is computed like words."""
-    project_again: bool = False
-    """Three passes of the fusion encoder (true pairs, both negatives, masked texts), each of which projects its images' keys and values."""
-    full_head: bool = False
-    """The MLM head and its loss see every token."""
-    loops: bool = False
-    """Negatives are drawn and put together sample by sample, with `multinomial` and `.item()`."""
-    full_teacher: bool = False
-    """The teacher runs all its fusion layers, whichever its masks are read from."""
-    maps: bool = False
-    """The teacher's attention map is made, and masks by reductions and `topk` of it."""
-    ema_loop: bool = False
-    """The teacher moves parameter by parameter."""
-    plain_adamw: bool = False
-    """AdamW as it comes, neither fused nor told to be."""
-    fused_attention: bool = False
-    """PyTorch's attention, for which texts are padded and all is float32, instead of our kernel on the CPU."""
-    written_attention: bool = False
-    """Attention written out, padded: scores, softmax, and weights times values, each a tensor."""
-    dropout: bool = False
-    """BERT's dropout in the student's text and fusion layers."""
-    wide_residuals: bool = False
-    """Autocast as it comes: residuals and norms in float32, converted for each product."""
-    planar_pixels: bool = False
-    """A convolutional stem on pixels whose channels lie one after the other."""
-    plain_linear: bool = False
-    """PyTorch's linear layers."""
-    float32: bool = False
-    """No autocast on CUDA, nor on a CPU where the trainer takes bfloat16."""
-
-    @classmethod
-    def all(cls) -> Ways:
-        return cls(*(True for _ in dataclasses.fields(cls)))
+    bfloat16: bool = False
+    """Products in the trainer's precision; otherwise float32."""
+    sdpa: bool = False
+    """PyTorch's fused attention; otherwise scores, softmax, and weights times values, each a tensor."""
+    dropout: float = 0.1
+    """BERT's dropout of attention weights (not with `sdpa`) and of each residual, in the student; ALBEF keeps it."""
 
 
-@contextlib.contextmanager
-def parents_layers(model: SyncMaskModel, ways: Ways) -> Iterator[None]:
-    """The model's layers compute in these ways."""
-    with contextlib.ExitStack() as changes:
-        if ways.written_attention or ways.dropout:  # weights that nobody sees cannot be dropped
-            changes.enter_context(
-                mock.patch.object(encoders, "attention", lambda *of: written_attention(*of, dropout=ways.dropout))
-            )
-        elif ways.fused_attention:
-            changes.enter_context(mock.patch.object(encoders, "attention", sdpa_padded))
-        if ways.wide_residuals:
-            changes.enter_context(mock.patch.object(encoders, "to_autocast_dtype", lambda x: x))
-        if ways.plain_linear:
-            changes.enter_context(mock.patch.object(linear, "linear", F.linear))
-        if ways.planar_pixels:
-            changes.enter_context(
-                mock.patch.object(encoders.ImageEncoder, "_embed", lambda image, pixels: image.vit.patch_embed(pixels))
-            )
-        if ways.dropout:
-            for part in (*model.text.modules(), *model.fusion.modules()):
-                last = (
-                    part.proj
-                    if isinstance(part, SelfAttention | CrossAttention)
-                    else part.fc2
-                    if isinstance(part, FeedForward)
-                    else None
-                )
-                if last is not None:
-                    changes.callback(last.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove)
-            changes.callback(
-                model.text.norm.register_forward_hook(lambda _, given, out: F.dropout(out, DROPOUT)).remove
-            )
-        yield
+BASELINES = {
+    "albef": BaselineOptions(),
+    "albef-bf16": BaselineOptions(bfloat16=True),
+    "albef-bf16-sdpa": BaselineOptions(bfloat16=True, sdpa=True, dropout=0.0),
+}
 
 
-def written_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_layout: PackedLayout | None = None,
-    k_layout: PackedLayout | None = None,
-    *,
-    dropout: bool = False,
-) -> Tensor:
-    """`syncmask_fast.attention.attention` as papers write it. dropout: of the weights, where texts take part and gradients are wanted."""
-    queries = (q if q_layout is None else q_layout.pad(q)).transpose(1, 2)
-    keys, values = (x if k_layout is None else k_layout.pad(x) for x in (k, v))
-    scores = queries @ keys.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5
-    if k_layout is not None:
-        scores = scores.masked_fill(~k_layout.valid[:, None, None], -torch.inf)
-    weights = scores.softmax(-1)
-    if dropout and torch.is_grad_enabled() and not (q_layout is None and k_layout is None):
-        weights = F.dropout(weights, DROPOUT)
-    out = (weights.to(v.dtype) @ values.transpose(1, 2)).transpose(1, 2)
-    return out if q_layout is None else q_layout.unpad(out)
+class Albef:
+    """ALBEF's forward passes with the weights of a SyncMaskModel, on padded texts.
 
-
-class Padded(PackedLayout):
-    """Sequences in slots of one length, so that padding is computed like tokens; attention leaves padded keys out.
-
-    lengths: int32 [N], tokens of each; longest: rows of a slot.
+    A text's padding is masked as key, and computed like tokens otherwise. valid: bool [B, L], True for tokens.
     """
 
-    gaps = True
+    def __init__(self, model: SyncMaskModel, options: BaselineOptions) -> None:
+        self.model, self.sdpa = model, options.sdpa
+        self.dropout_rate = options.dropout
 
-    def __init__(self, lengths: Tensor, longest: int) -> None:
-        slots = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * longest
-        super().__init__(slots, longest, len(lengths) * longest)
-        self.lengths = lengths
+    def image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Return features [B, S, C], or [2 B, S, C] with a mask: the full images, then the masked ones."""
+        encoder, vit = self.model.image, self.model.image.vit
+        if patch_mask is None:
+            patches = vit.patch_embed(pixels)
+        else:
+            copies = pixels
+            if encoder.conv_stem:  # convolutions reach beyond a patch
+                copies = pixels.masked_fill(encoder.patch_mask_to_pixels(patch_mask), 0)
+            full, masked = vit.patch_embed(torch.cat([pixels, copies])).chunk(2)
+            masked = torch.where(patch_mask[..., None], encoder.mask_token.to(masked.dtype), masked)
+            patches = torch.cat([full, masked])
+        x = torch.cat([vit.cls_token.expand(len(patches), -1, -1), patches], 1) + vit.pos_embed
+        for block in vit.blocks:
+            heads = block.attn.num_heads
+            q, k, v = _linear(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, heads, -1)).unbind(2)
+            x = x + _linear(block.attn.proj, self.attention(q, k, v, dropout=False).flatten(2))
+            x = x + _linear(block.mlp.fc2, F.gelu(_linear(block.mlp.fc1, block.norm2(x))))
+        return vit.norm(x)
 
-    def __add__(self, other: PackedLayout) -> Padded:
-        return Padded(torch.cat([self.lengths, other.lengths]), self.max_seqlen)
+    def text(self, token_ids: Tensor, valid: Tensor) -> Tensor:
+        """Return features [B, L, C] of token ids int64 [B, L]."""
+        text = self.model.text
+        positions = text.position_embeddings.weight[: token_ids.shape[1]]
+        x = self.dropout(text.norm(text.word_embeddings(token_ids) + positions + text.token_type_embedding))
+        for layer in text.layers:
+            x = self.feed_forward(layer.feed_forward, self.self_attention(layer.attention, x, valid))
+        return x
 
-    def pad(self, packed: Tensor) -> Tensor:
-        return packed.unflatten(0, (len(self), self.max_seqlen))
+    def fuse(self, x: Tensor, valid: Tensor, images: Tensor) -> Tensor:
+        """Return fused features [B, L, C] of text features [B, L, C], text n with image n of images [B, S, C]."""
+        for layer in self.model.fusion.layers:
+            x = self.self_attention(layer.attention, x, valid)
+            x = self.feed_forward(layer.feed_forward, self.cross_attention(layer.cross, x, images))
+        return x
 
-    def unpad(self, padded: Tensor) -> Tensor:
-        return padded.flatten(0, 1)
+    def masks(self, x: Tensor, valid: Tensor, images: Tensor, words: Tensor, config: MaskConfig) -> Masks:
+        """Return sync masks from one fusion layer's whole attention map. All layers run, as in ALBEF."""
+        for number, layer in enumerate(self.model.fusion.layers, 1):
+            x = self.self_attention(layer.attention, x, valid)
+            if number == config.layer:
+                q, k, v = _project(layer.cross, x, images)
+                scores = token_and_patch_scores(q, k, v, words, config)
+            x = self.feed_forward(layer.feed_forward, self.cross_attention(layer.cross, x, images))
+        token_score, patch_score = scores
+        m = words.sum(1)
+        tokens = (config.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m)
+        top = patch_score.topk(num_masked(config.patch_ratio, patch_score.shape[1]), 1).indices
+        patch_mask = torch.zeros_like(patch_score, dtype=torch.bool).scatter_(1, top, True)
+        return Masks(top_k_mask(token_score, tokens), patch_mask, token_score, patch_score)
+
+    def mlm_logits(self, x: Tensor) -> Tensor:
+        """Return logits [..., vocabulary] of fused features [..., C]."""
+        head = self.model.mlm_head
+        x = head.norm(F.gelu(_linear(head.dense, x)))
+        return F.linear(x, self.model.text.word_embeddings.weight, head.bias)
+
+    def mim(self, patches: Tensor, texts: Tensor, valid: Tensor) -> Tensor:
+        """Return the predicted targets of masked patches [B, n, C]."""
+        head = self.model.mim_head
+        x = self.cross_attention(head.text_attention, _linear(head.in_proj, patches), texts, valid)
+        return _linear(head.out_proj, self.feed_forward(head.feed_forward, x))
+
+    def project(self, images: Tensor, texts: Tensor) -> Features:
+        """Return unit vectors [B, E] of image features [B, S, C] and text features [B, L, C]."""
+        heads = (self.model.image_proj, images), (self.model.text_proj, texts)
+        return Features(*(F.normalize(_linear(head, x[:, 0]).float(), dim=-1) for head, x in heads))
+
+    def self_attention(self, layer: SelfAttention, x: Tensor, valid: Tensor) -> Tensor:
+        q, k, v = _linear(layer.qkv, x).unflatten(-1, (3, layer.heads, -1)).unbind(2)
+        return layer.norm(x + self.dropout(_linear(layer.proj, self.attention(q, k, v, valid).flatten(2))))
+
+    def cross_attention(self, layer: CrossAttention, x: Tensor, keys: Tensor, valid: Tensor | None = None) -> Tensor:
+        out = self.attention(*_project(layer, x, keys), valid).flatten(2)
+        return layer.norm(x + self.dropout(_linear(layer.proj, out)))
+
+    def feed_forward(self, layer: FeedForward, x: Tensor) -> Tensor:
+        return layer.norm(x + self.dropout(_linear(layer.fc2, F.gelu(_linear(layer.fc1, x)))))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, dropout: bool = True) -> Tensor:
+        """Return softmax attention [B, L, H, D] of q [B, L, H, D] to the valid ones of k, v [B, S, H, D]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        valid = None if valid is None else valid[:, None, None]
+        if self.sdpa:
+            dtype = q.dtype
+            if not q.is_cuda:  # PyTorch's CPU attention is nine times as slow in bfloat16
+                q, k, v = q.float(), k.float(), v.float()
+            with torch.autocast(q.device.type, enabled=False):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=valid).transpose(1, 2).to(dtype)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if valid is not None:
+            scores = scores.masked_fill(~valid, -torch.inf)
+        weights = scores.softmax(-1)
+        weights = self.dropout(weights) if dropout else weights  # ALBEF's image encoder has none
+        return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout_rate, training=torch.is_grad_enabled())  # not in the teacher
 
 
-def pack_padded(source: PackedLayout, sequences: Tensor, images: Tensor, n_images: int) -> FusionBatch:
-    """`group_by_image` for padded sequences."""
-    longest, order = source.max_seqlen, torch.argsort(images, stable=True)
-    place = torch.arange(longest, device=images.device)
-    slots = torch.arange(len(order), device=images.device)
-    queries = images.bincount(minlength=n_images).tolist()
-    return FusionBatch(
-        (sequences[order, None] * longest + place).flatten(),
-        Padded(source.lengths[sequences[order]], longest),
-        PackedLayout.of([n * longest for n in queries], images.device),
-        torch.empty_like(order).index_copy_(0, order, slots * longest),
-    )
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)  # PyTorch's, not the layer's own
+
+
+def _project(layer: CrossAttention, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [B, L, H, D] and k, v [B, S, H, D]."""
+    k, v = _linear(layer.kv, keys).unflatten(-1, (2, layer.heads, -1)).unbind(2)
+    return _linear(layer.q, x).unflatten(-1, (layer.heads, -1)), k, v
+
+
+def token_and_patch_scores(q: Tensor, k: Tensor, v: Tensor, words: Tensor, config: MaskConfig) -> tuple[Tensor, Tensor]:
+    """Return scores [B, L] and [B, P] of the rules of `ops.sync_mask` from the whole map. words: bool [B, L]."""
+    weights = torch.einsum("blhd,bshd->bhls", q, k).float().mul(q.shape[-1] ** -0.5).softmax(-1)
+    patches, peak = weights[..., 1:], weights[..., 1:].amax(-1)
+    rows, m = words[:, None, :, None], words.sum(1)[:, None, None]
+    token_rules = {
+        "peak": lambda: peak,
+        "mass": lambda: 1 - weights[..., 0],
+        "cls": lambda: weights[..., 0],
+        "output": lambda: (weights @ v.float().transpose(1, 2)).norm(dim=-1),
+    }
+    patch_rules = {
+        "mean": lambda: (patches * rows).sum(2) / m,
+        "cls": lambda: patches[:, :, 0],
+        "weighted": lambda: (patches * peak[..., None] * rows).sum(2) / m,
+        "max": lambda: patches.masked_fill(~rows, -torch.inf).amax(2),
+    }
+    token_score = token_rules[config.token_score]().mean(1).masked_fill(~words, -torch.inf)
+    return token_score, patch_rules[config.patch_score]().mean(1)
+
+
+def sample_negatives(anchors: Tensor, candidates: Tensor, product_ids: Tensor, config: TrainConfig) -> Negatives:
+    """Draw each pair's hard negative as ALBEF does, by a loop. anchors, candidates: unit vectors [B, E]."""
+    margin = config.batch.margin if config.batching == "semi_hard" else -torch.inf
+    index, found = [], []
+    for i, similarity in enumerate(anchors @ candidates.T):
+        other = product_ids != product_ids[i]
+        fits = other & (similarity < similarity[i] - margin)
+        # ALBEF adds 1e-4: the softmax may underflow to nothing to draw from.
+        weight = ((similarity / config.loss.temperature).softmax(0) + 1e-4) * (fits if fits.any() else other)
+        found.append(bool(other.any()))
+        index.append(torch.multinomial(weight, 1).item() if found[-1] else 0)
+    return torch.tensor(index, device=product_ids.device), torch.tensor(found, device=product_ids.device)
 
 
 def baseline_losses(
-    model: SyncMaskModel,
-    teacher: SyncMaskModel,
+    state: TrainState,
     batch: Batch,
-    queue: losses.Queue,
     config: TrainConfig,
-    ways: Ways,
-    *,
-    sync_share: float,
-    alpha: float,
-    seed: int,
-    negatives: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Losses, Features]:
-    """All losses of a batch, as `syncmask_fast.objective.pretraining.pretraining_losses` has them.
+    schedule: Schedule,
+    options: BaselineOptions,
+    negatives: tuple[Negatives, Negatives] | None = None,
+) -> tuple[dict[str, Tensor], Features]:
+    """Return all losses of a batch, as `objective.pretraining.pretraining_losses` does.
 
-    negatives: what `sample_hard_negatives` gives for images, then for texts, instead of a draw of its own.
+    negatives: a text for each image and an image for each text; None draws them.
     """
-    b = len(batch.lengths)
-    layout, token_ids = PackedLayout.of_batch(batch), batch.token_ids
-    if ways.padding:
-        token_ids = layout.pad(token_ids).flatten()  # 0 is [PAD]
-        layout = Padded(layout.lengths, layout.max_seqlen)
-        batch = dataclasses.replace(batch, token_ids=token_ids)
-    generator = torch.Generator(batch.pixels.device).manual_seed(seed)
+    student, teacher = Albef(state.model, options), Albef(state.teacher, options)
+    pixels, layout = batch.pixels, PackedLayout.of_batch(batch)
+    token_ids, valid, words = layout.pad(batch.token_ids), layout.valid, maskable(layout)
+    b, device = len(layout), pixels.device
+    generator = torch.Generator(device).manual_seed(schedule.seed)
 
+    # 1. Teacher: features, and masks from its attention map.
     with torch.no_grad():
-        teacher_images, teacher_texts = teacher.image(batch.pixels), teacher.text(token_ids, layout)
-        momentum = Features(teacher.project_images(teacher_images), teacher.project_texts(teacher_texts, layout))
-        masks = random_masks(layout, model.image.patches, config.mask, generator)
-        masks = blend(
-            teacher_masks(teacher, teacher_images, teacher_texts, layout, config, ways), masks, sync_share, generator
-        )
-    patches = count(config.mask.patch_ratio, model.image.patches)
+        teacher_images, teacher_texts = teacher.image(pixels), teacher.text(token_ids, valid)
+        momentum = teacher.project(teacher_images, teacher_texts)
+        masks = random_masks(layout, state.model.image.patches, config.mask, generator)
+        sync = teacher.masks(teacher_texts, valid, teacher_images, words, config.mask)
+        masks = mix_masks(sync, masks, schedule.sync_probability, generator)
 
-    images, masked_images = model.image(batch.pixels, masks.patch_mask).chunk(2)
-    hidden = layout.unpad(masks.token_mask)
-    source = layout + layout
-    texts = model.text(torch.cat([token_ids, token_ids.masked_fill(hidden, model.mask_id)]), source)
-    image_feats, text_feats = model.project_images(images), model.project_texts(texts, layout)
-    itc = losses.itc_loss(image_feats, text_feats, *momentum, batch.product_ids, queue, model.temperature, alpha)
-    presence = itc.new_tensor(torch.nan)
+    # 2. Student: images and texts, full and masked.
+    images, masked_images = student.image(pixels, masks.patch_mask).chunk(2)
+    texts = student.text(token_ids, valid)
+    masked_texts = student.text(token_ids.masked_fill(masks.token_mask, state.model.mask_id), valid)
+
+    # 3. ITC, and word presence as the trainer has it.
+    feats, rows = student.project(images, texts), slice(0, b)
+    ids, temperature = batch.shard.product_ids, state.model.temperature
+    sums = {"itc": losses.itc_loss(feats, momentum, ids, state.queue, temperature, schedule.alpha, rows)}
     if config.loss.presence:
-        presence = _presence_loss(model, config, batch, images, layout, seed)
+        sums |= presence_losses(state.model, batch, images, layout, config, schedule.seed)
 
+    # 4. ITM: true pairs in one pass, both kinds of negatives in another.
     if negatives is None:
-        negatives = drawn_negatives(image_feats.detach(), text_feats.detach(), batch.product_ids, config, ways, seed)
-    negative_text, has_text, negative_image, has_image = negatives
-    each = torch.arange(b, device=images.device)
-    pack_up = pack_padded if ways.padding else group_by_image
-    if ways.project_again:
-        other = torch.stack([images[i] for i in negative_image.tolist()]) if ways.loops else images[negative_image]
-        passes = [(each, images), (torch.cat([negative_text, each]), torch.cat([images, other])), (each + b, images)]
-        packs = [
-            (pack_up(source, of, torch.arange(len(of), device=of.device), len(of)), looked_at)
-            for of, looked_at in passes
-        ]
-        fused = [(model.fusion(texts[pack.source_rows], pack, looked_at), pack) for pack, looked_at in packs]
-        cls = torch.cat([x[pack.cls_rows] for x, pack in fused[:2]])
-        masked, starts = fused[2][0], fused[2][1].cls_rows
+        with torch.no_grad():
+            negatives = sample_negatives(*feats, ids, config), sample_negatives(*reversed(feats), ids, config)
+    (negative_text, has_text), (negative_image, has_image) = negatives
+    true_pairs = student.fuse(texts, valid, images)
+    text_rows = torch.cat([negative_text, torch.arange(b, device=device)])
+    other_images = torch.stack([images[i] for i in negative_image.tolist()])
+    wrong_pairs = student.fuse(texts[text_rows], valid[text_rows], torch.cat([images, other_images]))
+    logits = _linear(state.model.itm_head, torch.cat([true_pairs, wrong_pairs])[:, 0]).float()
+    matched = torch.arange(3 * b, device=device) < b
+    weight = torch.cat([torch.ones_like(has_text), has_text, has_image]).float()
+    itm = F.cross_entropy(logits, matched.long(), reduction="none")
+    sums["itm"] = LossSum((itm * weight).sum(), weight.sum())
+
+    # 5. MLM: a third pass, and the head on every token.
+    logits = student.mlm_logits(student.fuse(masked_texts, valid, images)).float()
+    labels = token_ids.masked_fill(~masks.token_mask, -100)  # ignored by cross_entropy
+    sums["mlm"] = LossSum(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), 1)
+
+    # 6. MIM: masked patches against the full text.
+    masked_index = masks.patch_mask.nonzero()[:, 1].view(b, -1)
+    at = 1 + masked_index[..., None].expand(-1, -1, images.shape[2])
+    predicted = student.mim(masked_images.gather(1, at), texts, valid)
+    if config.loss.mim_target == "pixels":
+        target = losses.normalized_patches(pixels, config.image.patch, masked_index)
     else:
-        of, looks_at = torch.cat([each, negative_text, each, each + b]), torch.cat([each, each, negative_image, each])
-        pack = pack_up(source, of, looks_at, b)
-        masked = model.fusion(texts[pack.source_rows], pack, images)
-        cls, starts = masked[pack.cls_rows[: 3 * b]], pack.cls_rows[3 * b :]
-    itm = losses.itm_loss(
-        model.itm_head(cls),
-        torch.arange(3 * b, device=cls.device) < b,
-        torch.cat([torch.ones_like(has_text), has_text, has_image]).float(),
-    )
-    mlm = mlm_loss(model, masked, starts[layout.segment_ids] + layout.position_ids, token_ids, hidden, ways)
+        target = teacher_images.gather(1, at)
+        target = F.layer_norm(target, target.shape[-1:])
+    sums["mim"] = LossSum(F.mse_loss(predicted.float(), target.float()), 1)
 
-    chosen = masks.patch_mask.nonzero()[:, 1].view(b, patches)
-    rebuilt = masked_images.gather(1, 1 + chosen[..., None].expand(-1, -1, masked_images.shape[2]))
-    predicted = model.mim_head(rebuilt, texts[: layout.total], layout)
-    mim = losses.mim_loss(predicted, _mim_target(config, batch, teacher_images, chosen))
-
-    weight = config.loss
-    total = weight.itc * itc + weight.itm * itm + weight.mlm * mlm + weight.mim * mim
-    if weight.presence:
-        total = total + weight.presence * presence
-    return Losses(total, itc.detach(), itm.detach(), mlm.detach(), mim.detach(), presence.detach()), momentum
+    means = losses.means(sums, batch.shard)
+    total = sum(config.loss.weight(name) * loss for name, loss in means.items())
+    return {"total": total} | {name: loss.detach() for name, loss in means.items()}, momentum
 
 
-def mlm_loss(
-    model: SyncMaskModel, fused: Tensor, rows: Tensor, token_ids: Tensor, hidden: Tensor, ways: Ways
-) -> Tensor:
-    """MLM of the masked texts' fused features, whose token t stands in row rows[t]; hidden: bool [T]."""
-    words = model.text.word_embeddings.weight
-    if ways.full_head:
-        return F.cross_entropy(
-            model.mlm_head(fused[rows], words).float(), token_ids.masked_fill(~hidden, -100), ignore_index=-100
-        )
-    at = hidden.nonzero()[:, 0]
-    return losses.mlm_loss(model.mlm_head(fused[rows[at]], words), token_ids[at])
-
-
-def teacher_masks(
-    teacher: SyncMaskModel, images: Tensor, texts: Tensor, layout: PackedLayout, config: TrainConfig, ways: Ways
-) -> Masks:
-    """`masking.sync_masks`, with or without the layers that nobody reads and the map that nobody needs."""
-    pack, mask = one_to_one(layout), config.mask
-    for layer in teacher.fusion.layers[: mask.layer - 1]:
-        texts = layer(texts, pack, images)
-    last = teacher.fusion.layers[mask.layer - 1]
-    texts = last.attention(texts, pack.text_layout)
-    q, k, v = last.cross.project(texts, images)
-    if ways.full_teacher:
-        seen = encoders.attention(q, k, v, pack.image_layout).flatten(1)
-        texts = last.feed_forward(last.cross.norm(texts + last.cross.proj(seen)))
-        for layer in teacher.fusion.layers[mask.layer :]:
-            texts = layer(texts, pack, images)
-    q, k, v, words = layout.pad(q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), maskable(layout)
-    if not ways.maps:
-        needed = v if mask.token_score == "output" else None
-        return Masks(
-            *ops.sync_mask(
-                q,
-                k,
-                words,
-                v=needed,
-                token_ratio=mask.token_ratio,
-                patch_ratio=mask.patch_ratio,
-                token_score=mask.token_score,
-                patch_score=mask.patch_score,
-            )
-        )
-    heads = q.shape[1]
-    weights = ((q @ k.mT).float() * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)
-    token_score = (
-        _token_score_of_head(weights, v.float().flatten(0, 1), mask.token_score).unflatten(0, (-1, heads)).mean(1)
-    )
-    patch_score = (
-        _patch_score_of_head(weights, words.repeat_interleave(heads, 0), mask.patch_score)
-        .unflatten(0, (-1, heads))
-        .mean(1)
-    )
-    m = words.sum(1)
-    n = (mask.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m)
-    top = patch_score.topk(count(mask.patch_ratio, patch_score.shape[1]), 1).indices
-    patches = torch.zeros_like(patch_score, dtype=torch.bool).scatter_(1, top, True)
-    return Masks(_highest(token_score.masked_fill(~words, -torch.inf), n), patches, token_score, patch_score)
-
-
-def drawn_negatives(
-    images: Tensor, texts: Tensor, ids: Tensor, config: TrainConfig, ways: Ways, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each image a text, and for each text an image: `step.sample_hard_negatives` twice, or sample by sample. images, texts: unit vectors [B, E]."""
-    margin = config.batch.margin if config.batching == "semi_hard" else -torch.inf
-    draw = sample_by_sample if ways.loops else sample_hard_negatives
-    return (
-        *draw(images, texts, ids, margin, config.loss.temperature, seed),
-        *draw(texts, images, ids, margin, config.loss.temperature, seed + 1),
-    )
-
-
-def sample_by_sample(
-    anchors: Tensor, candidates: Tensor, ids: Tensor, margin: float, temperature: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """`step.sample_hard_negatives` as the parents draw: a loop with `multinomial` of the softmax and 1e-4, lest nothing be left to draw."""
-    index, some = [], []
-    for i, similarity in enumerate(anchors @ candidates.T):
-        other = ids != ids[i]
-        fit = other & (similarity < similarity[i] - margin)
-        weight = ((similarity / temperature).softmax(0) + 1e-4) * (fit if fit.any() else other)
-        some.append(bool(other.any()))
-        index.append(torch.multinomial(weight, 1).item() if some[-1] else 0)
-    return torch.tensor(index, device=ids.device), torch.tensor(some, device=ids.device)
-
-
-def baseline_optimizer(model: nn.Module, config: OptimConfig, ways: Ways) -> Optimizer:
-    """The trainer's optimiser, with AdamW as it comes where asked."""
+def baseline_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Return the trainer's optimizer with AdamW's default implementation, which is not fused."""
     optimizer = make_optimizer(model, config)
-    if ways.plain_adamw:
-        groups = [
-            {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.parts[0].param_groups
-        ]
-        optimizer.parts[0] = torch.optim.AdamW(groups, lr=config.lr)
+    groups = [
+        {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.optimizers[0].param_groups
+    ]
+    optimizer.optimizers[0] = torch.optim.AdamW(groups, lr=config.lr)
     return optimizer
 
 
 def baseline_step(
-    config: TrainConfig, state: TrainState, batch: Batch, ways: Ways, *, sync_share: float, alpha: float, seed: int
-) -> Losses:
-    """One optimiser step on a batch; `state.optimizer` is of `baseline_optimizer`."""
+    state: TrainState, batch: Batch, config: TrainConfig, schedule: Schedule, options: BaselineOptions
+) -> dict[str, Tensor]:
+    """Take one optimizer step on a batch; `state.optimizer` is from `baseline_optimizer`. Return the losses."""
     device = batch.pixels.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device) and not ways.float32)
-    with autocast, parents_layers(state.model, ways):
-        found, momentum = baseline_losses(
-            state.model, state.teacher, batch, state.queue, config, ways, sync_share=sync_share, alpha=alpha, seed=seed
-        )
-    found.total.backward()
-    state.queue.enqueue(*momentum, batch.product_ids, state.batches_done, config.batch_size)
-    state.bank.update(batch.sample_ids, *momentum)
+    dtype = autocast_dtype(config.precision, device, config.text.width) if options.bfloat16 else torch.float32
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        found, features = baseline_losses(state, batch, config, schedule, options)
+    found["total"].backward()
+    state.queue.enqueue(features, batch.shard.product_ids, state.batches_done, config.batch_size)
+    state.bank.update(batch.shard.items, features)
     state.batches_done += 1
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
-    if ways.ema_loop:
-        for ours, theirs in zip(state.teacher.parameters(), state.model.parameters(), strict=True):
-            ours.data = ours.data * config.optim.ema_decay + theirs.data * (1 - config.optim.ema_decay)
-    else:
-        update_teacher(state.teacher, state.model, config.optim.ema_decay, state.step)
-    return Losses(*(x.detach() for x in found))
+    # The EMA parameter by parameter, with the decay from the start.
+    decay = config.optim.ema_decay
+    for ours, theirs in zip(state.teacher.parameters(), state.model.parameters(), strict=True):
+        ours.data = ours.data * decay + theirs.data * (1 - decay)
+    for ours, theirs in zip(state.teacher.buffers(), state.model.buffers(), strict=True):
+        ours.copy_(theirs)
+    return {name: loss.detach() for name, loss in found.items()}

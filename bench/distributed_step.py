@@ -1,116 +1,123 @@
-"""Time and bytes of a step on several processes: where they go, by kind of collective.
+"""Time and bytes of a step on several processes, by kind of collective.
 
-    python bench/distributed_step.py tiny --steps 24 --loss.itc-only 0
-    torchrun --nproc_per_node=2 bench/distributed_step.py tiny --steps 24 --loss.itc-only 0
+    python -m bench.distributed_step tiny --steps 24 --loss.itc-only 0
+    torchrun --nproc_per_node=2 -m bench.distributed_step tiny --steps 24 --loss.itc-only 0
 
-Arguments are the trainer's. Seconds within a collective count the waiting for a slower rank too; of gradients, which travel while the backward pass
-still runs, they count what is left to wait for afterwards. Bytes are those that a rank puts in.
+Arguments are the trainer's. The seconds of a collective include waiting for a slower rank. Gradients travel during the
+backward pass: theirs is the time that is left to wait afterwards. Bytes are those that a rank sends in.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from syncmask_fast import train
-from syncmask_fast.data.splits import open_splits
 from syncmask_fast.distributed.group import init_distributed, local_device
-from syncmask_fast.utils.device import choose_device
+from syncmask_fast.training.run_dir import create_run_dir
+from syncmask_fast.training.setup import open_data
+from syncmask_fast.utils.device import choose_device, tune_malloc
 
 WARM_UP = 4
+# Function of torch.distributed -> its kind here, and which of its arguments is what the rank sends in.
+COLLECTIVES = {
+    "all_gather_into_tensor": ("gather", 1),
+    "reduce_scatter_tensor": ("gather, backward", 1),
+    "all_to_all_single": ("texts of negatives", 1),
+    "all_reduce": ("sums", 0),
+    "broadcast": ("draws", 0),
+}
 
 
 class Meter:
-    """Seconds and bytes of every kind of collective, for one step after the other."""
+    """Seconds and bytes of every kind of collective, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, tuple[float, float]]] = []
-        self.now: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.current: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, kind: str, seconds: float, size: float = 0.0) -> None:
-        self.now[kind][0] += seconds
-        self.now[kind][1] += size
+        """Add to the current step."""
+        self.current[kind][0] += seconds
+        self.current[kind][1] += size
 
-    def watch(self, name: str, kind: str, place: int) -> None:
-        """Times a function of torch.distributed; its argument at `place` is what the rank puts in."""
-        function = getattr(dist, name)
+    def timed(self, function: Callable, kind: str, argument: int) -> Callable:
+        """Return a collective that adds its time; `argument` is the number of the tensor that it sends."""
 
-        def timed(*values, **named):
+        def timed_function(*args, **kwargs):
             begin = time.perf_counter()
-            result = function(*values, **named)
-            gradients = named.get("async_op", False)
-            self.add("gradients" if gradients else kind, time.perf_counter() - begin, values[place].nbytes)
-            if gradients:
-                wait = result.wait
+            result = function(*args, **kwargs)
+            asynchronous = kwargs.get("async_op", False)  # only gradients are
+            self.add("gradients" if asynchronous else kind, time.perf_counter() - begin, args[argument].nbytes)
+            return TimedWork(self, result) if asynchronous else result
 
-                def timed_wait(*values, **named):
-                    begin = time.perf_counter()
-                    wait(*values, **named)
-                    self.add("gradients", time.perf_counter() - begin)
+        return timed_function
 
-                return type("TimedWork", (), {"wait": staticmethod(timed_wait)})
-            return result
+    def timed_step(self, train_step: Callable) -> Callable:
+        """Return a training step that starts a new record."""
 
-        setattr(dist, name, timed)
-
-    def step(self, train_step):
-        def timed(*values, **named):
-            self.now.clear()
+        def timed_train_step(*args, **kwargs):
+            self.current.clear()
             begin = time.perf_counter()
-            result = train_step(*values, **named)
+            result = train_step(*args, **kwargs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.add("step", time.perf_counter() - begin)
-            self.steps.append({kind: tuple(found) for kind, found in self.now.items()})
+            self.steps.append({kind: tuple(values) for kind, values in self.current.items()})
             return result
 
-        return timed
+        return timed_train_step
+
+    def summary(self) -> dict[str, float | dict[str, float]]:
+        """Return medians over the steps after the warm-up."""
+        steps = self.steps[WARM_UP:]
+        step_seconds = statistics.median(step["step"][0] for step in steps)
+        rows: dict[str, float | dict[str, float]] = {"step_ms": round(1e3 * step_seconds, 1)}
+        for kind in steps[-1]:
+            if kind != "step":
+                seconds, size = (statistics.median(step.get(kind, (0, 0))[i] for step in steps) for i in (0, 1))
+                share = round(seconds / step_seconds, 3)
+                rows[kind] = {"ms": round(1e3 * seconds, 1), "share": share, "bytes": round(size)}
+        return rows
+
+
+class TimedWork:
+    """The handle of an asynchronous collective, whose waiting is timed."""
+
+    def __init__(self, meter: Meter, work: dist.Work) -> None:
+        self.meter, self.work = meter, work
+
+    def wait(self) -> None:
+        begin = time.perf_counter()
+        self.work.wait()
+        self.meter.add("gradients", time.perf_counter() - begin)
 
 
 def main() -> None:
+    """Train with every collective timed, and print the medians."""
     meter = Meter()
-    for name, kind, place in (
-        ("all_gather_into_tensor", "gather", 1),
-        ("reduce_scatter_tensor", "gather, backward", 1),
-        ("all_to_all_single", "texts of negatives", 1),
-        ("all_reduce", "sums", 0),
-        ("broadcast", "draws", 0),
-    ):
-        meter.watch(name, kind, place)
-    train.train_step = meter.step(train.train_step)
+    for name, (kind, argument) in COLLECTIVES.items():
+        setattr(dist, name, meter.timed(getattr(dist, name), kind, argument))
+    train.train_step = meter.timed_step(train.train_step)
     config = train.parse(sys.argv[1:])
     device = choose_device(local_device(config.device))
-    train.tune_malloc()
+    tune_malloc()
     with init_distributed(device) as group, tempfile.TemporaryDirectory() as folder:
-        with group.main_process_first():
-            train_split, eval_split = open_splits(
-                config.data or train.draw_default_lookbook(config), config.eval.holdout_fraction
-            )
-        out = Path(group.broadcast_object(folder)) / "run"
-        out.mkdir(exist_ok=True)
-        train.train(config, out, device, train_split, eval_split, group=group)
-        steps = meter.steps[WARM_UP:]
-        kinds = {
-            kind: [statistics.median(step.get(kind, (0, 0))[i] for step in steps) for i in (0, 1)] for kind in steps[-1]
-        }
-        whole = kinds.pop("step")[0]
-        found = {
-            "ranks": group.world_size,
-            "threads": torch.get_num_threads(),
-            "pairs": config.batch_size,
-            "step_ms": round(1e3 * whole, 1),
-        }
-        for kind, (seconds, size) in kinds.items():
-            found[kind] = {"ms": round(1e3 * seconds, 1), "share": round(seconds / whole, 3), "bytes": round(size)}
-        print(json.dumps(found))
+        config, train_split, eval_split = open_data(config, group)
+        config = create_run_dir(dataclasses.replace(config, out=Path(folder) / "run"), group)
+        train.train(config, device, train_split, eval_split, group)
+        about = {"ranks": group.world_size, "threads": torch.get_num_threads(), "pairs": config.batch_size}
+        print(json.dumps(about | meter.summary()))
 
 
 if __name__ == "__main__":

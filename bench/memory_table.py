@@ -1,73 +1,75 @@
-"""The memory that training takes, by preset, batch size and checkpointing: `python bench/memory_table.py [tiny|base] [float32|bfloat16]`.
+"""The memory that training takes, by preset, batch size and gradient checkpointing.
 
-Counted on the CPU: what the backward pass of one step keeps (each storage once) divided by its pairs, times the batch size, plus what is held from
-step to step (weights, teacher, optimiser, queue) and the gradients. Temporaries and the allocator's gaps come on top. In bfloat16 residuals and
-norms are in float32 here, as on CUDA; on the CPU a run keeps less.
+    python -m bench.memory_table [tiny|base] [float32|bfloat16]
+
+Counted on the CPU: the saved tensors of a step's backward pass (each storage once), divided by its pairs, times the
+batch size; plus what lasts from step to step (weights, teacher, optimizer, queue) and the gradients.
+Temporaries and the allocator's gaps come on top.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
-from pathlib import Path
+from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-_spec = importlib.util.spec_from_file_location("bench_test_step", Path(__file__).with_name("test_step.py"))
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
+from bench.steps import STEPS, configuration, held_mib, make_batches, make_state
+from syncmask_fast.config import TrainConfig
+from syncmask_fast.model import encoders
+from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
+from syncmask_fast.training.setup import configure_compute
 
-COUNTED, SHOWN = 8, (8, 64, 128, 256, 512)
+COUNTED, SHOWN = 8, (8, 64, 128, 256, 512)  # batch sizes
 
 
-def kept_bytes(config, device: torch.device) -> tuple[float, float]:
-    """Bytes held from step to step with the gradients, and bytes kept for the backward pass of one pair."""
-    from syncmask_fast.objective.pretraining import pretraining_losses
-    from syncmask_fast.train import configure_compute, use_bfloat16
-
-    state = bench.make_state(config, device)
-    (batch,) = bench.make_batches(config, device, 1)
-    configure_compute(config, state.model, state.teacher, device)
+def saved_bytes(config: TrainConfig, device: torch.device) -> tuple[float, float]:
+    """Return the bytes that last from step to step, with the gradients, and the saved bytes of one pair."""
+    state = make_state(config, device)
+    (batch,) = make_batches(config, device, 1)
+    dtype = configure_compute(config, state)
     weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
+    saved: dict[int, torch.UntypedStorage] = {}  # keeping them alive prevents their addresses from being reused
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def save(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return x
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(config, device)),
-        bench.baseline.parents_layers(state.model, bench.baseline.Ways(wide_residuals=True)),
-    ):
-        found, _ = pretraining_losses(
-            state.model, state.teacher, batch, state.queue, config, sync_share=1.0, alpha=config.loss.alpha, seed=0
+    # Residuals and norms are float32 on CUDA, where the table is used; only the CPU has them in bfloat16.
+    as_on_cuda = mock.patch.object(encoders, "to_autocast_dtype", lambda x: x)
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda x: x)
+    with hooks, as_on_cuda, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        losses, _ = pretraining_losses(
+            state.model, state.teacher, batch, state.queue, config, Schedule.at(config, state.step, STEPS, 1)
         )
-    gradients = sum(p.numel() * p.element_size() for p in state.model.parameters())
-    moments = 2 * gradients  # AdamW's, which the first step makes
-    assert found.total.requires_grad
-    return bench.held_mib(state) * 2**20 + moments + gradients, sum(
-        storage.nbytes() for storage in kept.values()
-    ) / config.batch_size
+    assert losses["total"].requires_grad
+    gradients = sum(p.nbytes for p in state.model.parameters())
+    moments = 2 * gradients  # AdamW's, which the first step creates
+    held = held_mib(state) * 2**20 + moments + gradients
+    return held, sum(storage.nbytes() for storage in saved.values()) / config.batch_size
 
 
 def main(preset: str = "tiny", precision: str = "float32") -> None:
+    """Print the table."""
     device = torch.device("cpu")
     print("| preset | precision | checkpointing | held | a pair | " + " | ".join(f"batch {n}" for n in SHOWN) + " |")
     print("|---" * (5 + len(SHOWN)) + "|")
     for checkpointing in (False, True):
-        config = dataclasses.replace(bench.configuration(preset, COUNTED, precision), grad_checkpointing=checkpointing)
-        held, pair = kept_bytes(config, device)
-        cells = [f"{(held + n * pair) / 2**30:.1f} GiB" for n in SHOWN]
-        switch = "on" if checkpointing else "off"
-        print(
-            f"| {preset} | {precision} | {switch} | {held / 2**30:.2f} GiB | {pair / 2**20:.0f} MiB | {' | '.join(cells)} |"
-        )
+        config = dataclasses.replace(configuration(preset, COUNTED, precision), grad_checkpointing=checkpointing)
+        held, pair = saved_bytes(config, device)
+        cells = [
+            preset,
+            precision,
+            "on" if checkpointing else "off",
+            f"{held / 2**30:.2f} GiB",
+            f"{pair / 2**20:.0f} MiB",
+        ]
+        cells += [f"{(held + n * pair) / 2**30:.1f} GiB" for n in SHOWN]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,34 @@
-"""Where a training step's time goes: `python bench/profile_step.py [tiny|base] [BATCH_SIZE] [float32|bfloat16]`.
+"""Where a training step's time goes: `python -m bench.profile_step [tiny|base] [BATCH_SIZE] [float32|bfloat16]`.
 
-Prints the operators or kernels with the most time, and on CUDA the share of the time in which the GPU had nothing to do.
+Prints the operators or kernels with the most time, and on CUDA the share of the time in which the GPU was idle.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import sys
-from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-_spec = importlib.util.spec_from_file_location("bench_test_step", Path(__file__).with_name("test_step.py"))
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
+from bench.harness import synchronize
+from bench.steps import configuration, make_stepper
+from syncmask_fast.utils.device import tune_malloc
 
 WARM_UP, STEPS = 3, 3
 
 
 def main(preset: str = "tiny", batch_size: str = "64", precision: str = "") -> None:
-    from syncmask_fast.train import configure_compute, train_step, tune_malloc
-
+    """Profile three steps after three others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = bench.configuration(
-        preset, int(batch_size), precision or ("bfloat16" if device.type == "cuda" else "float32")
-    )
+    precision = precision or ("bfloat16" if device.type == "cuda" else "float32")
     tune_malloc()
-    state, batches = bench.make_state(config, device), itertools.cycle(bench.make_batches(config, device))
-    configure_compute(config, state.model, state.teacher, device)
+    stepper = make_stepper("ours", configuration(preset, int(batch_size), precision), device)
 
     def steps(count: int) -> None:
         for _ in range(count):
-            train_step(config, state, batches, bench.STEPS, 1)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+            stepper.step()
+        synchronize(device)
 
     steps(WARM_UP)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -46,15 +36,14 @@ def main(preset: str = "tiny", batch_size: str = "64", precision: str = "") -> N
         steps(STEPS)
     order = f"self_{device.type}_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70))
-    kernels = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == DeviceType.CUDA)
-    if kernels:
-        print(
-            f"the GPU was idle for {100 * idle_share(kernels):.1f} % of {STEPS} steps, {len(kernels) // STEPS} kernels and copies a step"
-        )
+    spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == DeviceType.CUDA)
+    if spans:
+        idle = f"{100 * idle_share(spans):.1f} % of {STEPS} steps"
+        print(f"the GPU was idle for {idle}, {len(spans) // STEPS} kernels and copies a step")
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
-    """The share of the time from the first start to the last end that no span covers; spans are sorted by their start."""
+    """Return the share of the time from the first start to the last end that no span covers; spans sorted by start."""
     idle, reached = 0.0, spans[0][1]
     for begin, end in spans:
         idle += max(0.0, begin - reached)

@@ -135,7 +135,7 @@ def packed_attention(
     return OPS.pick(backend, q.device)(q, k, v, q_starts, k_starts, q.shape[-1] ** -0.5)[0]
 
 
-def runs_here() -> bool:
+def is_available() -> bool:
     """Return whether the compiled kernel is loaded."""
     return _native.is_loaded()
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.augment import AugmentConfig
@@ -19,7 +21,10 @@ from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.distributed.gradients import GradientReducer
 from syncmask_fast.distributed.group import SINGLE_PROCESS
 from syncmask_fast.distributed.shard import BatchShard
+from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.objective.memory import Features, Queue, make_teacher
 from syncmask_fast.objective.pretraining import pretraining_losses
+from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.sources.lookbook import draw_lookbook
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.step import StepResult, train_step
@@ -45,6 +50,7 @@ WORDS = [
     "wool",
 ]
 
+PAIRS, SEED = 6, 1234  # of `small_batch` and of `losses_of`
 SPEED = {
     "pairs_per_s",
     "mfu",
@@ -78,7 +84,7 @@ def small_tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(WORDS)] * 3, 120)
 
 
-def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
+def small_batch(config: TrainConfig, seed: int = 0, pairs: int = PAIRS) -> Batch:
     """A batch of random pixels and words; pairs 0 and 1 are of one product."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 15, (pairs,), generator=generator).tolist()
@@ -96,6 +102,40 @@ def small_batch(config: TrainConfig, seed: int = 0, pairs: int = 6) -> Batch:
         places,
         BatchShard.whole(lengths, places, products),
     )
+
+
+def small_model(config: TrainConfig, seed: int = 0) -> SyncMaskModel:
+    """Return a model whose biases, norms and tokens are random too, so that none can be forgotten."""
+    torch.manual_seed(seed)
+    model = SyncMaskModel(config, small_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def small_queue(config: TrainConfig) -> Queue:
+    """Return a queue with seven items; the other places are empty."""
+    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
+    features = F.normalize(torch.randn(2, 7, config.embed_dim, generator=torch.Generator().manual_seed(9)), dim=-1)
+    queue.enqueue(Features(*features), torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
+    return queue
+
+
+def losses_of(
+    config: TrainConfig,
+    model: SyncMaskModel,
+    batch: Batch,
+    *,
+    seed: int = SEED,
+    share: float = 0.5,
+    fuse: bool = True,
+    teacher: SyncMaskModel | None = None,
+) -> tuple[dict[str, Tensor], Features]:
+    """Return the losses of a batch, by default with a teacher equal to the model."""
+    schedule = Schedule(with_fusion=fuse, sync_probability=share, alpha=0.3, seed=seed)
+    return pretraining_losses(model, teacher or make_teacher(model), batch, small_queue(config), config, schedule)
 
 
 def take_step(config: TrainConfig, state: TrainState, batches: Iterator[Batch], steps: int = 100) -> StepResult:

@@ -22,8 +22,7 @@ from syncmask_fast.objective.memory import Queue, make_teacher
 from syncmask_fast.objective.pretraining import pretraining_losses
 from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_batch, small_config
-from tests.test_step import small_model
+from tests.helpers import small_batch, small_config, small_model
 
 BOUNDS = [0, 3, 4, 8]
 

@@ -10,9 +10,8 @@ from torch._dynamo.utils import counters
 
 from syncmask_fast.objective.memory import make_teacher
 from syncmask_fast.training.setup import configure_compute
-from tests.helpers import small_batch, small_config, take_step
+from tests.helpers import losses_of, small_batch, small_config, small_model, take_step
 from tests.test_no_host_sync import state_of
-from tests.test_step import losses_of, small_model
 
 
 def gradients(config, model, teacher, batch) -> tuple:

@@ -14,8 +14,7 @@ from syncmask_fast.objective.memory import Queue, make_teacher
 from syncmask_fast.objective.pretraining import pretraining_losses
 from syncmask_fast.objective.schedule import Schedule
 from syncmask_fast.training.flops import peak_flops, step_flops
-from tests.helpers import small_batch, small_config
-from tests.test_step import SEED, small_model
+from tests.helpers import SEED, small_batch, small_config, small_model
 
 
 @register_flop_formula(torch.ops.syncmask.packed_attention, get_raw=True)

@@ -13,8 +13,7 @@ from syncmask_fast.config import TrainConfig
 from syncmask_fast.objective import pretraining as step
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.setup import configure_compute
-from tests.helpers import small_batch, small_config, take_step
-from tests.test_step import PAIRS, losses_of, small_model
+from tests.helpers import PAIRS, losses_of, small_batch, small_config, small_model, take_step
 
 READS_BACK = {
     "aten::_local_scalar_dense",

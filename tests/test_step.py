@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncmask_fast.config import TrainConfig
 from syncmask_fast.data.loader import Batch
 from syncmask_fast.distributed.shard import BatchShard
 from syncmask_fast.model.layout import PackedLayout, one_to_one
@@ -22,42 +21,7 @@ from syncmask_fast.objective.memory import Features, Queue, make_teacher, update
 from syncmask_fast.objective.negatives import sample_hard_negatives
 from syncmask_fast.objective.pretraining import pretraining_losses
 from syncmask_fast.objective.schedule import Schedule
-from tests.helpers import small_batch, small_config, small_tokenizer
-
-PAIRS = 6
-SEED = 1234
-
-
-def small_model(config: TrainConfig, seed: int = 0) -> SyncMaskModel:
-    """With weights everywhere, so that no bias and no token can be forgotten."""
-    torch.manual_seed(seed)
-    model = SyncMaskModel(config, small_tokenizer())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def some_queue(config: TrainConfig) -> Queue:
-    queue = Queue.empty(config.loss.queue, config.embed_dim, torch.device("cpu"))
-    feats = F.normalize(torch.randn(2, 7, config.embed_dim, generator=torch.Generator().manual_seed(9)), dim=-1)
-    queue.enqueue(Features(*feats), torch.tensor([0, 5, 6, 2, 7, 8, 9]), 0, 7)
-    return queue
-
-
-def losses_of(
-    config: TrainConfig,
-    model: SyncMaskModel,
-    batch: Batch,
-    *,
-    seed: int = SEED,
-    share: float = 0.5,
-    fuse: bool = True,
-    teacher: SyncMaskModel | None = None,
-) -> tuple[dict[str, Tensor], Features]:
-    schedule = Schedule(with_fusion=fuse, sync_probability=share, alpha=0.3, seed=seed)
-    return pretraining_losses(model, teacher or make_teacher(model), batch, some_queue(config), config, schedule)
+from tests.helpers import PAIRS, SEED, losses_of, small_batch, small_config, small_model, small_queue
 
 
 class TestAgainstTheSlowWay:
@@ -120,7 +84,7 @@ class TestAgainstTheSlowWay:
             assert torch.allclose(ours, slow, atol=1e-5)
         feats = (*self.features(model, batch), *self.features(teacher, batch))
         student, teacher_feats = Features(*feats[:2]), Features(*feats[2:])
-        queue, ids = some_queue(config), batch.shard.product_ids
+        queue, ids = small_queue(config), batch.shard.product_ids
         slow = itc_loss(student, teacher_feats, ids, queue, model.temperature, 0.3, slice(0, PAIRS))
         assert found["itc"].item() == pytest.approx(slow.sum.item() / PAIRS, rel=1e-4)
 

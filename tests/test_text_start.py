@@ -16,8 +16,7 @@ from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss
 from syncmask_fast.train import main
 from syncmask_fast.training.text_pretraining import pretrain_text
-from tests.helpers import small_config, small_lookbook, small_tokenizer
-from tests.test_step import small_model
+from tests.helpers import small_config, small_lookbook, small_model, small_tokenizer
 from tests.test_train import SIX, SMALL
 
 

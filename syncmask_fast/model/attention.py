@@ -1,7 +1,7 @@
 """Attention over packed sequences: one function with several backends.
 
-On CUDA the faster of xformers and PyTorch's `varlen_attn` runs, on the CPU our own kernel. SDPA on padded sequences runs
-everywhere. Sequences of one length may stay dense, [N, L, ...], and then need no layout.
+On CUDA the faster of xformers and PyTorch's `varlen_attn` runs, on the CPU our own kernel. SDPA on padded sequences
+runs everywhere. Sequences of one length may stay dense, [N, L, ...], and then need no layout.
 
 Shape letters: N blocks (sequences, or the queries of an image), L queries and S keys of a block, H heads, D head width.
 """
@@ -31,7 +31,7 @@ def attention(
     """
     if q.is_cuda:
         return _attention_cuda(q, k, v, q_layout, k_layout)
-    if attention_backend(q.device, q.dtype) == "padded" or (k_layout is not None and k_layout.gaps):
+    if attention_backend(q.device, q.dtype) == "padded":
         return sdpa_padded(q, k, v, q_layout, k_layout)
     (queries, q_starts, _), (keys, k_starts, _), (values, _, _) = (
         _flat(q, q_layout),
@@ -55,7 +55,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     On CUDA the first call in a dtype times the two packed backends, which takes milliseconds and waits for the device.
     """
     if device.type != "cuda":
-        return "packed" if dtype in cpu_attention.DTYPES and cpu_attention.runs_here() else "padded"
+        return "packed" if dtype in cpu_attention.DTYPES and cpu_attention.is_available() else "padded"
     if dtype not in _chosen:
         seconds = {name: _time_backend(run, device, dtype) for name, run in _BACKENDS.items()}
         best = min(seconds, key=lambda name: seconds[name])

@@ -43,7 +43,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: object, grad_ch
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """Return x in the dtype of the CPU's autocast where that is on, else x."""
-    # Residuals and norms then stay in that dtype: no conversion between layers. CUDA's autocast has float32 norms anyway.
+    # Residuals and norms then stay in that dtype: no conversion between layers. CUDA's norms are in float32 anyway.
     enabled = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return x.to(torch.get_autocast_dtype("cpu")) if enabled else x
 

@@ -1,6 +1,6 @@
 """Layouts of packed sequences: `PackedLayout`, and `FusionBatch` for the fusion encoder.
 
-The tokens of many sequences stand one behind the other in a single [total, ...] tensor. A layout knows where each sequence begins.
+Tokens of many sequences are packed into a single [total, ...] tensor. A layout says where each sequence begins.
 
 Shape letters: N sequences, T rows of the source features, B images.
 """
@@ -33,8 +33,6 @@ class PackedLayout:
     total:      rows of the packed tensor, cu_seqlens[N], on the host.
     """
 
-    gaps = False  # a kind of layout whose sequences do not fill their rows sets this: keys must then be masked
-
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
         self.cu_seqlens, self.max_seqlen, self.total = cu_seqlens, max_seqlen, total
 
@@ -46,9 +44,8 @@ class PackedLayout:
 
     @classmethod
     def of_batch(cls, batch: Batch) -> PackedLayout:
-        """Return the layout of a batch's texts. `max_seqlen` is that of all ranks, so that their padded forms have one width."""
-        longest = max(batch.shard.lengths)
-        return cls(batch.cu_seqlens, longest, sum(batch.lengths))
+        """Return the layout of a batch's texts; `max_seqlen` is that of all ranks, so padded forms have one width."""
+        return cls(batch.cu_seqlens, max(batch.shard.lengths), sum(batch.lengths))
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
@@ -97,8 +94,8 @@ class PackedLayout:
 
     def materialize(self) -> None:
         """Compute what the CPU's padded attention needs of this layout, for compiled code to find it cached."""
-        # Before Python 3.12 a `cached_property` takes a lock, which cannot be traced; later, the first use would be its own graph.
-        if not self.cu_seqlens.is_cuda and (self.gaps or not cpu_attention.runs_here()):
+        # Before Python 3.12 a `cached_property` takes a lock, which cannot be traced. Later its first use adds a graph.
+        if not self.cu_seqlens.is_cuda and not cpu_attention.is_available():
             self.valid, self._padded_row  # noqa: B018
 
     def pad(self, packed: Tensor) -> Tensor:
@@ -162,7 +159,7 @@ def group_by_image(
     capacity = used if on_host else capacity
     capacity += -capacity % rows_multiple(device)
 
-    # 3. Fill the rest by repeating the source's first rows, in sequences no longer than the longest. Some may be empty on CUDA.
+    # 3. Fill the rest by the source's first rows, in sequences no longer than the longest. On CUDA some are empty.
     rest = capacity - used
     filled = torch.arange(0, rest if on_host else capacity, max(source.max_seqlen, 1), device=device, dtype=torch.int32)
     fillers = (rest - filled).clamp(0, source.max_seqlen)

@@ -1,8 +1,8 @@
 """Linear layers on the CPU in bfloat16: the bias within the product, and weight gradients as plain products.
 
 PyTorch copies the bias into every row before the product. It computes a weight's gradient as a product of a transposed
-matrix, for which oneDNN needs twice the time of a plain one. On CUDA, in float32, and on processors for which oneDNN has
-no bfloat16 these layers are PyTorch's.
+matrix, for which oneDNN needs twice the time of a plain one. On CUDA, in float32, and on processors for which oneDNN
+has no bfloat16 these layers are PyTorch's.
 
 Shape letters: I inputs, O outputs of a layer.
 """

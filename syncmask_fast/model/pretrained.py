@@ -1,8 +1,8 @@
 """Initial weights: from timm, from a Hugging Face BERT, from a checkpoint in ALBEF's layout, or from a model of ours.
 
-Each source gives a `LoadReport` of what was loaded, missing, unused and resized. Too little loaded is an error: training
-by mistake from random weights costs days. Checkpoints are read as tensors only (safetensors, or torch.load with
-weights_only).
+Each source gives a `LoadReport` of what was loaded, missing, unused and resized. Too little loaded is an error:
+training by mistake from random weights costs days. Checkpoints are read as tensors only (safetensors, or torch.load
+with weights_only).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def load_timm(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadR
 
 
 def load_bert(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadReport:
-    """Load text and fusion encoder from a Hugging Face BERT (name or local folder): its first layers, and those after them.
+    """Load text and fusion encoder from the layers of a Hugging Face BERT (name or local folder).
 
     Cross-attention and the heads of ITC, ITM and MIM keep their random weights. errors: see `load_initial_weights`.
     """
@@ -135,7 +135,8 @@ def load_bert(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadR
 def load_albef(model: SyncMaskModel, path: str | Path, min_loaded: float = 0.9) -> LoadReport:
     """Load all modules that ALBEF has too, from a .pth or .safetensors file in its layout.
 
-    Its keys are `visual_encoder.*`, `text_encoder.*` and so on. The mask token and the MIM head keep their random weights. errors: see `load_initial_weights`.
+    Its keys are `visual_encoder.*`, `text_encoder.*` and so on. The mask token and the MIM head keep their random
+    weights. errors: see `load_initial_weights`.
     """
     state = {}
     for key, value in read_checkpoint(Path(path)).items():

@@ -1,7 +1,7 @@
-"""`SyncMaskModel`: the encoders, the heads of the four objectives, and `encode_image`, `encode_text`, `match` for users.
+"""`SyncMaskModel`: encoders, heads of the four objectives, and `encode_image`, `encode_text`, `match` for users.
 
-Shape letters: B images, P patches, S = 1 + P, V visible patches, N texts, T tokens of all texts, C width, E width of the
-ITC space.
+Shape letters: B images, P patches, S = 1 + P, V visible patches, N texts, T tokens of all texts, C width, E width of
+the ITC space.
 """
 
 from __future__ import annotations

@@ -25,11 +25,12 @@ from syncmask_fast.distributed.group import (
     init_distributed,
     local_device,
 )
-from syncmask_fast.evaluate import MaskEvalSet, evaluate_mlm_grounding, evaluate_retrieval, evaluate_sync
 from syncmask_fast.model.attention import attention_backend
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.pretraining import pretraining_losses
 from syncmask_fast.tasks.base import FineTuneTask
+from syncmask_fast.tasks.mask_quality import MaskEvalSet, evaluate_mlm_grounding, evaluate_sync
+from syncmask_fast.tasks.retrieval import evaluate_retrieval
 from syncmask_fast.training.checkpoint import save, save_model
 from syncmask_fast.training.epochs import epoch_batches, plan_epoch
 from syncmask_fast.training.flops import peak_flops, step_flops

@@ -1,4 +1,4 @@
-"""The ablation: a minute grid from end to end, and its table and verdict on made-up numbers."""
+"""The ablation: a small grid from end to end, and its table and conclusions on made-up numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from syncmask_fast import ablate, finetune, train
-from syncmask_fast.ablate import Ablation, table, verdict
+from syncmask_fast.ablate import Ablation, conclusions, table
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_lookbook
 from tests.test_train import SMALL
@@ -29,7 +29,8 @@ def cells_of(values: dict[tuple[str, str], list[float]]) -> ablate.Cells:
     }
 
 
-def test_verdict_is_a_t_test_over_seeds():
+def test_conclusions():
+    """They agree with a t-test over seeds."""
     rng = np.random.default_rng(0)
     said = set()
     for shift in (0.0, 1.0, 3.0, -9.0):
@@ -38,7 +39,7 @@ def test_verdict_is_a_t_test_over_seeds():
             for m in ("random", "sync")
             for b in ("random", "semi_hard")
         }
-        [first, second] = verdict(cells_of(values))
+        [first, second] = conclusions(cells_of(values))
         each = np.mean([np.subtract(values["sync", b], values["random", b]) for b in ("random", "semi_hard")], axis=0)
         clear = ttest_1samp(each, 0).pvalue < 0.05
         assert f"{each.mean():+.2f}" in first
@@ -49,25 +50,26 @@ def test_verdict_is_a_t_test_over_seeds():
     assert said == {True, False}
 
 
-def test_one_seed_proves_nothing():
-    [sentence] = verdict(cells_of({("random", "random"): [10.0], ("sync", "random"): [90.0]}))
-    assert "nothing follows" in sentence
+def test_one_seed():
+    [sentence] = conclusions(cells_of({("random", "random"): [10.0], ("sync", "random"): [90.0]}))
+    assert "supports no conclusion" in sentence
 
 
-def test_table_has_mean_and_spread():
+def test_table():
     rows = table(cells_of({("random", "hard"): [10.0, 12.0, 14.0], ("sync", "hard"): [20.0]}))
     assert [row["text to image R@10, full gallery"] for row in rows] == ["12.00 ± 2.00", "20.00"]
     assert [row["seeds"] for row in rows] == ["3", "1"]
 
 
-def test_what_the_picture_saves_is_a_difference_of_nats():
-    name = "nats that the picture saves at masked words in view"
-    losses = {"mlm/words-in-view/nats": 2.5, "mlm/words-in-view/nats-with-another-picture": 3.25}
+def test_image_gain():
+    """The MLM loss with a mismatched image minus that with the right one."""
+    name = "MLM nats saved by the image at visible tokens"
+    losses = {"mlm/visible-tokens/nll": 2.5, "mlm/visible-tokens/nll-mismatched-image": 3.25}
     assert table({("random", "hard", 0): losses})[0][name] == "0.75"
-    assert name not in table({("random", "hard", 0): {"mlm/words-in-view/nats": 2.5}})[0]
+    assert name not in table({("random", "hard", 0): {"mlm/visible-tokens/nll": 2.5}})[0]
 
 
-def test_every_rule_is_in_the_grid():
+def test_every_rule():
     grid = Ablation(every_rule=True)
     assert grid.maskings("random") == ["random", "sync"]
     assert len(grid.maskings("semi_hard")) == 2 + 3 + 3
@@ -77,7 +79,7 @@ def test_every_rule_is_in_the_grid():
 
 
 @pytest.mark.slow
-def test_a_minute_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two cells with a fine-tuning each; a further cell reuses them; other settings are refused."""
     out = tmp_path / "grid"
     flags = [
@@ -97,7 +99,7 @@ def test_a_minute_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     more = ["--", *SMALL, "--loss.itc-only", "0", "--mask.ramp", "0", "0"]
     monkeypatch.setitem(finetune.TINY, "batch_size", (8, "the test"))
     ablate.main([*flags, "--masking", "random", "sync:mass/max", "--batching", "semi_hard", *more])
-    assert "nothing follows" in capsys.readouterr().out
+    assert "supports no conclusion" in capsys.readouterr().out
     written = (out / "table.md").read_text()
     assert written.count("\n| ") == 2
     assert "subcategory accuracy, image" in written

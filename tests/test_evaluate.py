@@ -1,4 +1,4 @@
-"""Evaluation from the command line, on a drawn dataset and a model that has learnt nothing."""
+"""Evaluation from the command line, on a drawn dataset and an untrained model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.shard_writer import ShardSetWriter
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation
+<<<<<<< HEAD
 from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.evaluate import (
@@ -24,10 +25,16 @@ from syncmask_fast.evaluate import (
     main,
     teacher_masks,
 )
+=======
+from syncmask_fast.data.tokenizer import train_tokenizer
+from syncmask_fast.evaluate import main
+>>>>>>> 9f4757b (One file per task: metrics, evaluation and fine-tuning; evaluate, finetune, search and ablate are thin commands)
 from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES
 from syncmask_fast.tasks import retrieval
+from syncmask_fast.tasks.base import open_tokens
+from syncmask_fast.tasks.mask_quality import MaskEvalSet, evaluate_mlm_grounding, evaluate_sync, teacher_masks
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_lookbook
 
@@ -54,11 +61,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(data: Path, folder: Path):
     model = SyncMaskModel.from_pretrained(folder)
     split = open_evaluation(data)
-    return (
-        model,
-        split,
-        TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_length),
-    )
+    return model, split, open_tokens(model, split)
 
 
 def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
@@ -66,10 +69,10 @@ def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
     return json.loads(out.read_text())
 
 
-def test_features_are_those_of_the_model(opened):
-    """Each image and each product's text, as the user's calls give them one by one."""
+def test_encode_split(opened):
+    """Features equal those of the model's public calls, one by one."""
     model, split, tokens = opened
-    gallery, _ = embed(model, split, tokens)
+    gallery, _ = retrieval.encode_split(model, split, tokens)
     index = split.index
     assert len(gallery.images) == len(index)
     assert len(gallery.texts) == len(np.unique(index.product_ids)) == 105
@@ -85,15 +88,15 @@ def test_features_are_those_of_the_model(opened):
         assert (gallery.images[i] @ model.encode_image(pixels)[0]).item() > 0.999
 
 
-def test_match_scores_are_those_of_the_model(opened, monkeypatch: pytest.MonkeyPatch):
-    """The pairs of both directions, as the user's call judges them one by one; small passes, so that an image's pairs fall into several."""
+def test_itm_scores(opened, monkeypatch: pytest.MonkeyPatch):
+    """Scores equal those of `model.match`, pair by pair. Small passes split an image's pairs."""
     model, split, tokens = opened
-    monkeypatch.setattr("syncmask_fast.evaluate.PAIRS", 50)
-    gallery, at = embed(model, split, tokens)
+    monkeypatch.setattr(retrieval, "PAIRS", 50)
+    gallery, at = retrieval.encode_split(model, split, tokens)
     lists = retrieval.shortlists(gallery, 3)[:2]
     first = np.unique(gallery.product_index.numpy(), return_index=True)[1]
     size = model.config.image.size
-    for entry, score in zip(lists, itm_scores(model, split, tokens, gallery, at, lists), strict=True):
+    for entry, score in zip(lists, retrieval.itm_scores(model, split, tokens, gallery, at, lists), strict=True):
         assert score.shape == entry.images.shape
         for row in (0, len(score) // 2, len(score) - 1):
             pixels = [
@@ -107,12 +110,12 @@ def test_match_scores_are_those_of_the_model(opened, monkeypatch: pytest.MonkeyP
 def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
     results = run("retrieval", folder, data, tmp_path / "new" / "results.json")
     assert "retrieval/i2t/101-candidate/R@1" in capsys.readouterr().out
-    gallery, _ = embed(*opened)
+    gallery, _ = retrieval.encode_split(*opened)
     for name, value in (retrieval.recall_full(gallery) | retrieval.recall_101(gallery)).items():
         assert results[f"retrieval/{name}"] == pytest.approx(value)
     assert results["retrieval/products"] == 105
     assert results["retrieval/images"] == len(gallery.images)
-    # It has learnt nothing: what it finds is near chance, which is one in 101.
+    # An untrained model is near chance, which is one in 101.
     assert results["retrieval/mean/101-candidate/R@1"] < 5
 
 
@@ -124,7 +127,7 @@ def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
         "words/auc",
         "patches/precision",
         "patches/random",
-        "any-patches/precision",
+        "patches-any-attribute/precision",
     ):
         assert 0 < results[f"sync/{name}"] < 100
     assert 35 < results["sync/words/auc"] < 65  # of an untrained model
@@ -133,8 +136,8 @@ def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
     assert evaluate_sync(model, truth) | evaluate_mlm_grounding(model, truth) == pytest.approx(results)
 
 
-def test_reading_is_the_loss_of_words_in_view_with_either_picture(opened):
-    """Sample by sample through the model's own parts."""
+def test_mlm_grounding(opened):
+    """The loss at visible tokens with either image, sample by sample."""
     model, split, tokens = opened
     data, rng, nats = MaskEvalSet.of(split, tokens, 4, 40), np.random.default_rng(0), []
     size, ratio = model.config.image.size, model.config.mask.token_ratio
@@ -156,8 +159,8 @@ def test_reading_is_the_loss_of_words_in_view_with_either_picture(opened):
             chances = model.mlm_head(fused, model.text.word_embeddings.weight).double().log_softmax(-1)
             nats += [(n, shown == i, -chances[at[j], token_ids[at[j]]].item()) for j in range(len(at))]
     found = evaluate_mlm_grounding(model, data)
-    for name, right in (("nats", True), ("nats-with-another-picture", False)):
-        assert found[f"mlm/words-in-view/{name}"] == pytest.approx(
+    for name, right in (("nll", True), ("nll-mismatched-image", False)):
+        assert found[f"mlm/visible-tokens/{name}"] == pytest.approx(
             np.mean([value for _, which, value in nats if which == right]), rel=1e-3
         )
     assert len({round(value, 6) for value in found.values()}) == 2
@@ -182,21 +185,23 @@ def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: py
     assert row["words/precision"] == pytest.approx(plain["sync/words/precision"])
 
 
-def test_masks_of_a_part_are_those_of_the_whole(opened):
-    """The masks of a sample do not depend on its batch."""
+def test_masks_do_not_depend_on_the_batch(opened):
+    """Nine samples get the masks that they get among all."""
     model, split, tokens = opened
     whole, part = (MaskEvalSet.of(split, tokens, 4, limit) for limit in (None, 9))
     assert len(part.samples) == 9
-    [all_masks], [some] = (teacher_masks(model, d, [model.config.mask]) for d in (whole, part))
+    [all_masks], [some] = (
+        teacher_masks(model, split, tokens, data.samples, [model.config.mask]) for data in (whole, part)
+    )
     for i, mask in zip(part.samples, some, strict=True):
-        assert len(mask.words) == tokens.lengths[i] - 2
+        assert len(mask.token_mask) == tokens.lengths[i] - 2
         assert np.allclose(mask.token_score, all_masks[int(i)].token_score, atol=1e-5)
-        assert mask.words.sum() == all_masks[int(i)].words.sum()
+        assert mask.token_mask.sum() == all_masks[int(i)].token_mask.sum()
 
 
 @pytest.fixture
 def plain(tmp_path: Path, data: Path) -> Path:
-    """Pictures and texts alone."""
+    """A dataset of images and texts only."""
     index = ShardIndex.open(data / "eval")
     with ShardSetWriter(tmp_path / "plain") as writer:
         for i in range(30):
@@ -215,7 +220,7 @@ def test_no_attributes(folder: Path, plain: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "sync"])
-def test_what_is_missing_is_named(kind: str, folder: Path, data: Path, tmp_path: Path):
+def test_missing_model_or_data(kind: str, folder: Path, data: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no-model"):
         run(kind, tmp_path / "no-model", data, tmp_path / "results.json")
     with pytest.raises(UserError, match="no-data"):

@@ -1,4 +1,4 @@
-"""Fine-tunings from end to end on drawn pictures: every task, stopping and going on, and what users get wrong."""
+"""Fine-tuning from end to end on drawn images: every task, resuming, user errors, and search."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from syncmask_fast.data.splits import open_splits, split_validation
 from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.model.pretrained import load_initial_weights
 from syncmask_fast.model.syncmask_model import SyncMaskModel
+from syncmask_fast.tasks.retrieval import search_products
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import SPEED, small_config, small_lookbook
 
@@ -45,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that has learnt nothing, saved."""
+    """A small untrained model, saved."""
     base = small_config()
     tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocab_size)
     text = type(base.text)(**{**vars(base.text), "vocab_size": tokenizer.get_vocab_size(), "max_length": 64})
@@ -75,7 +76,7 @@ def rows(out: Path) -> list[dict]:
     ],
 )
 def test_every_task(task: str, more: list[str], metric: str, start: Path, data: Path, tmp_path: Path):
-    """Trains, keeps the best by validation, evaluates; a run that was cut off goes on to the same end; `evaluate` says the same."""
+    """Train, keep the best by validation, evaluate. A resumed run has the same results, and so has `evaluate`."""
     out = tmp_path / "run"
     results = tune(task, start, data, out, *more)
     assert 0 <= results[metric] <= 100
@@ -112,7 +113,7 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, data: 
     assert {name: same[name] for name in results} == pytest.approx(results)
 
 
-def test_the_validation_part_has_its_own_products(data: Path):
+def test_split_validation(data: Path):
     whole, _ = open_splits(data)
     left, held = split_validation(whole, 0.3)
     ids = whole.index.product_ids
@@ -121,7 +122,8 @@ def test_the_validation_part_has_its_own_products(data: Path):
     assert len(set(ids[held.samples])) == round(0.3 * len(set(ids)))
 
 
-def test_start_weights_are_taken_over_and_heads_start_anew(start: Path):
+def test_initial_weights(start: Path):
+    """The model's weights are loaded; the task's head keeps its random ones."""
     theirs = SyncMaskModel.from_pretrained(start)
     config = small_config(text=theirs.config.text, task=TaskConfig("category", start, labels=("bag", "hat")))
     torch.manual_seed(5)
@@ -132,7 +134,7 @@ def test_start_weights_are_taken_over_and_heads_start_anew(start: Path):
     assert torch.equal(model.classifier.weight, head)
 
 
-def test_recipes_name_the_origin_of_each_value(start: Path, capsys: pytest.CaptureFixture[str]):
+def test_recipes(start: Path, capsys: pytest.CaptureFixture[str]):
     settings = finetune.Composed(start, lr=0.1)
     parents = finetune.configure("composed", settings, small_config(preset="base"))
     said = capsys.readouterr().out
@@ -145,7 +147,7 @@ def test_recipes_name_the_origin_of_each_value(start: Path, capsys: pytest.Captu
         assert all(origin for _, origin in recipe.values())
 
 
-def test_what_users_get_wrong(start: Path, data: Path, tmp_path: Path):
+def test_user_errors(start: Path, data: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no-model"):
         tune("retrieval", tmp_path / "no-model", data, tmp_path / "run")
     with pytest.raises(UserError, match="--validation 0.0"):
@@ -166,11 +168,11 @@ def test_what_users_get_wrong(start: Path, data: Path, tmp_path: Path):
 
 
 def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Different products, best first, as the model scores them one by one; a picture."""
+    """Different products, best first, with the scores of the model's public calls; an image of them."""
     model = SyncMaskModel.from_pretrained(start)
     split = open_splits(data)[1]
-    found = search.search(model, split, "a red dress", 5)
-    ids = [split.index.product_ids[match.sample] for match in found]
+    found = search_products(model, split, "a red dress", 5)
+    ids = [split.index.product_ids[match.sample_id] for match in found]
     assert len(set(ids)) == 5
     assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
     out = tmp_path / "found" / "top.png"

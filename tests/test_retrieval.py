@@ -1,4 +1,4 @@
-"""Recall against a plain count, one query at a time; ties, several photos of a product, and the 101-candidate draw."""
+"""Retrieval metrics against a plain count, one query at a time; ties, several images of a product, re-ranking."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from syncmask_fast.tasks import retrieval
-from syncmask_fast.tasks.retrieval import RECALLS, Gallery, recall_101, recall_full, recall_reranked, shortlists
+from syncmask_fast.tasks.retrieval import (
+    RECALLS,
+    Gallery,
+    draws_101,
+    recall_101,
+    recall_full,
+    recall_reranked,
+    shortlists,
+)
 
 PRODUCTS = 120
 
 
 def gallery(seed: int, *, products: int = PRODUCTS, groups: int = 3, whole_numbers: bool = False) -> Gallery:
-    """1 to 4 photos of each product, in random order. Whole numbers make ties, and sums that are exact in float32."""
+    """1 to 4 images of each product, in random order. Whole numbers make ties, and sums that are exact in float32."""
     generator = torch.Generator().manual_seed(seed)
     product = torch.arange(products).repeat_interleave(torch.randint(1, 5, (products,), generator=generator))
     product = product[torch.randperm(len(product), generator=generator)]
-    centre = torch.randn(products, 8, generator=generator)
-    images = centre[product] + 1.2 * torch.randn(len(product), 8, generator=generator)
-    texts = centre + 1.2 * torch.randn(products, 8, generator=generator)
+    center = torch.randn(products, 8, generator=generator)
+    images = center[product] + 1.2 * torch.randn(len(product), 8, generator=generator)
+    texts = center + 1.2 * torch.randn(products, 8, generator=generator)
     if whole_numbers:
         images, texts = images.round(), texts.round()
     else:
@@ -29,7 +36,7 @@ def gallery(seed: int, *, products: int = PRODUCTS, groups: int = 3, whole_numbe
 
 
 def plain_full_recall(g: Gallery) -> dict[str, float]:
-    """An image's rank: 1 + texts of other products that score as high or higher. A text's: its best photo against all other products' photos."""
+    """1 + the candidates of other products that score as high or higher; a text's best image counts."""
     score = (g.images.double() @ g.texts.double().T).numpy()
     product = g.product_index.numpy()
     ranks: dict[str, list[int]] = {"i2t": [], "t2i": []}
@@ -43,7 +50,7 @@ def plain_full_recall(g: Gallery) -> dict[str, float]:
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_full_recall_is_that_of_a_plain_count(seed: int, whole_numbers: bool):
+def test_recall_full(seed: int, whole_numbers: bool):
     g = gallery(seed, products=40, whole_numbers=whole_numbers)
     expected = plain_full_recall(g)
     assert 0 < expected["i2t/full/R@1"] < expected["i2t/full/R@10"] < 100  # neither trivial
@@ -51,7 +58,7 @@ def test_full_recall_is_that_of_a_plain_count(seed: int, whole_numbers: bool):
         assert recall_full(g, tile) == pytest.approx(expected)
 
 
-def test_a_tie_is_a_miss():
+def test_ties_are_misses():
     images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     g = Gallery(images, images.clone(), torch.arange(3), torch.zeros(3, dtype=torch.int64))
     found = recall_full(g)
@@ -60,7 +67,8 @@ def test_a_tie_is_a_miss():
     assert found["i2t/full/R@5"] == 100
 
 
-def test_further_photos_of_a_product_are_no_rivals():
+def test_several_images_of_a_product():
+    """They do not compete with each other."""
     texts = torch.eye(2)
     images = torch.tensor([[1.0, 0.0], [0.9, 0.0], [0.8, 0.7], [0.0, 1.0]])
     g = Gallery(images, texts, torch.tensor([0, 0, 0, 1]), torch.zeros(2, dtype=torch.int64))
@@ -68,7 +76,7 @@ def test_further_photos_of_a_product_are_no_rivals():
 
 
 @pytest.mark.parametrize("score", [recall_full, recall_101])
-def test_perfect_constant_and_broken_features(score):
+def test_perfect_constant_and_nan_features(score):
     g = gallery(3)
     one = torch.eye(PRODUCTS)
     perfect = score(g._replace(images=one[g.product_index], texts=one))
@@ -85,47 +93,36 @@ def test_perfect_constant_and_broken_features(score):
         assert broken[name] == 0
 
 
-def plain_candidate_ranks(
-    g: Gallery, monkeypatch: pytest.MonkeyPatch, **settings
-) -> tuple[dict[str, float], list[tuple]]:
-    """Runs the protocol and keeps what was drawn."""
-    drawn = []
-    rank = retrieval._rank
-
-    def record(queries, items, truth, chosen):
-        found = rank(queries, items, truth, chosen)
-        drawn.append((queries, items, truth, chosen, found))
-        return found
-
-    monkeypatch.setattr(retrieval, "_rank", record)
-    return recall_101(g, **settings), drawn
-
-
 @pytest.mark.parametrize("whole_numbers", [False, True])
-def test_candidate_recall_is_that_of_a_plain_count(monkeypatch: pytest.MonkeyPatch, whole_numbers: bool):
+def test_recall_101(whole_numbers: bool):
+    """The metrics equal a plain count over the drawn candidates, which follow the protocol."""
     g = gallery(5, groups=2, whole_numbers=whole_numbers)
-    results, drawn = plain_candidate_ranks(g, monkeypatch, queries=50, draws=3, seed=8)
-    assert len(drawn) == 6
+    results = recall_101(g, queries=50, draws=3, seed=8)
+    draws = list(draws_101(g, queries=50, draws=3, seed=8))
+    assert [draw.direction for draw in draws] == ["i2t", "t2i"] * 3
     recalls: dict[str, list[float]] = {}
-    extra, places = 0, 0
-    for number, (queries, items, truth, chosen, _) in enumerate(drawn):
-        way = ("i2t", "t2i")[number % 2]
-        assert len(queries) == 50
-        assert chosen.shape == (50, 100)
-        item_product = np.arange(PRODUCTS) if way == "i2t" else g.product_index.numpy()
+    borrowed, places = 0, 0
+    for direction, query, candidates, _ in draws:
+        assert query.shape == (50,)
+        assert candidates.shape == (50, 101)
+        queries, items = (g.images, g.texts) if direction == "i2t" else (g.texts, g.images)
+        query_product, item_product = g.product_index.numpy(), np.arange(PRODUCTS)
+        if direction == "t2i":
+            query_product, item_product = item_product, query_product
         ranks = []
-        for query, right, others in zip(queries, truth, chosen, strict=True):
+        for i, (right, *others) in zip(query, candidates, strict=True):
             product = item_product[right]
-            assert len(set(others.tolist())) == 100
+            assert product == query_product[i]
+            assert len(set(others)) == 100
             assert (item_product[others] != product).all()
             pool = (g.subcategory.numpy()[item_product] == g.subcategory[product].item()) & (item_product != product)
             same = pool[others].sum()
-            assert same == min(100, pool.sum())  # its own group first, others only where it has too few
-            extra, places = extra + 100 - same, places + 100
-            own = float(items[right].double() @ query.double())
-            ranks.append(1 + sum(float(items[j].double() @ query.double()) >= own for j in others))
+            assert same == min(100, pool.sum())  # its own subcategory first, others only if it has too few
+            borrowed, places = borrowed + 100 - same, places + 100
+            score = items.double() @ queries[i].double()
+            ranks.append(1 + sum(score[j] >= score[right] for j in others))
         for k in RECALLS:
-            recalls.setdefault(f"{way}/101-candidate/R@{k}", []).append(100 * np.mean([r <= k for r in ranks]))
+            recalls.setdefault(f"{direction}/101-candidate/R@{k}", []).append(100 * np.mean([r <= k for r in ranks]))
     for name, values in recalls.items():
         assert results[name] == pytest.approx(np.mean(values))
         assert results[f"{name}/std"] == pytest.approx(np.std(values))
@@ -133,31 +130,36 @@ def test_candidate_recall_is_that_of_a_plain_count(monkeypatch: pytest.MonkeyPat
         both = np.add(recalls[f"i2t/101-candidate/R@{k}"], recalls[f"t2i/101-candidate/R@{k}"]) / 2
         assert results[f"mean/101-candidate/R@{k}"] == pytest.approx(both.mean())
         assert results[f"mean/101-candidate/R@{k}/std"] == pytest.approx(both.std())
-    assert results["101-candidate/topped-up"] == pytest.approx(100 * extra / places)
-    assert 0 < results["101-candidate/topped-up"] < 100
+    assert results["101-candidate/borrowed"] == pytest.approx(100 * borrowed / places)
+    assert 0 < results["101-candidate/borrowed"] < 100
     assert 0 < results["i2t/101-candidate/R@1"] < results["i2t/101-candidate/R@10"] < 100
 
 
-def test_queries_of_a_draw_are_different_and_seeded(monkeypatch: pytest.MonkeyPatch):
+def test_draws():
+    """All images, or each product once, if queries are plenty; another image of a product in each draw."""
     g = gallery(6)
-    first, drawn = plain_candidate_ranks(g, monkeypatch, queries=1000, draws=2, seed=1)
-    for number, (_, _, truth, _, _) in enumerate(drawn):
-        # All images, or each product once, where there are fewer than 1,000; a text may be the truth of several images.
-        assert len(truth) == (len(g.images), PRODUCTS)[number % 2]
-        if number % 2:
-            assert sorted(g.product_index[truth].tolist()) == list(range(PRODUCTS))
-    assert drawn[1][2].tolist() != drawn[3][2].tolist()  # another photo of a product in another draw
+    draws = list(draws_101(g, queries=1000, draws=2, seed=1))
+    for draw in draws:
+        assert len(set(draw.queries)) == len(draw.queries) == (len(g.images) if draw.direction == "i2t" else PRODUCTS)
+        if draw.direction == "t2i":
+            assert g.product_index[draw.candidates[:, 0]].tolist() == draw.queries.tolist()
+    images = [dict(zip(draw.queries.tolist(), draw.candidates[:, 0].tolist(), strict=True)) for draw in draws[1::2]]
+    assert images[0] != images[1]
+
+
+def test_seed():
+    g = gallery(6)
+    first = recall_101(g, queries=1000, draws=2, seed=1)
     assert recall_101(g, queries=1000, draws=2, seed=1) == first
     assert recall_101(g, queries=1000, draws=2, seed=2) != first
 
 
-def test_one_group_tops_up_nothing_and_groups_of_one_everything():
+def test_borrowed():
+    """One subcategory borrows nothing; subcategories of one product borrow everything."""
     g = gallery(7)
-    assert (
-        recall_101(g._replace(subcategory=torch.zeros(PRODUCTS, dtype=torch.int64)), draws=1)["101-candidate/topped-up"]
-        == 0
-    )
-    assert recall_101(g._replace(subcategory=torch.arange(PRODUCTS)), draws=1)["101-candidate/topped-up"] == 100
+    one, each = torch.zeros(PRODUCTS, dtype=torch.int64), torch.arange(PRODUCTS)
+    assert recall_101(g._replace(subcategory=one), draws=1)["101-candidate/borrowed"] == 0
+    assert recall_101(g._replace(subcategory=each), draws=1)["101-candidate/borrowed"] == 100
 
 
 def test_too_few_products():
@@ -166,13 +168,13 @@ def test_too_few_products():
     recall_101(gallery(8, products=101), queries=3, draws=1)
 
 
-# Re-ranking -----------------------------------------------------------------------------------------------------------------------------
+# Re-ranking --------------------------------------------------------------------------------------------------------
 
 
 def plain_reranked_rank(
     g: Gallery, itm: np.ndarray, way: str, query: int, items: list[int], right: set[int], k: int
 ) -> int:
-    """One query: ITC sorts the items, ITM sorts the first k of them anew; the rank of the best right one, a tie being a miss."""
+    """One query: ITC sorts the items, ITM sorts the first k of them again; ties are misses."""
     itc = {j: float((g.images[query] @ g.texts[j]) if way == "i2t" else (g.texts[query] @ g.images[j])) for j in items}
     place = {j: n for n, j in enumerate(items)}
     best = sorted(items, key=lambda j: (-itc[j], place[j]))[:k]
@@ -185,8 +187,8 @@ def plain_reranked_rank(
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
-def test_reranked_recall_is_that_of_a_plain_count(whole_numbers: bool):
-    """Both protocols and directions, ties in ITC and in ITM included."""
+def test_recall_reranked(whole_numbers: bool):
+    """Both protocols and directions, with ties in ITC and in ITM, equal a plain count."""
     g = gallery(9, products=101, whole_numbers=whole_numbers)
     rng = np.random.default_rng(0)
     itm = rng.integers(0, 9, (len(g.images), 101)).astype(np.float32)
@@ -201,13 +203,12 @@ def test_reranked_recall_is_that_of_a_plain_count(whole_numbers: bool):
         ranks[f"{way}/full"] = [
             [plain_reranked_rank(g, itm, way, q, list(range(items)), right[q], 7) for q in range(asked)]
         ]
-    for draw in retrieval._draws(g, 20, 2, 3):
-        pools = np.column_stack([draw.truth, draw.chosen])
+    for draw in draws_101(g, 20, 2, 3):
         rank = [
-            plain_reranked_rank(g, itm, draw.way, int(q), pool.tolist(), {int(pool[0])}, 7)
-            for q, pool in zip(draw.query, pools, strict=True)
+            plain_reranked_rank(g, itm, draw.direction, int(q), pool.tolist(), {int(pool[0])}, 7)
+            for q, pool in zip(draw.queries, draw.candidates, strict=True)
         ]
-        ranks.setdefault(f"{draw.way}/101-candidate", []).append(rank)
+        ranks.setdefault(f"{draw.direction}/101-candidate", []).append(rank)
     for name, drawn in ranks.items():
         for k in RECALLS:
             expected = np.mean([100 * np.mean(np.array(rank) <= k) for rank in drawn])
@@ -215,7 +216,8 @@ def test_reranked_recall_is_that_of_a_plain_count(whole_numbers: bool):
     assert "mean/101-candidate/itm-rerank/R@1/std" in found
 
 
-def test_a_judge_that_agrees_with_itc_changes_nothing():
+def test_reranking_by_itc():
+    """An ITM head that agrees with ITC changes nothing."""
     g = gallery(10, products=40)
     lists = shortlists(g, 12)
     assert len(lists) == 2  # too few products for 101 candidates

@@ -26,29 +26,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_lookbook(tmp_path_factory)
 
 
-# Composed retrieval ---------------------------------------------------------------------------------------------------------------------
+# Composed retrieval ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
-def test_composed_recall_is_that_of_a_plain_count(whole_numbers: bool):
-    """Whole numbers make ties. Products have several pictures, one class has a gallery of fewer than 50."""
+def test_composed_recall(whole_numbers: bool):
+    """Equal to a plain count. Whole numbers make ties; products have several images; a gallery has fewer than 50."""
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randn(300, 4, generator=generator)
+    images = torch.randn(300, 4, generator=generator)
     product = torch.randint(0, 120, (300,), generator=generator)
     classes = {}
     for name, size in (("dress", 250), ("shirt", 40)):
         gallery = torch.randperm(300, generator=generator)[:size]
         target = gallery[torch.randint(0, size, (60,), generator=generator)]
-        queries = pictures[target] + 1.5 * torch.randn(60, 4, generator=generator)
+        queries = images[target] + 1.5 * torch.randn(60, 4, generator=generator)
         classes[name] = ClassQueries(queries.round() if whole_numbers else queries, target, gallery)
-    pictures = pictures.round() if whole_numbers else pictures
-    found = composed_recall(classes, pictures, product, tile=17)
+    images = images.round() if whole_numbers else images
+    found = composed_recall(classes, images, product, tile=17)
     for k in (10, 50):
         means = []
         for name, (queries, target, gallery) in classes.items():
             hits = []
             for query, goal in zip(queries, target, strict=True):
-                score = {int(j): float(pictures[j].double() @ query.double()) for j in gallery}
+                score = {int(j): float(images[j].double() @ query.double()) for j in gallery}
                 right = [j for j in score if product[j] == product[goal]]
                 best = max(score[j] for j in right)
                 hits.append(sum(score[j] >= best for j in score if j not in right) < k)
@@ -59,26 +59,27 @@ def test_composed_recall_is_that_of_a_plain_count(whole_numbers: bool):
     assert found["shirt/images"] == 40
 
 
-def test_chance_is_what_random_features_get():
+def test_composed_chance():
+    """The chance level is what random features reach."""
     generator = torch.Generator().manual_seed(2)
     product = torch.arange(50).repeat_interleave(3)
     hits = []
     for _ in range(40):
-        pictures = torch.randn(150, 8, generator=generator)
+        images = torch.randn(150, 8, generator=generator)
         classes = {
             "bag": ClassQueries(torch.randn(50, 8, generator=generator), 3 * torch.arange(50), torch.arange(150))
         }
-        found = composed_recall(classes, pictures, product)
+        found = composed_recall(classes, images, product)
         hits.append(found["mean/R@10"])
     assert found["mean/R@10/chance"] == pytest.approx(100 * (1 - np.prod([(140 - i) / (150 - i) for i in range(3)])))
     assert np.mean(hits) == pytest.approx(found["mean/R@10/chance"], abs=2.5)
 
 
-# Recognition ----------------------------------------------------------------------------------------------------------------------------
+# Recognition -------------------------------------------------------------------------------------------------------
 
 
-def test_recognition_is_that_of_a_confusion_matrix():
-    """With a label that the classifier never saw, and one that the truth does not have."""
+def test_recognition():
+    """Equal to a confusion matrix, with a label unknown to the classifier, and one that the truth lacks."""
     rng = np.random.default_rng(0)
     known = ["bag", "coat", "dress", "hat"]
     truth = rng.choice(["bag", "coat", "dress", "glove"], 400, p=[0.5, 0.3, 0.1, 0.1])
@@ -96,16 +97,17 @@ def test_recognition_is_that_of_a_confusion_matrix():
     assert (found["labels"], found["labels-in-truth"], found["images"]) == (4, 4, 400)
 
 
-def test_an_unseen_label_is_no_other_class():
-    """FashionSAP gives it class 0, so that a prediction of class 0 would be right."""
+def test_unseen_label():
+    """It is always an error. FashionSAP gives it class 0, which makes predictions of class 0 right."""
     found = recognition_metrics(["glove", "glove"], ["bag", "bag"], ["bag", "coat"])
     assert found["accuracy"] == found["macro-F1/truth-or-predicted"] == found["macro-F1/seen-in-truth"] == 0
 
 
-# The lookbook's triplets ----------------------------------------------------------------------------------------------------------------
+# The lookbook's triplets -------------------------------------------------------------------------------------------
 
 
-def test_triplets_tell_what_differs(data: Path):
+def test_triplets(data: Path):
+    """Captions say what differs; galleries hold all images of a class."""
     index = ShardIndex.open(data / "eval")
     triplets = open_triplets(Split(index, np.arange(len(index))))
     assert len(triplets) > 200
@@ -130,7 +132,7 @@ def test_triplets_tell_what_differs(data: Path):
     }
 
 
-def test_an_older_lookbook_gets_its_triplets(tmp_path: Path):
+def test_triplets_are_added(tmp_path: Path):
     """They follow from the records: the shards are not touched, and the content is that of a fresh drawing."""
     draw = {"products": 12, "eval_products": 4, "size": 32, "workers": 1}
     draw_lookbook(tmp_path / "lb", **draw)
@@ -146,7 +148,7 @@ def test_an_older_lookbook_gets_its_triplets(tmp_path: Path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")} == shards
 
 
-def test_wording(tmp_path: Path):
+def test_triplet_captions(tmp_path: Path):
     base = {"category": "shoe", "subcategory": "sneaker", "colour": "red", "pattern": "solid", "zip": "blue zip"}
     other = {
         "category": "shoe",
@@ -177,7 +179,7 @@ def test_wording(tmp_path: Path):
     }
 
 
-def test_triplets_that_do_not_fit(data: Path, tmp_path: Path):
+def test_broken_triplets(data: Path, tmp_path: Path):
     index = ShardIndex.open(data / "eval")
     index.folder = tmp_path
     whole = Split(index, np.arange(len(index)))

@@ -15,11 +15,12 @@ from syncmask_fast.config import to_json
 from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.token_cache import TokenCache
-from syncmask_fast.evaluate import MaskEvalSet, embed, teacher_masks
 from syncmask_fast.model.layout import PackedLayout
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.masking import random_masks
 from syncmask_fast.report import MaskExample, RetrievalExample, RetrievedItem, WordMark, write_report
+from syncmask_fast.tasks.mask_quality import teacher_masks
+from syncmask_fast.tasks.retrieval import encode_split
 
 SHOWN = 12
 ANSWERS = 5
@@ -59,9 +60,8 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
     """Samples of different products and, in turn, different views, with their random and their sync masks."""
     config = model.config
     size, grid = config.image.size, config.image.size // config.image.patch
-    samples = _varied(split, shown)
-    data = MaskEvalSet(split, tokens, samples, [], samples)
-    [found] = teacher_masks(model, data, [config.mask])
+    samples = _diverse_samples(split, shown)
+    [found] = teacher_masks(model, split, tokens, samples, [config.mask])
     layout = PackedLayout.of(tokens.lengths[samples].tolist())
     drawn = random_masks(layout, grid * grid, config.mask, torch.Generator().manual_seed(config.seed))
     examples = []
@@ -83,7 +83,7 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
                 True,
                 _visible(attributes, begin, end),
                 bool(drawn.token_mask[row, place + 1]),
-                bool(mask.words[place]),
+                bool(mask.token_mask[place]),
                 float(mask.token_score[place]),
             )
             for place, (begin, end) in enumerate(tokens.spans(i)[1:-1])
@@ -95,7 +95,7 @@ def mask_examples(model: SyncMaskModel, split: Split, tokens: TokenCache, shown:
                 words,
                 grid,
                 drawn.patch_mask[row].numpy(),
-                mask.patches,
+                mask.patch_mask,
                 mask.patch_score,
                 boxes,
                 record.get("view", ""),
@@ -109,7 +109,7 @@ def retrieval_examples(
     model: SyncMaskModel, split: Split, tokens: TokenCache, shown: int = SHOWN
 ) -> list[RetrievalExample]:
     """Half of them from text to image, half from image to text, among the whole evaluation set."""
-    gallery, place = embed(model, split, tokens)
+    gallery, place = encode_split(model, split, tokens)
     product = gallery.product_index.cpu().numpy()
     size = model.config.image.size
     first = np.unique(product, return_index=True)[1]
@@ -141,7 +141,7 @@ def retrieval_examples(
     return examples
 
 
-def _varied(split: Split, shown: int) -> np.ndarray:
+def _diverse_samples(split: Split, shown: int) -> np.ndarray:
     """Sample numbers of different products whose views take turns."""
     views, ids = split.index.view.codes[split.samples], split.index.product_ids[split.samples]
     order = np.random.default_rng(0).permutation(len(split))

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from syncmask_fast.tasks import mask_quality as sync
+from syncmask_fast.tasks import mask_quality
 
 Which = Literal["random", "sync"]
 Box = tuple[float, float, float, float]
@@ -163,14 +163,14 @@ def _score_scale(words: list[WordMark]):
 
 
 def patch_count(example: MaskExample, which: Which) -> str:
-    """How many patches are hidden, and how many of those show what the text names, by `sync.truth`."""
+    """How many patches are hidden, and how many of those show what the text names, by `mask_quality.mask_truth`."""
     patches, side = example.patches(which), example.image.shape[0]
     hidden = int(patches.sum())
     if not example.boxes:
         return f"{hidden} of {patches.size} patches hidden"
     attributes = [{"span": (0, 0), "box": box} for _, box in example.boxes]
-    truth = sync.truth(np.zeros((0, 2), dtype=np.int64), attributes, side, side, example.grid)
-    named, small = (int((patches & on).sum()) for on in (truth.any_patches, truth.patches))
+    truth = mask_quality.mask_truth(np.zeros((0, 2), dtype=np.int64), attributes, side, side, example.grid)
+    named, small = (int((patches & on).sum()) for on in (truth.patches_any_attribute, truth.patches))
     said = f"{named} of {hidden} hidden patches show what the text names"
     return said + (f", {small} a numbered detail" if any(frame.detail for frame in frames(example)) else "")
 
@@ -179,7 +179,7 @@ def patch_count(example: MaskExample, which: Which) -> str:
 class Frame:
     """An outlined box. names: all that it shows. badge: centre of its number. In pixels of the image.
 
-    detail: small (`sync.PLACE_AREA`); colour, material and such fill the whole garment.
+    detail: small (`mask_quality.PLACE_AREA`); colour, material and such fill the whole garment.
     """
 
     names: str
@@ -203,7 +203,7 @@ def frames(example: MaskExample, radius: float = 1.0) -> list[Frame]:
                 names.append(name)
     out: list[Frame] = []
     for names, (x0, y0, x1, y1) in merged.values():
-        detail = (x1 - x0) * (y1 - y0) < sync.PLACE_AREA * side * side
+        detail = (x1 - x0) * (y1 - y0) < mask_quality.PLACE_AREA * side * side
         badge = _free_corner((x0, y0, x1, y1), [frame.badge for frame in out if frame.detail], radius, side)
         out.append(Frame(", ".join(names), (x0, y0, x1, y1), badge, detail))
     return sorted(out, key=lambda frame: not frame.detail)

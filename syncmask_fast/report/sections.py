@@ -39,7 +39,7 @@ LOSSES = (
 MEASURED = {
     "sync/words": ("Hidden words in view (%)", "Of the hidden detail words, the share that the photo shows."),
     "sync/words/auc": ("Word AUC (%)", "Do words in view score above words out of view? 50 is a coin toss."),
-    "sync/all-words": (
+    "sync/masked-words": (
         "Hidden words that are in view (%)",
         "Of all hidden words, the share that names a detail which the photo shows: common words such as “a” count against it.",
     ),
@@ -47,7 +47,7 @@ MEASURED = {
         "Hidden patches on target (%)",
         "Of the hidden patches, the share on a detail that the text names and the photo shows.",
     ),
-    "sync/any-patches": (
+    "sync/patches-any-attribute": (
         "Hidden patches on anything named (%)",
         "The same, counting colour, material and category too, which cover the whole garment.",
     ),

@@ -1,4 +1,4 @@
-"""What the tasks share: whole-image batches, text features, the rank of a right answer, and the record of a fine-tuning."""
+"""What the tasks share: evaluation batches, text features, ranks, and the record of a fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class FineTuneTask:
-    """What a fine-tuning changes in the training loop. An item is an image with its text, or a triplet of two images."""
+    """What a fine-tuning changes in the training loop. An item is an image with its text, or a triplet."""
 
     product_ids: np.ndarray
     """int64 [N]: the product of each item."""
@@ -60,7 +60,7 @@ def open_tokens(model: SyncMaskModel, split: Split) -> TokenCache:
 def evaluation_batches(
     model: SyncMaskModel, split: Split, tokens: TokenCache, sample_ids: np.ndarray
 ) -> Iterator[Batch]:
-    """Yield batches of whole images, without augmentation, in the order of `sample_ids`. Unreadable images are left out."""
+    """Yield batches of whole images, without augmentation, in the given order. Unreadable images are left out."""
     config = model.config
     loader = Loader(
         split.index,
@@ -74,11 +74,6 @@ def evaluation_batches(
     )
     with loader:
         yield from loader.epoch(sample_ids, 0)
-
-
-def packed_layout(batch: Batch) -> PackedLayout:
-    """Return the layout of a batch's packed texts."""
-    return PackedLayout(batch.cu_seqlens, max(batch.lengths), sum(batch.lengths))
 
 
 def text_features(model: SyncMaskModel, tokens: TokenCache, rows: np.ndarray) -> Iterator[tuple[Tensor, PackedLayout]]:

@@ -29,7 +29,7 @@ from syncmask_fast.data.splits import Split
 from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.triplets import open_triplets
 from syncmask_fast.model.syncmask_model import SyncMaskModel
-from syncmask_fast.tasks.mask_quality import truth
+from syncmask_fast.tasks.mask_quality import mask_truth
 from syncmask_fast.training.checkpoint import TrainState, load_latest, save_checkpoint
 from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.utils.errors import UserError
@@ -194,7 +194,7 @@ def use_index(folder: Path) -> ShardIndex:
             width, height = check_image(data)
         except ValueError:
             continue
-        truth(tokens.spans(i), record.get("attributes") or [], width, height, 4)
+        mask_truth(tokens.spans(i), record.get("attributes") or [], width, height, 4)
     return index
 
 

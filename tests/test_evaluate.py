@@ -13,22 +13,8 @@ from syncmask_fast.data.images import decode_image
 from syncmask_fast.data.shard_writer import ShardSetWriter
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation
-<<<<<<< HEAD
-from syncmask_fast.data.token_cache import TokenCache
-from syncmask_fast.data.tokenizer import train_tokenizer
-from syncmask_fast.evaluate import (
-    MaskEvalSet,
-    embed,
-    evaluate_mlm_grounding,
-    evaluate_sync,
-    itm_scores,
-    main,
-    teacher_masks,
-)
-=======
 from syncmask_fast.data.tokenizer import train_tokenizer
 from syncmask_fast.evaluate import main
->>>>>>> 9f4757b (One file per task: metrics, evaluation and fine-tuning; evaluate, finetune, search and ablate are thin commands)
 from syncmask_fast.model.layout import PackedLayout, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.ops import PATCH_SCORES, TOKEN_SCORES

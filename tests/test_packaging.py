@@ -28,9 +28,8 @@ LAYERS = [
     {"objective"},
     {"training"},
     {"tasks"},
-    {"evaluate"},
     {"report"},
-    {"train", "pack", "search"},
+    {"train", "evaluate", "pack", "search"},
     {"finetune"},
     {"ablate"},
 ]

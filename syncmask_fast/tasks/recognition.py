@@ -53,7 +53,7 @@ def recognition_metrics(truth: Sequence[str], predicted: Sequence[str], labels: 
     }
 
 
-def _labelled(split: Split, kind: str) -> Split:
+def _labeled(split: Split, kind: str) -> Split:
     """Return the samples that have a label. kind: "category" or "subcategory", a column of the index."""
     return Split(split.index, split.samples[getattr(split.index, kind).codes[split.samples] >= 0])
 
@@ -65,11 +65,11 @@ def evaluate_recognition(model: SyncMaskModel, split: Split, tokens: TokenCache)
     Images without a label are left out, and counted. errors: UserError for data without labels.
     """
     task = model.config.task
-    labels, labelled = getattr(split.index, task.name), _labelled(split, task.name)
-    if not len(labelled):
+    labels, labeled = getattr(split.index, task.name), _labeled(split, task.name)
+    if not len(labeled):
         raise UserError(f"{split.index.folder} has no {task.name} in its records. Recognition needs labels.")
     truth, predicted = [], []
-    for batch in evaluation_batches(model, split, tokens, labelled.samples):
+    for batch in evaluation_batches(model, split, tokens, labeled.samples):
         layout = PackedLayout.of_batch(batch)
         logits = model.label_logits(model.image(batch.pixels), model.text(batch.token_ids, layout), layout)
         predicted += [task.labels[i] for i in logits.argmax(1).tolist()]
@@ -78,7 +78,7 @@ def evaluate_recognition(model: SyncMaskModel, split: Split, tokens: TokenCache)
     if unseen:
         print(f"Labels unknown to the classifier, whose images count as errors: {', '.join(unseen)}")
     results = recognition_metrics(truth, predicted, task.labels)
-    results["unlabelled-images"] = float(len(split) - len(labelled))
+    results["unlabeled-images"] = float(len(split) - len(labeled))
     return {f"{task.name}/{task.inputs}/{name}": value for name, value in results.items()}
 
 
@@ -88,11 +88,11 @@ def finetune_recognition(config: TrainConfig, split: Split, validation: Split) -
     Images without a label are left out. errors: UserError for fewer than two labels.
     """
     kind = config.task.name
-    labels, labelled = getattr(split.index, kind), _labelled(split, kind)
-    known = np.unique(labels.codes[labelled.samples])
+    labels, labeled = getattr(split.index, kind), _labeled(split, kind)
+    known = np.unique(labels.codes[labeled.samples])
     if len(known) < 2:
         raise UserError(f"{split.index.folder} has {len(known)} {kind} labels. Recognition needs two or more.")
-    class_of = np.searchsorted(known, labels.codes)  # by sample id; valid for labelled training samples only
+    class_of = np.searchsorted(known, labels.codes)  # by sample id; valid for labeled training samples only
 
     def losses(
         model: SyncMaskModel,
@@ -114,5 +114,5 @@ def finetune_recognition(config: TrainConfig, split: Split, validation: Split) -
         return evaluate_recognition(model, validation, open_tokens(model, validation))
 
     task = dataclasses.replace(config.task, labels=tuple(labels.names[code] for code in known))
-    fine_tuning = image_items(labelled, losses, validate, f"{kind}/{task.inputs}/accuracy")
+    fine_tuning = image_items(labeled, losses, validate, f"{kind}/{task.inputs}/accuracy")
     return fine_tuning, dataclasses.replace(config, task=task)

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from syncmask_fast.tasks import mask_quality
 
 Which = Literal["random", "sync"]
 Box = tuple[float, float, float, float]
@@ -164,6 +163,8 @@ def _score_scale(words: list[WordMark]):
 
 def patch_count(example: MaskExample, which: Which) -> str:
     """How many patches are hidden, and how many of those show what the text names, by `mask_quality.mask_truth`."""
+    from syncmask_fast.tasks import mask_quality  # imports torch, which reading a report must not
+
     patches, side = example.patches(which), example.image.shape[0]
     hidden = int(patches.sum())
     if not example.boxes:
@@ -193,6 +194,8 @@ def frames(example: MaskExample, radius: float = 1.0) -> list[Frame]:
 
     radius: of a number's disc, in pixels of the image; the numbers are kept apart.
     """
+    from syncmask_fast.tasks import mask_quality  # imports torch, which reading a report must not
+
     side = float(example.image.shape[0])
     merged: dict[tuple[int, ...], tuple[list[str], Box]] = {}
     for name, box in example.boxes:

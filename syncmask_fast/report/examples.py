@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-
 Which = Literal["random", "sync"]
 Box = tuple[float, float, float, float]
 

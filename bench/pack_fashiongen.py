@@ -90,7 +90,7 @@ def encode_many(seconds: float) -> tuple[int, float]:
     pool, encoding, done = pictures(POOL), Encoding(), 0
     begin, end = time.process_time(), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        encoding.stored(pool[done % POOL])
+        encoding.encode(pool[done % POOL])
         done += 1
     return done, time.process_time() - begin
 

@@ -1,7 +1,7 @@
-"""`python -m syncmask_fast.pack SOURCE ...`: turns a source of pictures and texts into shards; `show` looks at shards.
+"""`python -m syncmask_fast.pack SOURCE ...`: pack a source of images and texts into shards, or inspect shards.
 
-Every source is one function; its parameters are the flags. A killed pack goes on when the same command is given again. OUT gets its shards
-when all of them are there, and report.json with what became of every row.
+Run the same command again to resume after a kill. OUT gets its shards when all are written, and report.json with the
+fate of every row. Each source is one function, and its parameters are the flags.
 """
 
 from __future__ import annotations
@@ -11,195 +11,146 @@ from typing import Annotated
 
 import tyro
 
+from syncmask_fast.sources.base import Encoding
+from syncmask_fast.sources.fashiongen import FashionGen
+from syncmask_fast.sources.fashioniq import FashionIQ
+from syncmask_fast.sources.inspect import draw_samples, inspect_shards
+from syncmask_fast.sources.lookbook import draw_lookbook
+from syncmask_fast.sources.packing import pack
+from syncmask_fast.sources.table import TableSource
 from syncmask_fast.utils.errors import run_command
 
-Argument = Annotated[Path, tyro.conf.Positional]
+_NO_REDUCTION = "Reduce larger images to this shorter side, 16 to 8000 pixels. Default: store images unchanged."
+_MAY_DROP = "Fraction of the rows that may be dropped, such as rows without text or with a damaged image. 0 to 1."
+
+Input = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="Output folder.")]
+Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+Quality = Annotated[int, tyro.conf.arg(help="JPEG quality of images that are not stored unchanged, 1 to 100.")]
+Size = Annotated[int | None, tyro.conf.arg(help=_NO_REDUCTION)]
+Workers = Annotated[int | None, tyro.conf.arg(help="Worker processes. Default: one per core.")]
+RowsPerShard = Annotated[int, tyro.conf.arg(help="Rows of the source in one shard.")]
+AllowDropped = Annotated[float, tyro.conf.arg(help=_MAY_DROP)]
 
 
 def lookbook(
-    out: Argument,
+    out: Out,
     products: int = 2000,
     eval_products: int = 400,
     size: int = 96,
     seed: int = 0,
-    workers: int | None = None,
-    quality: int = 90,
+    workers: Workers = None,
+    quality: Quality = 90,
 ) -> None:
-    """Draws the lookbook: fashion products in several views, with the place of every word in every picture.
+    """Draw the lookbook: fashion products in several views, with the place of every word in every image.
 
     Args:
-        out: Folder to make: it gets train/*.tar, eval/*.tar and lookbook.json.
-        products: Products of the train split, of 3 to 5 pictures each.
-        eval_products: Products of the eval split.
-        size: Width and height of the pictures in pixels.
-        seed: Other seeds give other products.
-        workers: Drawing processes; default: one per core.
-        quality: JPEG quality, 1 to 100.
+        products: Train products, each with 3 to 5 images.
+        eval_products: Eval products.
+        size: Width and height of the images, 32 to 1024 pixels.
+        seed: Another seed gives other products.
     """
-    from syncmask_fast.sources.lookbook import draw_lookbook
-
-    draw_lookbook(
-        out, products=products, eval_products=eval_products, size=size, seed=seed, workers=workers, quality=quality
-    )
+    draw_lookbook(out, products, eval_products, size, seed, quality, workers)
 
 
 def fashiongen(
-    source: Argument,
-    out: Argument,
+    source: Input,
+    out: Out,
     text: tuple[str, ...] = ("name", "description"),
-    quality: int = 90,
-    workers: int | None = None,
-    rows_per_shard: int = 2000,
-    allow_dropped: float = 0.01,
+    quality: Quality = 90,
+    workers: Workers = None,
+    rows_per_shard: RowsPerShard = 2000,
+    allow_dropped: AllowDropped = 0.01,
 ) -> None:
-    """Packs FashionGen: once for fashiongen_256_256_train.h5 into DIR/train, once for ..._validation.h5 into DIR/eval.
+    """Pack one file of FashionGen: fashiongen_256_256_train.h5 into DIR/train, ..._validation.h5 into DIR/eval.
 
     Args:
         source: The HDF5 file.
-        out: Folder to make.
-        text: Fields that make up a text, in this order: name, description, composition, brand, category, ...
-        quality: JPEG quality, 1 to 100.
-        workers: Processes; default: one per core.
-        rows_per_shard: Rows of the source that go into one shard.
-        allow_dropped: Share of the rows that may be left out, such as those with an empty text.
+        text: Fields of the text, in this order: name, description, composition, brand, category, ...
     """
-    from syncmask_fast.sources.base import Encoding
-    from syncmask_fast.sources.fashiongen import FashionGen
-    from syncmask_fast.sources.packing import pack
-
-    pack(
-        FashionGen(source, text),
-        out,
-        encoding=Encoding(quality),
-        rows_per_shard=rows_per_shard,
-        workers=workers,
-        allow_dropped=allow_dropped,
-        flag="--allow-dropped",
-    )
+    pack(FashionGen(source, text), out, Encoding(quality), rows_per_shard, workers, allow_dropped)
 
 
 def fashioniq(
-    source: Argument,
-    out: Argument,
+    source: Input,
+    out: Out,
     images: Path | None = None,
     allow_missing: float = 0.0,
-    size: int | None = None,
-    quality: int = 90,
-    workers: int | None = None,
-    rows_per_shard: int = 2000,
+    size: Size = None,
+    quality: Quality = 90,
+    workers: Workers = None,
+    rows_per_shard: RowsPerShard = 2000,
 ) -> None:
-    """Packs FashionIQ into OUT/train and OUT/eval (its validation split), each with triplets.json and galleries.json for composed retrieval.
+    """Pack FashionIQ into OUT/train and OUT/eval (its validation split), with triplets for composed retrieval.
 
     Args:
         source: Folder with captions/ and image_splits/.
-        out: Folder to make.
-        images: Folder of the pictures, ASIN.jpg or ASIN.png; default: SOURCE/images.
-        allow_missing: Share of the pictures that may be missing or damaged.
-        size: Shorter side in pixels that larger pictures are reduced to; default: pictures are stored as they are.
-        quality: JPEG quality of reduced pictures, 1 to 100.
-        workers: Processes; default: one per core.
-        rows_per_shard: Pictures that go into one shard.
+        images: Folder of the images, ASIN.jpg or ASIN.png. Default: SOURCE/images.
+        allow_missing: Fraction of the images that may be missing or damaged. 0 to 1.
     """
-    from syncmask_fast.sources.base import Encoding
-    from syncmask_fast.sources.fashioniq import FashionIQ
-    from syncmask_fast.sources.packing import pack
-
     data = FashionIQ(source, images)
     data.refuse_missing(allow_missing)
-    pack(
-        data,
-        out,
-        encoding=Encoding(quality, size),
-        rows_per_shard=rows_per_shard,
-        workers=workers,
-        allow_dropped=allow_missing,
-        flag="--allow-missing",
-    )
+    pack(data, out, Encoding(quality, size), rows_per_shard, workers, allow_missing, "--allow-missing")
 
 
 def table(
-    source: Argument,
-    out: Argument,
+    source: Input,
+    out: Out,
     image: str | None = None,
     text: str | None = None,
     product: str | None = None,
     images: Path | None = None,
-    size: int | None = None,
-    quality: int = 90,
-    workers: int | None = None,
-    rows_per_shard: int = 2000,
-    allow_dropped: float = 0.01,
+    size: Size = None,
+    quality: Quality = 90,
+    workers: Workers = None,
+    rows_per_shard: RowsPerShard = 2000,
+    allow_dropped: AllowDropped = 0.01,
 ) -> None:
-    """Packs a table: CSV, TSV, JSONL, Parquet, or a folder of Parquet files; Hugging Face's layout too.
+    """Pack a table: CSV, TSV, JSONL, Parquet, or a folder of Parquet files, also in Hugging Face's layout.
 
     Args:
         source: The file, or a folder of .parquet files.
-        out: Folder to make.
-        image: Column of pictures: paths, bytes, or Hugging Face's struct of both; default: the first of the usual names.
-        text: Column of texts; default: the first of the usual names.
-        product: Column of product ids; default: product_id where there is one, else each row is a product of its own.
-        images: Folder that paths start from, and may not lead out of; default: the table's.
-        size: Shorter side in pixels that larger pictures are reduced to; default: pictures are stored as they are.
-        quality: JPEG quality of reduced pictures, 1 to 100.
-        workers: Processes; default: one per core.
-        rows_per_shard: Rows of the table that go into one shard.
-        allow_dropped: Share of the rows that may be left out: no text, no picture, a damaged one.
+        image: Column of images: paths, bytes, or Hugging Face's struct of both. Default: the first usual name.
+        text: Column of texts. Default: the first usual name.
+        product: Column of product ids. Default: product_id if it exists, else each row is its own product.
+        images: Folder that paths start from and may not leave. Default: the table's folder.
     """
-    from syncmask_fast.sources.base import Encoding
-    from syncmask_fast.sources.packing import pack
-    from syncmask_fast.sources.table import TableSource
-
-    pack(
-        TableSource(source, image, text, product, images),
-        out,
-        encoding=Encoding(quality, size),
-        rows_per_shard=rows_per_shard,
-        workers=workers,
-        allow_dropped=allow_dropped,
-        flag="--allow-dropped",
-    )
+    data = TableSource(source, image, text, product, images)
+    pack(data, out, Encoding(quality, size), rows_per_shard, workers, allow_dropped)
 
 
-def show(
-    data: Annotated[str, tyro.conf.Positional],
-    picture: Path = Path("contact_sheet.jpg"),
-    samples: int = 24,
-    seed: int = 0,
-) -> None:
-    """Looks at shards, anyone's: a table of what is in them, and a contact sheet.
+def inspect(data: Data, sheet: Path = Path("contact_sheet.jpg"), samples: int = 24, seed: int = 0) -> None:
+    """Inspect shards from any source: print a table of their contents and write a contact sheet.
 
     Args:
         data: Folder of shards, or one with train and eval inside, or its address.
-        picture: The contact sheet to write.
-        samples: Samples on it.
-        seed: Other seeds choose other samples.
+        sheet: The contact sheet to write.
+        samples: Samples on it, 1 to 1000.
+        seed: Another seed chooses other samples.
     """
+    # Here, because workers import this module and need no fonts
     from syncmask_fast.report.contact_sheet import Cell, Segment, contact_sheet, frames, marked, save_sheet
-    from syncmask_fast.sources.inspect import draw_samples, inspect_shards
 
     cells = []
-    for found in draw_samples(inspect_shards(data), samples, seed):
-        if found.image is None:
-            cells.append(Cell(None, found.title, text=[Segment(found.problem)]))
+    for item in draw_samples(inspect_shards(data), samples, seed):
+        if item.image is None:
+            cells.append(Cell(None, item.title, text=[Segment(item.problem)]))
             continue
-        height, width = found.image.shape[:2]
-        boxes = [(item["name"], item["box"]) for item in found.attributes if item.get("box")]
-        outlines = frames(boxes, width, height)
-        cells.append(Cell(found.image, found.title, text=marked(found.text, found.attributes), frames=outlines))
-    save_sheet(contact_sheet(cells, columns=8), picture, "--picture")
-    print(f"contact sheet: {picture}")
+        height, width = item.image.shape[:2]
+        boxes = [(attribute["name"], attribute["box"]) for attribute in item.attributes if attribute.get("box")]
+        text = marked(item.text, item.attributes)
+        cells.append(Cell(item.image, item.title, text=text, frames=frames(boxes, width, height)))
+    save_sheet(contact_sheet(cells, columns=8), sheet, "--sheet")
+    print(f"contact sheet: {sheet}")
 
 
-COMMANDS = {"lookbook": lookbook, "fashiongen": fashiongen, "fashioniq": fashioniq, "table": table, "show": show}
+COMMANDS = {"lookbook": lookbook, "fashiongen": fashiongen, "fashioniq": fashioniq, "table": table, "inspect": inspect}
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line."""
-    run_command(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="syncmask_fast.pack", description=__doc__, args=args
-        )
-    )
+    """Run the command line."""
+    prog = "python -m syncmask_fast.pack"
+    run_command(lambda: tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=prog, description=__doc__, args=args))
 
 
 if __name__ == "__main__":

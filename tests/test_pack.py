@@ -1,4 +1,4 @@
-"""Sources to shards: every row is in the shards or in the report, a killed pack goes on to the same bytes, and bad input gets one sentence."""
+"""Sources to shards: every row is in the shards or the report, a killed pack resumes, bad input gets one sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from syncmask_fast.pack import fashiongen, fashioniq, main, table
 from syncmask_fast.sources import base as source_rows
 from syncmask_fast.sources.base import Encoding, RowError
 from syncmask_fast.sources.text_cleaning import clean, decode_field, join
-from tests.source_files import ONLY_IN_VALIDATION, asin, picture, write_fashiongen, write_fashioniq
+from tests.sample_sources import ONLY_IN_VALIDATION, asin, encoded_image, write_fashiongen, write_fashioniq
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +57,7 @@ def write_csv(path: Path, rows: list[dict], **options: object) -> None:
         writer.writerows(rows)
 
 
-# Text -----------------------------------------------------------------------------------------------------------------------------------
+# Text
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_clean(raw: str, text: str):
     assert clean(raw) == text
 
 
-def test_fields_of_fixed_width():
+def test_fixed_width():
     assert decode_field(b"caf\xe9   \0\0\0", 10) == "café"
     full = b"A long text that is cut in the mid"
     assert decode_field(full, len(full)) == "A long text that is cut in the"
@@ -88,7 +88,7 @@ def test_join():
     assert join(["Navy coat", "It is long.", "", "Navy coat"]) == "Navy coat. It is long."
 
 
-# FashionGen -----------------------------------------------------------------------------------------------------------------------------
+# FashionGen
 
 
 def test_fashiongen(tmp_path: Path):
@@ -134,15 +134,16 @@ def test_fashiongen(tmp_path: Path):
     assert evaluation.index.texts[0].startswith("Slim-fit coat")
 
 
-def test_fashiongen_on_processes_gives_the_same_files(tmp_path: Path):
+def test_workers(tmp_path: Path):
+    """Two workers write the same files as one."""
     write_fashiongen(tmp_path / "x.h5", 50)
     fashiongen(tmp_path / "x.h5", tmp_path / "one", workers=1, rows_per_shard=12)
     fashiongen(tmp_path / "x.h5", tmp_path / "two", workers=2, rows_per_shard=12)
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_killed_and_started_again_gives_the_same_files(tmp_path: Path):
-    """SIGKILL of the main process alone, in the middle: its workers end by themselves, and the next run ends with the bytes of an unbroken one."""
+def test_resume_after_kill(tmp_path: Path):
+    """After SIGKILL of the main process its workers end, and the next run gives the bytes of an unbroken one."""
     source, out = tmp_path / "x.h5", tmp_path / "out"
     write_fashiongen(source, 1500, size=96)
     command = [
@@ -175,12 +176,13 @@ def test_killed_and_started_again_gives_the_same_files(tmp_path: Path):
     assert 3 <= made < 38
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on: " in again.stdout
+    assert "resuming: " in again.stdout
     fashiongen(source, tmp_path / "whole", workers=1, rows_per_shard=40)
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_complete_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """A complete output stays as it is, and other settings or contents are refused."""
     source, out = tmp_path / "x.h5", tmp_path / "out"
     write_fashiongen(source, 20)
     fashiongen(source, out, workers=1)
@@ -211,7 +213,7 @@ def change_to_group(path: Path, key: str) -> None:
 
 
 def allocate(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
-    """Pictures that are promised and never written."""
+    """Images that are declared and never written."""
     with h5py.File(path, "a") as file:
         del file["input_image"]
         file.create_dataset("input_image", shape, np.uint8, chunks=chunks)
@@ -219,25 +221,25 @@ def allocate(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Non
 
 BAD_FASHIONGEN = {
     "missing file": (lambda path: path.unlink(), "cannot be read"),
-    "no HDF5": (lambda path: path.write_bytes(b"hello" * 100), "is not a whole HDF5 file"),
-    "cut off": (lambda path: os.truncate(path, path.stat().st_size // 2), "is not a whole HDF5 file"),
-    "no pictures": (lambda path: change(path, "input_image", None), "has no dataset input_image"),
+    "no HDF5": (lambda path: path.write_bytes(b"hello" * 100), "is not a complete HDF5 file"),
+    "cut off": (lambda path: os.truncate(path, path.stat().st_size // 2), "is not a complete HDF5 file"),
+    "no images": (lambda path: change(path, "input_image", None), "has no dataset input_image"),
     "no description": (lambda path: change(path, "input_description", None), "has no dataset input_description"),
-    "pictures of floats": (
+    "images of floats": (
         lambda path: change(path, "input_image", np.zeros((20, 8, 8, 3))),
         "input_image is float64 of 20 x 8 x 8 x 3",
     ),
-    "grey pictures": (
+    "gray images": (
         lambda path: change(path, "input_image", np.zeros((20, 8, 8), np.uint8)),
         "uint8 of rows x height x width x 3",
     ),
     "fewer texts": (
         lambda path: change(path, "input_name", np.zeros((7, 1), "S9")),
-        "input_name has the shape 7 x 1, where 20 x 1",
+        "input_name has the shape 7 x 1. Give a file with 20 x 1",
     ),
     "texts as numbers": (
         lambda path: change(path, "input_name", np.zeros((20, 1))),
-        "input_name is float64, where a column of texts",
+        "input_name is float64. Give a file with a column of texts",
     ),
     "products as texts": (
         lambda path: change(path, "input_productID", np.zeros((20, 1), "S9")),
@@ -251,7 +253,7 @@ BAD_FASHIONGEN = {
         lambda path: (change(path, "input_name", None), change_to_group(path, "input_name")),
         "input_name is a link, a group",
     ),
-    "pictures of absurd size": (
+    "images of absurd size": (
         lambda path: allocate(path, (20, 100_000, 100_000, 3), (1, 64, 64, 3)),
         "20 x 100000 x 100000 x 3",
     ),
@@ -269,7 +271,7 @@ BAD_FASHIONGEN = {
 
 
 @pytest.mark.parametrize("name", BAD_FASHIONGEN)
-def test_malformed_fashiongen(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_fashiongen(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     spoil, expected = BAD_FASHIONGEN[name]
     source = tmp_path / "x.h5"
     write_fashiongen(source, 20)
@@ -280,7 +282,8 @@ def test_malformed_fashiongen(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_damaged_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Damaged rows are named in the message."""
     source = tmp_path / "x.h5"
     write_fashiongen(source, 20, chunks=(4, 32, 32, 3), compression="gzip")
     with h5py.File(source) as file:
@@ -290,24 +293,25 @@ def test_damaged_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     source.write_bytes(content)
     sentence = refusal(capsys, "fashiongen", source, tmp_path / "out", "--workers", "1")
     assert "of input_image cannot be read" in sentence
-    assert "the file is damaged" in sentence
+    assert "Copy the file again." in sentence
 
 
-def test_allowed_drops_finish_what_was_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_allow_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A pack that was refused for dropped rows finishes when they are allowed."""
     source, out = tmp_path / "x.h5", tmp_path / "out"
     write_fashiongen(source, 20, empty=(3, 4))
     sentence = refusal(capsys, "fashiongen", source, out, "--workers", "1")
-    assert "the first is row 3: the text is empty" in sentence
-    assert sentence.rstrip().endswith("--allow-dropped 0.1")
+    assert "The first is row 3: the text is empty" in sentence
+    assert sentence.rstrip().endswith("--allow-dropped 0.1.")
     listed = json.loads((out / ".pack" / "report.json").read_text())
     assert len(listed["dropped"]["list"]) == 2
     main(["fashiongen", str(source), str(out), "--workers", "1", "--allow-dropped", "0.1"])
-    assert "going on: 1 of 1" in capsys.readouterr().out
+    assert "resuming: 1 of 1" in capsys.readouterr().out
     assert report(out)["samples"] == 18
     assert not (out / ".pack").exists()
 
 
-# FashionIQ ------------------------------------------------------------------------------------------------------------------------------
+# FashionIQ
 
 
 def test_fashioniq(tmp_path: Path):
@@ -339,21 +343,22 @@ def test_fashioniq(tmp_path: Path):
     assert galleries["shirt"] == [asin("shirt", 100 + n) for n in range(12)]
 
 
-def test_fashioniq_with_missing_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_allow_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Missing and damaged images are counted together and reported."""
     source, out = tmp_path / "iq", tmp_path / "out"
     lost = (asin("dress", 3), asin("toptee", 111))
     write_fashioniq(source, 12, missing=lost)
     (source / "images" / f"{asin('shirt', 0)}.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
     sentence = refusal(capsys, "fashioniq", source, out, "--workers", "1")
-    assert "2 of FashionIQ's 72 pictures are missing" in sentence
+    assert "2 of FashionIQ's 72 images are missing" in sentence
     assert lost[0] in sentence
     assert "--allow-missing 0.028" in sentence
     sentence = refusal(capsys, "fashioniq", source, out, "--workers", "1", "--allow-missing", "0.028")
-    assert "3 of 72 rows cannot be used" in sentence  # the damaged one is not let go without a word either
+    assert "3 of 72 rows cannot be used" in sentence  # the damaged one counts too
     main(["fashioniq", str(source), str(out), "--workers", "1", "--allow-missing", "0.05"])
     found = report(out)
-    assert found["missing pictures"] == {"train": [lost[0]], "eval": [lost[1]]}
-    assert found["dropped"]["reasons"] == {"the picture is missing": 2, "the picture cannot be used": 1}
+    assert found["missing images"] == {"train": [lost[0]], "eval": [lost[1]]}
+    assert found["dropped"]["reasons"] == {"the image is missing": 2, "the image cannot be used": 1}
     assert found["samples"] == 69
     assert not any(
         lost[0] in (t["candidate"], t["target"]) for t in json.loads((out / "train" / "triplets.json").read_text())
@@ -367,19 +372,19 @@ BAD_FASHIONIQ = {
     "a caption as one text": (
         "captions/cap.shirt.val.json",
         '[{"candidate": "A", "target": "B", "captions": "red"}]',
-        "not of the form",
+        "is malformed",
     ),
     "a path for an ASIN": (
         "captions/cap.dress.val.json",
         '[{"candidate": "../../x", "target": "B", "captions": ["red"]}]',
-        "'../../x', where",
+        "names the image '../../x'. It should be",
     ),
-    "a number for an ASIN": ("image_splits/split.dress.val.json", "[3]", "entry 0 names the picture 3"),
+    "a number for an ASIN": ("image_splits/split.dress.val.json", "[3]", "entry 0 names the image 3"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FASHIONIQ)
-def test_malformed_fashioniq(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_fashioniq(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file, content, expected = BAD_FASHIONIQ[name]
     source = tmp_path / "iq"
     write_fashioniq(source, 4)
@@ -392,28 +397,28 @@ def test_malformed_fashioniq(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert expected in sentence
 
 
-def test_fashioniq_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_fashioniq_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_fashioniq(tmp_path / "iq", 4)
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in refusal(
+    assert "has no images" in refusal(
         capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--images", tmp_path / "empty"
     )
-    assert "--rows-per-shard must be" in refusal(
+    assert "--rows-per-shard 0 is out of range" in refusal(
         capsys, "fashioniq", tmp_path / "iq", tmp_path / "out", "--rows-per-shard", "0"
     )
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def catalogue(folder: Path, rows: int = 30) -> list[dict]:
-    """Pictures in a folder, and a table of them: quotes, line breaks, commas, letters beyond ASCII; one row without a text."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    """Images in a folder, and a table of them with quotes, line breaks, commas and non-ASCII; one row has no text."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     found = []
     for row in range(rows):
         kind, suffix = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))[row % 3]
-        name = f"pictures/{row:03d}.{suffix}"
-        (folder / name).write_bytes(picture(row, kind=kind))
+        name = f"images/{row:03d}.{suffix}"
+        (folder / name).write_bytes(encoded_image(row, kind=kind))
         text = "" if row == 5 else f'coat "number {row}", café brown\n<br>with {row % 4} zips'
         found.append({"image": name, "caption": text, "product_id": f"{row // 2}", "category": "Coats"})
     return found
@@ -427,7 +432,7 @@ def check_catalogue(out: Path, folder: Path, rows: int = 30) -> None:
         row = int(index.key(i)[-8:])
         assert index.texts[i] == f'coat "number {row}", café brown with {row % 4} zips'
         assert index.product_ids[i] == row // 2
-        assert index.image_bytes(i) == next((folder / "pictures").glob(f"{row:03d}.*")).read_bytes()
+        assert index.image_bytes(i) == next((folder / "images").glob(f"{row:03d}.*")).read_bytes()
     assert index.category.names == ["Coats"]
     found = report(out)
     assert found["dropped"]["list"] == [{"row": "row 5", "reason": "the text is empty", "detail": ""}]
@@ -435,7 +440,7 @@ def check_catalogue(out: Path, folder: Path, rows: int = 30) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_tables_of_paths(kind: str, tmp_path: Path):
+def test_table_paths(kind: str, tmp_path: Path):
     rows = catalogue(tmp_path)
     source = tmp_path / f"table.{kind}"
     if kind == "jsonl":
@@ -453,7 +458,7 @@ def test_tables_of_paths(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("layout", ["struct", "binary", "folder", "jsonl"])
-def test_tables_of_bytes(layout: str, tmp_path: Path):
+def test_table_bytes(layout: str, tmp_path: Path):
     """Hugging Face's struct of bytes and path, plain bytes, several files of one dataset, and base64 within JSON."""
     rows = catalogue(tmp_path)
     for row in rows:
@@ -477,9 +482,10 @@ def test_tables_of_bytes(layout: str, tmp_path: Path):
     check_catalogue(tmp_path / "out", tmp_path)
 
 
-def test_objects_may_lack_a_product(tmp_path: Path):
-    (tmp_path / "x.jpg").write_bytes(picture(1))
-    ids = [None, 7, 7.0, "7", "a", ""]  # the first has none at all; 7.0 is what pandas makes of 7 beside gaps
+def test_table_products(tmp_path: Path):
+    """JSON objects may lack a product id; ids may be numbers or texts."""
+    (tmp_path / "x.jpg").write_bytes(encoded_image(1))
+    ids = [None, 7, 7.0, "7", "a", ""]  # the first has none at all; pandas writes 7 as 7.0 if there are gaps
     lines = [{"image": "x.jpg", "text": f"coat {n}", **({"sku": value} if n else {})} for n, value in enumerate(ids)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table(tmp_path / "t.jsonl", tmp_path / "out", product="sku", workers=1)
@@ -489,12 +495,13 @@ def test_objects_may_lack_a_product(tmp_path: Path):
     assert report(tmp_path / "out")["products"] == 4
 
 
-def test_several_parquet_files_are_one_table(tmp_path: Path):
+def test_parquet_folder(tmp_path: Path):
+    """Several Parquet files are one table."""
     pyarrow = pytest.importorskip("pyarrow")
     pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
     (tmp_path / "data").mkdir()
     for part in range(3):
-        rows = [{"img": picture(10 * part + n), "text": f"coat {part} {n}"} for n in range(5)]
+        rows = [{"img": encoded_image(10 * part + n), "text": f"coat {part} {n}"} for n in range(5)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / f"{part}.parquet")
     table(tmp_path / "data", tmp_path / "out", workers=1)
     index = ShardIndex.open(tmp_path / "out")
@@ -503,24 +510,25 @@ def test_several_parquet_files_are_one_table(tmp_path: Path):
     assert report(tmp_path / "out")["products"] == 15
 
 
-def test_pictures_that_cannot_be_used_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Images that cannot be used are dropped with a reason."""
     monkeypatch.setattr(source_rows, "MAX_IMAGE_BYTES", 100_000)
     bomb = io.BytesIO()
     Image.new("1", (9000, 8000)).save(bomb, "PNG")
     contents = {
-        "good.jpg": picture(1),
+        "good.jpg": encoded_image(1),
         "text.jpg": b"hello",
         "empty.jpg": b"",
-        "cut.jpg": picture(2)[:300],
+        "cut.jpg": encoded_image(2)[:300],
         "bomb.png": bomb.getvalue(),
-        "large.jpg": picture(3) + bytes(200_000),
-        "gif.gif": picture(4, kind="GIF"),
-        "named.png": picture(5),
+        "large.jpg": encoded_image(3) + bytes(200_000),
+        "gif.gif": encoded_image(4, kind="GIF"),
+        "named.png": encoded_image(5),
     }
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "pipe.jpg")  # nobody writes into it: reading would never end
+    os.mkfifo(tmp_path / "pipe.jpg")  # without a writer, reading would never end
     names = [*contents, "folder.jpg", "nowhere.jpg", "", "a\0b.jpg", "pipe.jpg"]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"image": name, "text": name or "x"}) for name in names))
     table(tmp_path / "t.jsonl", tmp_path / "out", workers=1, allow_dropped=1)
@@ -536,18 +544,19 @@ def test_pictures_that_cannot_be_used_are_reported(tmp_path: Path, monkeypatch: 
         4: "9000 x 8000 pixels",
         5: "more than 0 MB",
         6: "neither JPEG",
-        8: "is no file",
+        8: "is not a file",
         9: "missing",
-        10: "there is no picture",
-        11: "no path",
-        12: "is no file",
+        10: "there is no image",
+        11: "not a path",
+        12: "is not a file",
     }.items():
         assert reason in found[f"row {row}"]
     assert len(found) == 11
 
 
-def test_texts_that_cannot_be_used_are_reported(tmp_path: Path):
-    (tmp_path / "x.jpg").write_bytes(picture(1))
+def test_bad_texts(tmp_path: Path):
+    """Texts that cannot be used are dropped with a reason."""
+    (tmp_path / "x.jpg").write_bytes(encoded_image(1))
     texts = ["good", "", "   ", "<br>", None, "\ud800", "x" * 200_000, ["several", "texts"]]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"image": "x.jpg", "text": text}) for text in texts))
     table(tmp_path / "t.jsonl", tmp_path / "out", workers=1, allow_dropped=1)
@@ -560,17 +569,18 @@ def test_texts_that_cannot_be_used_are_reported(tmp_path: Path):
     }
 
 
-def test_pictures_on_their_side_and_too_large(tmp_path: Path):
+def test_encode(tmp_path: Path):
+    """Turned images are put upright, large ones reduced, all others stored unchanged."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = Encoding().stored(picture(1, 40, 60, exif=exif))
+    turned = Encoding().encode(encoded_image(1, 40, 60, exif=exif))
     assert Image.open(io.BytesIO(turned)).size == (60, 40)
-    small = Encoding(size=32).stored(picture(2, 200, 100, kind="PNG"))
+    small = Encoding(size=32).encode(encoded_image(2, 200, 100, kind="PNG"))
     assert Image.open(io.BytesIO(small)).size == (64, 32)
-    kept = picture(3, 40, 30)
-    assert Encoding(size=32).stored(kept) is kept
+    kept = encoded_image(3, 40, 30)
+    assert Encoding(size=32).encode(kept) is kept
     with pytest.raises(RowError):
-        Encoding().stored(picture(4)[:200])
+        Encoding().encode(encoded_image(4)[:200])
 
 
 BAD_TABLES = {
@@ -578,24 +588,20 @@ BAD_TABLES = {
     "unknown kind": ("t.xlsx", b"PK", "is of no known kind"),
     "empty CSV": ("t.csv", b"", "is empty"),
     "header alone": ("t.csv", b"image,text\n", "has no rows"),
-    "no picture column": (
+    "no image column": (
         "t.csv",
         b"a,text\nx.jpg,red\n",
-        "has no column of a usual name (image, img, jpg ...); name one by --image of: a, text",
+        "has no column of a usual name (image, img, jpg ...). Name one by --image: a, text.",
     ),
-    "no text column": ("t.csv", b"image,b\nx.jpg,red\n", "name one by --text of: image, b"),
-    "a row with fewer columns": (
-        "t.csv",
-        b"image,text\nx.jpg,red\nx.jpg\n",
-        "row 1 has 1 columns, where 2 were expected",
-    ),
+    "no text column": ("t.csv", b"image,b\nx.jpg,red\n", "Name one by --text: image, b."),
+    "a row with fewer columns": ("t.csv", b"image,text\nx.jpg,red\nx.jpg\n", "row 1 has 1 columns. It should have 2"),
     "an open quote": ("t.csv", b'image,text\nx.jpg,"red\n', "line 2 is not valid CSV"),
     "CSV not UTF-8": ("t.csv", b"image,text\nx.jpg,caf\xe9\n", "line 2 is not UTF-8"),
     "broken JSON": ("t.jsonl", b'{"image": "x.jpg", "text": "red"}\n\n{"image": \n', "line 3 is not valid JSON"),
     "deep JSON": ("t.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
     "a list": ("t.jsonl", b"[1]\n", "line 1 is not an object"),
-    "text a number": ("t.jsonl", b'{"image": "x.jpg", "text": 3}\n', "row 0: text is 3, where a text was expected"),
-    "picture a number": ("t.jsonl", b'{"image": 3, "text": "red"}\n', "row 0: the picture is 3"),
+    "text a number": ("t.jsonl", b'{"image": "x.jpg", "text": 3}\n', "row 0: text is 3. It should be a text."),
+    "image a number": ("t.jsonl", b'{"image": 3, "text": "red"}\n', "row 0: the image is 3"),
     "product a list": (
         "t.jsonl",
         b'{"image": "x.jpg", "text": "red", "product_id": [1]}\n',
@@ -606,39 +612,31 @@ BAD_TABLES = {
         b'{"image": "x.jpg", "text": "red", "product_id": 99999999999999999999}\n',
         "product_id is 9999",
     ),
-    "path to the outside": (
-        "t.csv",
-        b"image,text\n../secret.jpg,red\n",
-        "row 0: the picture '../secret.jpg' lies outside",
-    ),
-    "absolute path": ("t.csv", b"image,text\n/etc/passwd,red\n", "row 0: the picture '/etc/passwd' lies outside"),
-    "link to the outside": ("t.csv", b"image,text\nlink.jpg,red\n", "'link.jpg' lies outside"),
-    "missing pictures": (
-        "t.csv",
-        b"image,text\nno.jpg,red\nx.jpg,blue\n",
-        "the first is row 0: the picture is missing",
-    ),
+    "path to the outside": ("t.csv", b"image,text\n../secret.jpg,red\n", "row 0: the image '../secret.jpg' is outside"),
+    "absolute path": ("t.csv", b"image,text\n/etc/passwd,red\n", "row 0: the image '/etc/passwd' is outside"),
+    "link to the outside": ("t.csv", b"image,text\nlink.jpg,red\n", "'link.jpg' is outside"),
+    "missing images": ("t.csv", b"image,text\nno.jpg,red\nx.jpg,blue\n", "The first is row 0: the image is missing"),
     "nothing usable": ("t.csv", b"image,text\nno.jpg,red\n", "1 of 1 rows cannot be used"),
-    "no Parquet": ("t.parquet", b"PAR1 hello PAR1", "is not a whole Parquet file"),
-    "Parquet cut off": ("t.parquet", "cut", "is not a whole Parquet file"),
+    "no Parquet": ("t.parquet", b"PAR1 hello PAR1", "is not a complete Parquet file"),
+    "Parquet cut off": ("t.parquet", "cut", "is not a complete Parquet file"),
     "Parquet damaged": ("t.parquet", "damaged", "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
-def test_malformed_tables(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_tables(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file, content, expected = BAD_TABLES[name]
     folder = tmp_path / "in"
     folder.mkdir()
-    (tmp_path / "secret.jpg").write_bytes(picture(0))
-    (folder / "x.jpg").write_bytes(picture(1))
+    (tmp_path / "secret.jpg").write_bytes(encoded_image(0))
+    (folder / "x.jpg").write_bytes(encoded_image(1))
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     source = folder / file
     if file.endswith(".parquet"):
         pyarrow = pytest.importorskip("pyarrow")
         pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
     if isinstance(content, str):
-        rows = [{"image": picture(n), "text": f"coat {n}"} for n in range(40)]
+        rows = [{"image": encoded_image(n), "text": f"coat {n}"} for n in range(40)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source, compression="gzip")
         data = bytearray(source.read_bytes())
         if content == "cut":
@@ -654,7 +652,8 @@ def test_malformed_tables(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_absurd_sizes_in_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_table_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Lines and columns that would fill the memory are refused."""
     from syncmask_fast.sources import table as module
 
     monkeypatch.setattr(module, "MAX_LINE", 1000)
@@ -672,7 +671,7 @@ def test_absurd_sizes_in_tables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "unpacks to" in refusal(capsys, "table", tmp_path / "t.parquet", tmp_path / "out")
 
 
-def test_parquet_without_pyarrow(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_no_pyarrow(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     assert "pip install 'syncmask_fast[parquet]'" in refusal(capsys, "table", tmp_path / "t.parquet", tmp_path / "out")
@@ -681,42 +680,45 @@ def test_parquet_without_pyarrow(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--quality", "0"], "--quality must be between 1 and 100"),
-        (["--workers", "0"], "--workers must be"),
-        (["--rows-per-shard", "0"], "--rows-per-shard must be at least 1"),
-        (["--allow-dropped", "2"], "--allow-dropped is a share"),
-        (["--size", "3"], "--size must be between"),
+        (["--quality", "0"], "--quality 0 is out of range"),
+        (["--workers", "0"], "--workers 0 is out of range"),
+        (["--rows-per-shard", "0"], "--rows-per-shard 0 is out of range"),
+        (["--allow-dropped", "2"], "--allow-dropped 2.0 is out of range"),
+        (["--size", "3"], "--size 3 is out of range"),
         (["--images", "no/such"], "no/such is not a folder"),
         (["--product", "sku"], "has no column 'sku'"),
     ],
 )
 def test_bad_flags(flags: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "x.jpg").write_bytes(picture(1))
+    (tmp_path / "x.jpg").write_bytes(encoded_image(1))
     (tmp_path / "t.csv").write_text("image,text\nx.jpg,red\n")
     assert expected in refusal(capsys, "table", tmp_path / "t.csv", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_two_packs_into_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A second packing process is refused."""
     import fcntl
 
     write_fashiongen(tmp_path / "x.h5", 4)
     (tmp_path / "out" / ".pack").mkdir(parents=True)
     with open(tmp_path / "out" / ".pack" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process is packing into" in refusal(capsys, "fashiongen", tmp_path / "x.h5", tmp_path / "out")
+        assert "is in use by another packing process" in refusal(
+            capsys, "fashiongen", tmp_path / "x.h5", tmp_path / "out"
+        )
 
 
-# Looking at shards ----------------------------------------------------------------------------------------------------------------------
+# Looking at shards
 
 
-def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "160")
     write_fashiongen(tmp_path / "x.h5", 30)
     fashiongen(tmp_path / "x.h5", tmp_path / "data" / "train", workers=1)
     fashiongen(tmp_path / "x.h5", tmp_path / "data" / "eval", workers=1)
     capsys.readouterr()
-    main(["show", str(tmp_path / "data"), "--picture", str(tmp_path / "sheet.png"), "--samples", "7"])
+    main(["inspect", str(tmp_path / "data"), "--sheet", str(tmp_path / "sheet.png"), "--samples", "7"])
     shown = capsys.readouterr().out
     for part in (
         "train",
@@ -732,5 +734,5 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     ):
         assert part in shown
     assert Image.open(tmp_path / "sheet.png").width > 1000
-    assert "cannot be written" in refusal(capsys, "show", tmp_path / "data", "--picture", tmp_path / "x.txt")
-    assert "does not exist" in refusal(capsys, "show", tmp_path / "nowhere")
+    assert "cannot be written" in refusal(capsys, "inspect", tmp_path / "data", "--sheet", tmp_path / "x.txt")
+    assert "does not exist" in refusal(capsys, "inspect", tmp_path / "nowhere")

@@ -17,7 +17,7 @@ from syncmask_fast.data.shard_writer import ShardSetWriter
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation, open_splits
 from syncmask_fast.utils.errors import UserError
-from tests.source_files import picture
+from tests.sample_sources import encoded_image
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_shards(folder: Path, samples: int, word: str = "coat") -> None:
     with ShardSetWriter(folder, samples_per_shard=4) as writer:
         for n in range(samples):
-            writer.write(f"{n:04d}", picture(n), {"text": f"{word} {n}", "product_id": n // 2})
+            writer.write(f"{n:04d}", encoded_image(n), {"text": f"{word} {n}", "product_id": n // 2})
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_http(tmp_path: Path, listing: bool):
         address = f"{server.address}/coats" + ("" if listing else "/{00000..00002}.tar")
         index = ShardIndex.open(fetch_if_remote(address))
         assert list(index.texts) == [f"coat {n}" for n in range(10)]
-        assert index.image_bytes(7) == picture(7)
+        assert index.image_bytes(7) == encoded_image(7)
         asked = [path for path in server.asked if path.endswith(".tar")]
         assert sorted(asked) == [f"/coats/0000{n}.tar" for n in range(3)]
         fetch_if_remote(address)

@@ -13,8 +13,7 @@ from sklearn.metrics import confusion_matrix
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.triplets import open_triplets
-from syncmask_fast.sources.lookbook import draw_lookbook
-from syncmask_fast.sources.lookbook.triplets import SAME, write_triplets
+from syncmask_fast.sources.lookbook.triplets import SAME, make_triplets
 from syncmask_fast.tasks.composed import ClassQueries, composed_recall
 from syncmask_fast.tasks.recognition import recognition_metrics
 from syncmask_fast.utils.errors import UserError
@@ -132,22 +131,6 @@ def test_triplets(data: Path):
     }
 
 
-def test_triplets_are_added(tmp_path: Path):
-    """They follow from the records: the shards are not touched, and the content is that of a fresh drawing."""
-    draw = {"products": 12, "eval_products": 4, "size": 32, "workers": 1}
-    draw_lookbook(tmp_path / "lb", **draw)
-    files = [
-        tmp_path / "lb" / split / name for split in ("train", "eval") for name in ("triplets.json", "galleries.json")
-    ]
-    fresh = [json.loads(file.read_text()) for file in files]
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")}
-    for file in files:
-        file.unlink()
-    draw_lookbook(tmp_path / "lb", **draw)
-    assert [json.loads(file.read_text()) for file in files] == fresh
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "lb").rglob("*.tar")} == shards
-
-
 def test_triplet_captions(tmp_path: Path):
     base = {"category": "shoe", "subcategory": "sneaker", "colour": "red", "pattern": "solid", "zip": "blue zip"}
     other = {
@@ -161,8 +144,8 @@ def test_triplet_captions(tmp_path: Path):
         (f"{i}_front", {"view": "front", "category": "shoe", "product_id": i, "facts": facts})
         for i, facts in enumerate((base, other, base))
     ]
-    write_triplets(tmp_path, samples)
-    found = json.loads((tmp_path / "triplets.json").read_text())
+    found, galleries = make_triplets(samples)
+    assert galleries == {"shoe": ["0_front", "1_front", "2_front"]}
     assert {(t["candidate"][0], t["target"][0]) for t in found} == {("1", "0"), ("0", "1"), ("2", "1"), ("1", "2")}
     phrases = {phrase for t in found for caption in t["captions"] for phrase in caption.split(" and ")}
     assert phrases <= {

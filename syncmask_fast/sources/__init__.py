@@ -1,1 +1,1 @@
-"""Sources of pictures and texts, and how they become shards: each source is one module, `packing` does what they share."""
+"""Sources of images and texts, and how they become shards: one module a source; `packing` does what they share."""

@@ -1,4 +1,4 @@
-"""What every source gives: rows, each a picture with its record, or the reason why it cannot be used."""
+"""What every source gives: rows, each with an image and its record, or with the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,7 +22,7 @@ _ORIENTATION = 0x0112  # EXIF
 
 
 class RowError(Exception):
-    """Why one row is left out: a reason that many rows may share, and what is particular to this one."""
+    """Why one row is dropped: a reason that many rows may share, and a detail of this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -30,10 +30,10 @@ class RowError(Exception):
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardSpec:
     """The rows that go into one shard: `start` to `stop` of the source's file number `file`."""
 
-    folder: str  # of the output that the shard goes to: "", "train" or "eval"
+    folder: str  # subfolder of the output: "", "train" or "eval"
     file: int
     start: int
     stop: int
@@ -46,88 +46,100 @@ class Unit:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source.
+    """One row of a source, or one more image of it.
 
-    name:  what the report calls it, such as "row 17".
-    key:   of the sample, the same in every run and no other row's.
-    image: an encoded picture, a file, or pixels uint8 [H, W, 3]; or why there is none.
+    name:      for the report, such as "row 17".
+    key:       of the sample: unique, and the same in every run.
+    image:     an encoded image, a file, or pixels uint8 [H, W, 3]; or why there is none.
+    continues: this is a further image of the row before it, and no new row.
     """
 
     name: str
     key: str
     image: bytes | Path | np.ndarray | RowError
     record: dict[str, Any]
+    continues: bool = False
 
 
-class Source(Protocol):
-    """A source of rows. It is sent to worker processes, so that it holds settings and names, no open file."""
+class Source:
+    """A source of rows. It is sent to worker processes, so it holds settings and names, but no open file."""
 
     def describe(self) -> dict[str, Any]:
-        """What the shards depend on, as JSON: another description means other shards."""
+        """Return what the shards depend on, as JSON. "source" is its name for the user."""
+        raise NotImplementedError
 
-    def units(self, rows: int) -> list[Unit]:
-        """Checks the source and cuts it into units of at most `rows` rows. errors: UserError."""
+    def shards(self, rows: int) -> list[ShardSpec]:
+        """Check the source and divide it into shards of at most `rows` rows. errors: UserError."""
+        raise NotImplementedError
 
-    def read(self, unit: Unit) -> Iterator[Row]:
-        """The rows of a unit, in order. errors: UserError where the source is broken beyond a single row."""
+    def read(self, shard: ShardSpec) -> Iterator[Row]:
+        """Yield the rows of a shard in order. errors: UserError if more than a single row is broken."""
+        raise NotImplementedError
 
-    def notes(self) -> dict[str, Any]:
-        """What this source adds to the report."""
+    def report_fields(self) -> dict[str, Any]:
+        """Return what this source adds to the report."""
+        return {}
 
-    def companions(self) -> dict[str, Any]:
-        """Further files beside the shards: path within the output, content as JSON."""
+    def extra_files(self, out: Path) -> dict[str, Any]:
+        """Return further files for OUT, which has its shards: path within OUT to content as JSON."""
+        return {}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are stored."""
+    """How images are stored. errors: UserError for a bad number.
+
+    quality:     of JPEGs, 1 to 100.
+    size:        shorter side in pixels that larger images are reduced to; None: no limit.
+    subsampling: of the colors of JPEGs. Drawn images keep full resolution by "4:4:4".
+    """
 
     quality: int = 90
     size: int | None = None
+    subsampling: str = "4:2:0"
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be between 1 and 100, not {self.quality}")
+            raise UserError(f"--quality {self.quality} is out of range. Give a number from 1 to 100.")
         if self.size is not None and not 16 <= self.size <= 8000:
-            raise UserError(f"--size must be between 16 and 8000 pixels, not {self.size}")
+            raise UserError(f"--size {self.size} is out of range. Give 16 to 8000 pixels.")
 
-    def stored(self, image: bytes | Path | np.ndarray) -> bytes:
-        """The bytes that are stored for a picture.
+    def encode(self, image: bytes | Path | np.ndarray) -> bytes:
+        """Return the bytes that are stored for an image. errors: RowError.
 
-        Pixels become a JPEG. A JPEG, PNG or WebP is decoded once, to see that it can be, and stored as it is, unless it is to be made smaller or its
-        EXIF mark says that it lies on its side: then it becomes a JPEG too.
-        errors: RowError.
+        Pixels become a JPEG. A JPEG, PNG or WebP is decoded once as a check and stored unchanged. It becomes a JPEG
+        if it must be reduced, or turned because of its EXIF orientation.
         """
         if isinstance(image, np.ndarray):
             return self._jpeg(Image.fromarray(image))
         data = read_file(image) if isinstance(image, Path) else image
         if len(data) > MAX_IMAGE_BYTES:
-            raise RowError(f"the picture has more than {MAX_IMAGE_BYTES >> 20} MB", f"{len(data):,} bytes")
+            raise RowError(f"the image has more than {MAX_IMAGE_BYTES >> 20} MB", f"{len(data):,} bytes")
         try:
             width, height = check_image(data)
             pixels = decode_image(data)
         except ValueError as error:
-            raise RowError("the picture cannot be used", str(error)) from None
+            raise RowError("the image cannot be used", str(error)) from None
         orientation = exif_orientation(data)
-        smaller = self.size is not None and min(width, height) > self.size
-        if orientation == 1 and not smaller:
+        reduce = self.size is not None and min(width, height) > self.size
+        if orientation == 1 and not reduce:
             return data
-        picture = Image.fromarray(pixels)
-        picture.getexif()[_ORIENTATION] = orientation
-        picture = ImageOps.exif_transpose(picture)
-        if smaller:
-            scale = self.size / min(picture.size)
-            picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
-        return self._jpeg(picture)
+        upright = Image.fromarray(pixels)
+        upright.getexif()[_ORIENTATION] = orientation
+        upright = ImageOps.exif_transpose(upright)
+        if reduce:
+            scale = self.size / min(upright.size)
+            upright = upright.resize([round(side * scale) for side in upright.size], Image.Resampling.LANCZOS)
+        return self._jpeg(upright)
 
-    def _jpeg(self, picture: Image.Image) -> bytes:
+    def _jpeg(self, image: Image.Image) -> bytes:
         out = io.BytesIO()
-        picture.save(out, "JPEG", quality=self.quality, exif=b"")
+        image.save(out, "JPEG", quality=self.quality, subsampling=self.subsampling, exif=b"")
         return out.getvalue()
 
 
 def exif_orientation(data: bytes) -> int:
-    """1 to 8 as EXIF has it; 1, upright, where there is no sound mark."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) without a valid one."""
     try:
         found = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF makes Pillow raise many kinds
@@ -136,22 +148,22 @@ def exif_orientation(data: bytes) -> int:
 
 
 def read_file(path: Path) -> bytes:
-    """A picture's file. errors: RowError."""
+    """Return the bytes of an image file. errors: RowError."""
     try:
         stat = path.stat()
         if not S_ISREG(stat.st_mode):
-            raise RowError("the picture is no file", str(path))
+            raise RowError("the image is not a file", str(path))
         if stat.st_size > MAX_IMAGE_BYTES:
-            raise RowError(f"the picture has more than {MAX_IMAGE_BYTES >> 20} MB", str(path))
+            raise RowError(f"the image has more than {MAX_IMAGE_BYTES >> 20} MB", str(path))
         return path.read_bytes()
     except FileNotFoundError:
-        raise RowError("the picture is missing", str(path)) from None
+        raise RowError("the image is missing", str(path)) from None
     except OSError as error:
-        raise RowError("the picture cannot be read", f"{path}: {error.strerror or error}") from None
+        raise RowError("the image cannot be read", f"{path}: {error.strerror or error}") from None
 
 
 def validate_text(text: str) -> str:
-    """The text, if it can be trained on. errors: RowError."""
+    """Return the text if a model can be trained on it. errors: RowError."""
     if not text:
         raise RowError("the text is empty")
     if len(text) > MAX_TEXT:
@@ -163,11 +175,11 @@ def validate_text(text: str) -> str:
     return text
 
 
-def share(part: int, whole: int) -> str:
-    """part / whole, rounded up, as a flag takes it."""
+def round_up_fraction(part: int, whole: int) -> str:
+    """Return part / whole, rounded up to three digits, as a flag takes it."""
     return f"{math.ceil(1000 * part / whole) / 1000:g}"
 
 
-def cut(count: int, rows: int, folder: str = "", file: int = 0) -> list[Unit]:
-    """Units of at most `rows` rows over 0 .. count - 1."""
-    return [Unit(folder, file, start, min(start + rows, count)) for start in range(0, count, rows)]
+def chunk(count: int, rows: int, folder: str = "", file: int = 0) -> list[ShardSpec]:
+    """Divide the rows 0 .. count - 1 into shards of at most `rows`."""
+    return [ShardSpec(folder, file, start, min(start + rows, count)) for start in range(0, count, rows)]

@@ -1,8 +1,8 @@
-"""FashionIQ: `captions/cap.CLASS.SPLIT.json`, `image_splits/split.CLASS.SPLIT.json` and pictures named by ASIN.
+"""FashionIQ: `captions/cap.CLASS.SPLIT.json`, `image_splits/split.CLASS.SPLIT.json` and images named by ASIN.
 
-A sample is one picture. Its text (our choice) is the class and all captions of which the picture is the target: "dress: is black and has long
-sleeves". A picture that is nobody's target has the class alone. The triplets and the galleries that composed retrieval needs lie beside the
-shards. The test split's targets were never published, so it is left out.
+A sample is one image. Its text (our choice) is the class and all captions of which the image is the target, such as
+"dress: is black and has long sleeves"; an image that is never a target has only the class. The triplets and galleries
+for composed retrieval are next to the shards. The targets of the test split were never published, so it is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from syncmask_fast.sources.base import Row, RowError, Unit, cut, share
+from syncmask_fast.sources.base import Row, RowError, ShardSpec, Source, chunk, round_up_fraction
 from syncmask_fast.sources.text_cleaning import clean
 from syncmask_fast.utils.errors import UserError
 
@@ -25,12 +25,13 @@ SPLITS = {"train": "train", "eval": "val"}  # folder of the output, FashionIQ's 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_JSON = 256 * 2**20  # bytes of one file
 _FORM = '{"candidate": ASIN, "target": ASIN, "captions": [two texts]}'
+DOWNLOAD = "Download it again from FashionIQ's repository."
 _ASIN = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What the annotation says of one picture of a split."""
+class AnnotatedImage:
+    """One image of a split, as the annotation has it."""
 
     asin: str
     classes: tuple[str, ...]
@@ -43,11 +44,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class FashionIQ:
-    """A folder with `captions`, `image_splits` and the pictures.
-
-    images: where the pictures are, in folders within it too; None: `folder`/images.
-    """
+class FashionIQ(Source):
+    """A folder with `captions` and `image_splits`. The images are in `images` or below; None: in `folder`/images."""
 
     folder: Path
     images: Path | None = None
@@ -55,68 +53,50 @@ class FashionIQ:
     def describe(self) -> dict[str, Any]:
         parts = sorted(path for name in ("captions", "image_splits") for path in (self.folder / name).glob("*.json"))
         changed = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in parts}
-        return {
-            "source": str(self.folder.resolve()),
-            "kind": "fashioniq",
-            "images": str(self._images.resolve()),
-            "annotation": changed,
-        }
+        folders = {"source": str(self.folder.resolve()), "images": str(self._images.resolve())}
+        return {"kind": "fashioniq", **folders, "annotation": changed}
 
-    def units(self, rows: int) -> list[Unit]:
-        return [unit for split in SPLITS for unit in cut(len(self._pictures[split]), rows, split)]
+    def shards(self, rows: int) -> list[ShardSpec]:
+        return [shard for split in SPLITS for shard in chunk(len(self._annotated[split]), rows, split)]
 
-    def read(self, unit: Unit) -> Iterator[Row]:
-        for picture in self._pictures[unit.folder][unit.start : unit.stop]:
-            path = self._files.get(picture.asin)
-            image = (
-                path
-                if path is not None
-                else RowError("the picture is missing", f"{picture.asin} is not in {self._images}")
-            )
-            record = {"product_id": picture.asin, "text": picture.text, "category": picture.classes[0]}
-            yield Row(f"{unit.folder}/{picture.asin}", picture.asin, image, record)
+    def read(self, shard: ShardSpec) -> Iterator[Row]:
+        for item in self._annotated[shard.folder][shard.start : shard.stop]:
+            missing = RowError("the image is missing", f"{item.asin} is not in {self._images}")
+            record = {"product_id": item.asin, "text": item.text, "category": item.classes[0]}
+            yield Row(f"{shard.folder}/{item.asin}", item.asin, self._files.get(item.asin, missing), record)
 
     def missing(self) -> dict[str, list[str]]:
-        """The ASINs of each split that have no picture."""
-        return {
-            split: [p.asin for p in pictures if p.asin not in self._files] for split, pictures in self._pictures.items()
-        }
+        """Return the ASINs of each split that have no image."""
+        return {split: [i.asin for i in items if i.asin not in self._files] for split, items in self._annotated.items()}
 
     def refuse_missing(self, allowed: float) -> None:
-        """UserError if more than the share `allowed` of the pictures is missing."""
+        """Raise UserError if more than the fraction `allowed` of the images is missing."""
         if not self._files:
-            raise UserError(
-                f"{self._images} holds no pictures; ASIN.jpg or ASIN.png were expected: give their folder by --images"
-            )
+            raise UserError(f"{self._images} has no images. Give the folder of ASIN.jpg or ASIN.png by --images.")
         lost = [asin for names in self.missing().values() for asin in names]
-        count = sum(map(len, self._pictures.values()))
+        count = sum(map(len, self._annotated.values()))
         if len(lost) > allowed * count:
             named = ", ".join(lost[:3]) + (" ..." if len(lost) > 3 else "")
             raise UserError(
-                f"{self._images}: {len(lost):,} of FashionIQ's {count:,} pictures are missing, more than --allow-missing {allowed:g} lets go "
-                f"({named}); add them, or pack without them by --allow-missing {share(len(lost), count)}"
+                f"{self._images}: {len(lost):,} of FashionIQ's {count:,} images are missing, more than "
+                f"--allow-missing {allowed:g} ({named}). "
+                f"Add them, or pack without them by --allow-missing {round_up_fraction(len(lost), count)}."
             )
 
-    def notes(self) -> dict[str, Any]:
+    def report_fields(self) -> dict[str, Any]:
         lost = {split: set(names) for split, names in self.missing().items()}
         triplets = {
             split: {
                 "all": len(self._triplets[split]),
-                "with both pictures": sum(
-                    not {t["candidate"], t["target"]} & lost[split] for t in self._triplets[split]
-                ),
+                "with both images": sum(not {t["candidate"], t["target"]} & lost[split] for t in self._triplets[split]),
             }
             for split in SPLITS
         }
-        bare = {split: sum(not p.captions for p in pictures) for split, pictures in self._pictures.items()}
-        return {
-            "missing pictures": self.missing(),
-            "triplets": triplets,
-            "pictures that are no target": bare,
-            "left out": "the test split",
-        }
+        bare = {split: sum(not item.captions for item in items) for split, items in self._annotated.items()}
+        counts = {"triplets": triplets, "images without captions": bare}
+        return {"missing images": self.missing(), **counts, "skipped": "the test split"}
 
-    def companions(self) -> dict[str, Any]:
+    def extra_files(self, out: Path) -> dict[str, Any]:
         found = {}
         for split, name in SPLITS.items():
             lost = set(self.missing()[split])
@@ -134,7 +114,7 @@ class FashionIQ:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """Picture files by ASIN. Names in the annotation are looked up here and never made into a path."""
+        """Image files by ASIN. Names in the annotation are looked up here and never become a path."""
         found: dict[str, Path] = {}
         for folder, _, names in sorted(os.walk(self._images)):
             for name in sorted(names):
@@ -155,7 +135,7 @@ class FashionIQ:
                     captions = item.get("captions") if isinstance(item, dict) else None
                     names = [item.get("candidate"), item.get("target")] if isinstance(item, dict) else []
                     if not (isinstance(captions, list) and captions and all(isinstance(c, str) for c in captions)):
-                        raise UserError(f"{path}: entry {number} is not of the form {_FORM}, which was expected")
+                        raise UserError(f"{path}: entry {number} is malformed. It should be {_FORM}.")
                     for asin in names:
                         _check_asin(asin, path, number)
                     kept = [text for text in (clean(caption).rstrip(". ") for caption in captions) if text]
@@ -163,8 +143,8 @@ class FashionIQ:
         return found
 
     @cached_property
-    def _pictures(self) -> dict[str, list[Picture]]:
-        """Each split's pictures, in the order of the annotation: the galleries, then what only triplets name."""
+    def _annotated(self) -> dict[str, list[AnnotatedImage]]:
+        """Each split's images in the order of the annotation: the galleries, then those only in triplets."""
         found = {}
         for split, name in SPLITS.items():
             classes: dict[str, dict[str, None]] = {}
@@ -177,7 +157,7 @@ class FashionIQ:
                     classes.setdefault(asin, {})[triplet["class"]] = None
                 captions.setdefault(triplet["target"], {}).update(dict.fromkeys(triplet["captions"]))
             found[split] = [
-                Picture(asin, tuple(kinds), tuple(captions.get(asin, ()))) for asin, kinds in classes.items()
+                AnnotatedImage(asin, tuple(kinds), tuple(captions.get(asin, ()))) for asin, kinds in classes.items()
             ]
         return found
 
@@ -191,23 +171,20 @@ class FashionIQ:
     def _load(self, path: Path) -> list[Any]:
         try:
             if path.stat().st_size > MAX_JSON:
-                raise UserError(f"{path} has more than {MAX_JSON >> 20} MB, which no FashionIQ file has")
+                raise UserError(f"{path} has more than {MAX_JSON >> 20} MB. Give FashionIQ's original file.")
             found = json.loads(path.read_bytes())
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); a folder with FashionIQ's captions and image_splits was expected"
-            ) from None
+            fix = "Give a folder with FashionIQ's captions and image_splits."
+            raise UserError(f"{path} cannot be read ({error.strerror}). {fix}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON ({error}); get it anew from FashionIQ's repository") from None
-        if not isinstance(found, list):
             raise UserError(
-                f"{path} is not a list, which FashionIQ's files are; get it anew from FashionIQ's repository"
-            )
+                f"{path} is not valid JSON ({error}). Download it again from FashionIQ's repository."
+            ) from None
+        if not isinstance(found, list):
+            raise UserError(f"{path} is not a list. {DOWNLOAD}")
         return found
 
 
 def _check_asin(asin: Any, path: Path, number: int) -> None:
     if not isinstance(asin, str) or not _ASIN.fullmatch(asin):
-        raise UserError(
-            f"{path}: entry {number} names the picture {asin!r}, where an ASIN of letters and digits was expected"
-        )
+        raise UserError(f"{path}: entry {number} names the image {asin!r}. It should be an ASIN of letters and digits.")

@@ -1,4 +1,4 @@
-"""Texts as catalogues store them, made readable. The same steps in the same order for every source, so that a text can be found again."""
+"""Make the texts of catalogues readable, by the same steps in the same order for every source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CUT_OFF = re.compile(r"(?:<[^<>]*|\s*[^\W_]+)$")
 
 
 def clean(text: str) -> str:
-    """One line of plain text.
+    """Return one line of plain text.
 
     1. Tags that break a line (<br>, <p>, <li> ...) become a blank, all other tags vanish.
     2. HTML entities become their characters.
@@ -24,12 +24,12 @@ def clean(text: str) -> str:
     return _SPACE.sub(" ", _CONTROL.sub(" ", html.unescape(text))).strip()
 
 
-@functools.lru_cache(maxsize=4096)  # photos of a product share their texts, and few brands and seasons are many rows
+@functools.lru_cache(maxsize=4096)  # images of a product share their texts
 def decode_field(raw: bytes, width: int, encoding: str = "iso-8859-1") -> str:
-    """A fixed-width field of bytes as clean text.
+    """Return a fixed-width field of bytes as clean text.
 
-    Padding (zero bytes, blanks) is cut off. A long text that fills its whole field was cut there by whoever wrote the file: the word or the tag
-    that it ends in the middle of is left out.
+    Padding (zero bytes, blanks) is removed. A long text that fills its whole field was truncated when the file was
+    written, so its last word or tag is removed too.
     """
     raw = raw.rstrip(b"\0")
     text = raw.decode(encoding, "replace")
@@ -39,7 +39,7 @@ def decode_field(raw: bytes, width: int, encoding: str = "iso-8859-1") -> str:
 
 
 def join(parts: list[str]) -> str:
-    """Several texts as one: empty and repeated ones left out, a full stop between those that end without a mark."""
+    """Join texts without empty and repeated ones, with a full stop between those that end without a mark."""
     kept: list[str] = []
     for part in parts:
         if part and part not in kept:
@@ -50,5 +50,5 @@ def join(parts: list[str]) -> str:
 
 
 def label(text: str) -> str:
-    """A category's name: clean, in lower case."""
+    """Return a category's name: clean, in lower case."""
     return clean(text).lower()

@@ -37,12 +37,12 @@ def open_data(config: TrainConfig, group: Group) -> tuple[TrainConfig, Split, Sp
 
 
 def draw_default_lookbook(config: TrainConfig, group: Group) -> Path:
-    """Draw the lookbook at the preset's image size unless it exists; return its folder."""
-    from syncmask_fast.sources.lookbook import draw_lookbook
+    """Draw the lookbook at the preset's image size unless it is complete; return its folder."""
+    from syncmask_fast.sources.lookbook.source import draw_in_child
 
     folder = LOOKBOOK.with_name(f"{LOOKBOOK.name}-{config.image.size}px")
     if group.local_rank == 0:
-        draw_lookbook(folder, size=config.image.size)
+        draw_in_child(folder, size=config.image.size)
     return folder
 
 

@@ -1,7 +1,7 @@
-"""The lookbook: a drawn fashion catalogue whose every word knows where it is seen, or that it is not."""
+"""The lookbook: a drawn fashion catalogue that records, for every word of a text, where an image shows it."""
 
 from __future__ import annotations
 
-from .build import draw_lookbook
+from syncmask_fast.sources.lookbook.source import draw_lookbook
 
 __all__ = ["draw_lookbook"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from .fabric import RGB
+from syncmask_fast.sources.lookbook.fabric import RGB
 
 Box = list[float]
 BANDS = ("behind", "body", "front")

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from .details import CLOTHES, KINDS
-from .fabric import CLOTH, COLOURS, METALS, PATTERNS, RGB, distance
-from .garments import build
-from .geometry import Affine, affine, bounds
-from .parts import Garment, Style
-from .subcategories import SUBCATEGORIES
+from syncmask_fast.sources.lookbook.details import CLOTHES, KINDS
+from syncmask_fast.sources.lookbook.fabric import CLOTH, COLOURS, METALS, PATTERNS, RGB, distance
+from syncmask_fast.sources.lookbook.garments import build
+from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Style, affine, bounds
+from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
 SPLITS = ("train", "eval")
 GROUP = 4  # one product in so many is a sibling

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .canvas import Box, Canvas, Regions, among, as_image, where
-from .catalogue import INSIDE, Detail, Product, garment_of, stream
-from .details import KINDS, Brush
-from .fabric import COLOURS, RGB, darker, draw_pattern, lighter, mix
-from .geometry import Affine, affine, area, contains, outline, rectangle
-from .light import crease, photograph
-from .parts import Garment, Part
+from syncmask_fast.sources.lookbook.canvas import Box, Canvas, Regions, among, as_image, where
+from syncmask_fast.sources.lookbook.catalogue import INSIDE, Detail, Product, garment_of, stream
+from syncmask_fast.sources.lookbook.details import KINDS, Brush
+from syncmask_fast.sources.lookbook.fabric import COLOURS, RGB, darker, draw_pattern, lighter, mix
+from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Part, affine, area, contains, outline, rectangle
+from syncmask_fast.sources.lookbook.light import crease, photograph
 
 VISIBLE_SHARE = 0.30  # less of a thing than this counts as hidden
 SMALLEST = 4.0  # a box below this (pixels at size 96) counts as hidden

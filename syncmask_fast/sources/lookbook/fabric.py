@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .geometry import Affine
+from syncmask_fast.sources.lookbook.geometry import Affine
 
 RGB = tuple[int, int, int]
 

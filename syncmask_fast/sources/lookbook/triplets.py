@@ -1,22 +1,14 @@
-"""Triplets of the lookbook: "is red and has long sleeves", from what two products of one category differ in.
-
-They follow from the records alone, so that a lookbook drawn before can be given them without being drawn anew.
-"""
+"""Triplets of the lookbook, such as "is red and has long sleeves": what two products of one category differ in."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from syncmask_fast.data.triplets import GALLERIES, TRIPLETS
-
-from .subcategories import SUBCATEGORIES
+from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
 CANDIDATES = 3  # references of each target: the products that are most like it
 NAMED = 4  # differences that are told at most
@@ -27,37 +19,29 @@ SAME = "is otherwise the same"
 Entry = tuple[str, dict[str, Any]]
 
 
-def write_triplets(folder: Path, samples: Iterable[Entry]) -> None:
-    """Writes triplets.json and galleries.json of a split from the keys and records of its samples, each aside first.
+def make_triplets(samples: Iterable[Entry]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Return the triplets and the galleries of a split from the keys and records of its samples.
 
-    Reference and target are front views of products of one category. A target's references are the products that differ from it in the fewest facts.
+    Reference and target are front views of products of one category. The references of a target are the products
+    that differ from it in the fewest facts.
     """
-    samples = list(samples)
-    fronts = [(key, record) for key, record in samples if record["view"] == "front"]
-    triplets = []
-    by_category: dict[str, list[Entry]] = defaultdict(list)
-    for entry in fronts:
-        by_category[entry[1]["category"]].append(entry)
-    for category, entries in by_category.items():
-        for key, record in entries:
-            told = [
-                (len(_differences(other["facts"], record["facts"])), other_key, other) for other_key, other in entries
-            ]
-            for _, other_key, other in sorted((found for found in told if found[0]), key=lambda found: found[:2])[
-                :CANDIDATES
-            ]:
-                rng = np.random.Generator(
-                    np.random.Philox(key=np.array([record["product_id"], other["product_id"]], np.uint64))
-                )
-                captions = _captions(other["facts"], record["facts"], rng)
-                triplets.append({"class": category, "candidate": other_key, "target": key, "captions": captions})
+    fronts: dict[str, list[Entry]] = defaultdict(list)
     galleries: dict[str, list[str]] = defaultdict(list)
     for key, record in samples:
         galleries[record["category"]].append(key)
-    for name, content in ((TRIPLETS, triplets), (GALLERIES, galleries)):
-        aside = folder / f".{name}.partial-{os.getpid()}"
-        aside.write_text(json.dumps(content) + "\n")
-        aside.replace(folder / name)
+        if record["view"] == "front":
+            fronts[record["category"]].append((key, record))
+    triplets = []
+    for category, entries in fronts.items():
+        for key, record in entries:
+            # Closest products first; a key breaks ties. Identical products give no triplet
+            near = [(len(_differences(o["facts"], record["facts"])), k, o) for k, o in entries]
+            near = sorted((found for found in near if found[0]), key=lambda found: found[:2])
+            for _, reference, other in near[:CANDIDATES]:
+                ids = np.array([record["product_id"], other["product_id"]], np.uint64)
+                captions = _captions(other["facts"], record["facts"], np.random.Generator(np.random.Philox(key=ids)))
+                triplets.append({"class": category, "candidate": reference, "target": key, "captions": captions})
+    return triplets, galleries
 
 
 def _differences(before: dict[str, str], after: dict[str, str]) -> list[str]:

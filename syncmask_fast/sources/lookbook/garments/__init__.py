@@ -1,23 +1,15 @@
-"""What is sewn: the list of subcategories and the parts of each garment as seen from the front, the back
-and the side.
-
-A garment is drawn in its own units (a shirt is about one unit wide), y down from the shoulder or the waist.
-`build` gives its parts from the rearmost to the foremost; the picture's place, size and light come later
-(drawing.py).
-"""
+"""PLACE"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 
-from .garments_carried import bag, shoe
-from .garments_small import hat, scarf
-from .garments_torso import torso
-from .garments_worn import dungarees, jumpsuit, legs, poncho, skirt
-from .geometry import rectangle
-from .parts import Garment, Style
-from .subcategories import SUBCATEGORIES
+from syncmask_fast.sources.lookbook.garments.accessories import bag, hat, scarf, shoe
+from syncmask_fast.sources.lookbook.garments.lower import dungarees, jumpsuit, legs, poncho, skirt
+from syncmask_fast.sources.lookbook.garments.upper import torso
+from syncmask_fast.sources.lookbook.geometry import Garment, Style, rectangle
+from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
 _FAMILIES: dict[str, Callable[..., Garment]] = dict(
     torso=torso,

@@ -1,9 +1,7 @@
-"""What the shop says about a product: one text for all its views, with the character span of every
-attribute in it.
+"""What the shop says about a product: one text for all its views, with the character span of every attribute.
 
-The text never says left or right, and seldom on which side of the product a detail is; the order of mention
-is random. Inside this file an attribute is marked up as [[name|words]]; `describe` takes the marks out and
-gives the spans.
+The text never says left or right, and seldom on which side of the product a detail is. The order of mention is
+random. In this file an attribute is marked up as [[name|words]]; `describe` takes the marks out and gives the spans.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .catalogue import INSIDE, Detail, Product
-from .subcategories import SUBCATEGORIES
-from .words import (
+from syncmask_fast.sources.lookbook.catalogue import INSIDE, Detail, Product
+from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
+from syncmask_fast.sources.lookbook.vocabulary import (
     BRANDS,
     COLLARS,
     FILLERS,

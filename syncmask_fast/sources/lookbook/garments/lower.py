@@ -1,12 +1,18 @@
-"""Clothes: the parts of everything that is worn on the body, from the front, the back and the side."""
+"""Trousers, skirts, jumpsuits and dungarees, from the front, the back and the side."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .garments_torso import NECK_DEPTH, NECK_WIDTH, add_arms, add_collar, neckline_curve, torso_side
-from .geometry import both, ellipse, mirror, outline, rectangle, ribbon
-from .parts import Garment, Style
+from syncmask_fast.sources.lookbook.garments.upper import (
+    NECK_DEPTH,
+    NECK_WIDTH,
+    add_arms,
+    add_collar,
+    neckline_curve,
+    torso_side,
+)
+from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellipse, mirror, outline, rectangle, ribbon
 
 
 def poncho(face: str, style: Style, *, length: float, collar: str | None = None, placket: bool = False) -> Garment:

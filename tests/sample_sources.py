@@ -15,8 +15,8 @@ SUBCATEGORIES = ("T-SHIRTS    ", "SLIM JEANS", "CREWNECKS")
 ONLY_IN_VALIDATION = "CORSETS & BODYSUITS"
 
 
-def picture(number: int, width: int = 40, height: int = 56, kind: str = "JPEG", **options: object) -> bytes:
-    """An encoded picture, different for each number."""
+def encoded_image(number: int, width: int = 40, height: int = 56, kind: str = "JPEG", **options: object) -> bytes:
+    """Return an encoded image, different for each number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     out = io.BytesIO()
@@ -25,9 +25,10 @@ def picture(number: int, width: int = 40, height: int = 56, kind: str = "JPEG", 
 
 
 def description(row: int) -> str:
-    """Upper and lower case, a tag, an entity and a letter beyond ASCII; photos of a product share it."""
+    """Upper and lower case, a tag, an entity and a letter beyond ASCII; images of a product share it."""
     product = row // 3
-    return f"Slim-fit coat number {product} in café brown.<br>Zip pocket &amp; {['star', 'moon', 'sun'][product % 3]} print."
+    shape = ["star", "moon", "sun"][product % 3]
+    return f"Slim-fit coat number {product} in café brown.<br>Zip pocket &amp; {shape} print."
 
 
 def write_fashiongen(
@@ -39,12 +40,12 @@ def write_fashiongen(
     empty: tuple[int, ...] = (),
     **chunks: object,
 ) -> None:
-    """FashionGen's layout: [N, 1] fixed bytes in ISO-8859-1, integer product ids, one-dimensional index_2, some rows of a product in a row."""
+    """FashionGen's layout: [N, 1] fixed bytes in ISO-8859-1, integer product ids, three rows for each product."""
     rng = np.random.default_rng(7)
     with h5py.File(path, "w") as file:
-        colours = rng.integers(0, 256, (rows, 1, 1, 3))
+        colors = rng.integers(0, 256, (rows, 1, 1, 3))
         noise = rng.integers(-20, 20, (rows, size, size, 3))
-        file.create_dataset("input_image", data=(colours + noise).clip(0, 255).astype(np.uint8), **chunks)
+        file.create_dataset("input_image", data=(colors + noise).clip(0, 255).astype(np.uint8), **chunks)
         columns = {
             "name": ("S100", [f"NAVY COAT {row // 3}   " for row in range(rows)]),
             "description": ("S400", ["" if row in empty else description(row) for row in range(rows)]),
@@ -70,16 +71,19 @@ def asin(kind: str, number: int) -> str:
     return f"B00{kind[0].upper()}{number:06d}"
 
 
-def write_fashioniq(folder: Path, pictures: int = 12, missing: tuple[str, ...] = ()) -> None:
-    """FashionIQ's annotation for the three classes, and pictures of both kinds; one is the target of two triplets, the last two of none."""
+def write_fashioniq(folder: Path, images: int = 12, missing: tuple[str, ...] = ()) -> None:
+    """FashionIQ's annotation for the three classes, and images of both kinds.
+
+    One image is the target of two triplets, the last two of none.
+    """
     (folder / "captions").mkdir(parents=True)
     (folder / "image_splits").mkdir()
     (folder / "images").mkdir()
     for place, kind in enumerate(("dress", "shirt", "toptee")):
         for split, first in (("train", 0), ("val", 100), ("test", 200)):
-            names = [asin(kind, first + n) for n in range(pictures)]
+            names = [asin(kind, first + n) for n in range(images)]
             triplets = []
-            for n in range(pictures - 2):
+            for n in range(images - 2):
                 captions = [f" is more red than number {n}. ", "has longer sleeves"]
                 target = {} if split == "test" else {"target": names[max(n, 1)]}
                 triplets.append({"candidate": names[n + 2], **target, "captions": captions})
@@ -88,4 +92,4 @@ def write_fashioniq(folder: Path, pictures: int = 12, missing: tuple[str, ...] =
             for n, name in enumerate(names):
                 if split != "test" and name not in missing:
                     suffix, fmt = (".png", "PNG") if n % 5 == 4 else (".jpg", "JPEG")
-                    (folder / "images" / (name + suffix)).write_bytes(picture(1000 * place + first + n, kind=fmt))
+                    (folder / "images" / (name + suffix)).write_bytes(encoded_image(1000 * place + first + n, kind=fmt))

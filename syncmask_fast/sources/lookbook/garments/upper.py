@@ -1,4 +1,4 @@
-"""Clothes of the upper body and dresses: their parts from the front, the back and the side."""
+"""Clothes of the upper body, dresses and ponchos, from the front, the back and the side."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from .geometry import both, ellipse, mirror, outline, rectangle, ribbon
-from .parts import Garment, Style
+from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellipse, mirror, outline, rectangle, ribbon
 
 NECK_DEPTH = dict(crew=0.085, v=0.25, scoop=0.20, square=0.17, boat=0.05)
 

@@ -50,6 +50,7 @@ TRACKED_SAMPLES = 128  # evaluation samples on which mask quality is tracked dur
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line: train, evaluate, report."""
+    # Before the group exists, every process checks the flags, and one of each machine complains.
     with errors_on_local_main_only():
         config = parse(sys.argv[1:] if argv is None else argv)
         if config.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, train_split, eval_split = open_data(config, group)
         config = create_run_dir(config, group)
         signal_number = train(config, device, train_split, eval_split, group)
+    # 128 + the signal's number is how shells report it; schedulers then restart the job.
     if signal_number is not None:
         raise SystemExit(128 + signal_number)
     if group.is_main:
@@ -156,6 +158,7 @@ def train(
             state.step += 1
             last = state.step == steps
 
+            # FLOPs follow from lengths on the host; losses stay on the device until they are printed.
             flops = None
             if task is None:
                 flops = sum(step_flops(state.model, lengths, result.with_fusion) for lengths in result.lengths)

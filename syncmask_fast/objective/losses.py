@@ -29,6 +29,7 @@ class LossSum(NamedTuple):
 
 def means(sums: dict[str, LossSum], shard: BatchShard) -> dict[str, Tensor]:
     """Return this rank's share of each mean over all ranks; the shares add up to the mean."""
+    # Counts known to the host become device scalars without a copy.
     counts = torch.stack([s.sum.new_full((), s.count) if isinstance(s.count, int) else s.count for s in sums.values()])
     counts = shard.group.all_reduce(counts).clamp(min=1)  # one collective for all losses
     return {name: s.sum / n for (name, s), n in zip(sums.items(), counts, strict=True)}
@@ -50,11 +51,13 @@ def itc_loss(
     rows:             the b anchors that this rank counts.
     returns:          sum over b anchors of the mean of both directions.
     """
+    # 1. Candidates: the batch, then the queue. Images of one product are all positives, each with an equal share.
     candidate_ids = torch.cat([product_ids, queue.product_ids])
     empty = candidate_ids < 0
     positive = (product_ids[rows, None] == candidate_ids).float()
     positive = positive / positive.sum(1, keepdim=True)
 
+    # 2. Both directions, each a softmax over all candidates.
     total = student.images.new_zeros(())
     image_to_text = student.images, student.texts, teacher.images, teacher.texts, queue.texts
     text_to_image = student.texts, student.images, teacher.texts, teacher.images, queue.images
@@ -76,6 +79,7 @@ def itm_loss(logits: Tensor, matched: Tensor, weight: Tensor) -> LossSum:
 
     weight: float32 [N]; 0 for pairs that have no negative.
     """
+    # In float32: under autocast, bfloat16 logits would round small losses away.
     loss = F.cross_entropy(logits.float(), matched.long(), reduction="none")
     return LossSum((loss * weight).sum(), weight.sum())
 

@@ -43,6 +43,7 @@ def maskable(layout: PackedLayout) -> Tensor:
 
 def top_k_mask(score: Tensor, k: Tensor) -> Tensor:
     """Return bool [b, L]: the k[i] highest scores of row i; the lowest index first among equals. k: int64 [b]."""
+    # argsort of argsort is the rank; stable, so ties are resolved as in `ops.sync_mask`.
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return rank < k[:, None]
 
@@ -69,6 +70,7 @@ def random_masks(
     m = allowed.sum(1)
     # `num_masked` on the device, for all texts at once.
     tokens = (config.token_ratio * m.double() + 0.5).floor().clamp(min=1).minimum(m) if config.token_ratio else m * 0
+    # Top k of uniform scores is a uniformly random subset, and has the same code as sync masks.
     return Masks(
         top_k_mask(token_score, tokens),
         top_k_mask(patch_score, m * 0 + num_masked(config.patch_ratio, patches)),

@@ -39,6 +39,7 @@ def update_teacher(
     """
     # Early on, a fixed decay would keep the random initial weights for hundreds of steps.
     decay = min(decay, (1 + step) / (10 + step))
+    # One fused call for all tensors; a factor of 0 leaves the teacher as it is.
     ours, theirs = list(teacher.parameters()), list(model.parameters())
     if finite is None:
         torch._foreach_lerp_(ours, theirs, 1 - decay)

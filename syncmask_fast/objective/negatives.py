@@ -55,6 +55,7 @@ def sample_hard_negatives(
     index, _ = ops.mine_semi_hard(*arguments, true_similarity, margin=margin, temperature=temperature, seed=seed)
     no_limit = torch.full_like(true_similarity, torch.inf)
     fallback, _ = ops.mine_semi_hard(*arguments, no_limit, temperature=temperature, seed=seed)
+    # -1 marks a pair without such a negative. The caller gives it weight 0, so any valid index will do.
     index = torch.where(index >= 0, index, fallback)[:, 0]
     return index.clamp(min=0), index >= 0
 
@@ -70,11 +71,13 @@ def make_negative_pairs(
     pool, device = negative_pool(shard, config), texts.device
     if pool is not shard:
         feats = Features(*(x[shard.rows] for x in feats))
+    # Hard batching has no upper limit on the similarity of a negative.
     margin = config.batch.margin if config.batching == "semi_hard" else -torch.inf
     draw = pool.product_ids, margin, config.loss.temperature
     negative_text, has_text = sample_hard_negatives(feats.images, feats.texts, *draw, seed)
     negative_image, has_image = sample_hard_negatives(feats.texts, feats.images, *draw, seed + 1)
 
+    # On one rank all texts are here already.
     b = shard.rows.stop - shard.rows.start
     each = torch.arange(b, device=device)
     if pool.group.world_size == 1:

@@ -91,6 +91,7 @@ def pretraining_losses(
     student = _encode(model, batch, layout, masks, config)
 
     # 4. ITC on the global batch and the queue; word presence in the first fusion layer.
+    # One collective for the features of student and teacher.
     own = model.project_images(student.images), model.project_texts(student.texts, layout)
     gathered = shard.gather(torch.cat([*own, *teacher_feats], 1)).split(config.embed_dim, 1)
     feats = Features(*gathered[:2])
@@ -103,6 +104,7 @@ def pretraining_losses(
 
     # 5. Fusion: true pairs, hard negatives and masked texts in one pass.
     if schedule.with_fusion:
+        # Sampling is not differentiable.
         detached = Features(*(x.detach() for x in feats))
         sums |= _itm_and_mlm(model, student, detached, batch, config, schedule.seed)
 

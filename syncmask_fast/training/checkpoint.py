@@ -28,7 +28,7 @@ from syncmask_fast.objective.memory import FeatureBank, Queue, make_teacher
 from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.training.optimizer import Optimizer, make_optimizer
 from syncmask_fast.utils.errors import UserError, warn
-from syncmask_fast.utils.files import replace_folder, sha256, write_json
+from syncmask_fast.utils.files import replaced_folder, sha256, write_json
 
 FORMAT = 3
 FOLDER = "checkpoints"
@@ -85,6 +85,7 @@ def find_resume_path(config: TrainConfig, run_dir: Path) -> Path | None:
     A run that started from another run's checkpoint resumes from its own once it has one, so the same command can be
     repeated. The same holds for a run that torchrun has restarted, whatever --resume names.
     """
+    # Own checkpoints win: they are later than the one that --resume named when the run started.
     own = run_dir / FOLDER
     has_own = bool(checkpoints(own))
     if config.resume not in ("auto", "never") and not (restart_count() and has_own):
@@ -119,6 +120,7 @@ def save(run_dir: Path, state: TrainState, log: MetricsLog) -> bool:
     """
     folder = run_dir / FOLDER
     try:
+        # In this order: a resumed run must find the rows of all steps before its checkpoint.
         log.fsync()
         save_checkpoint(folder, state)
     except OSError as error:
@@ -134,13 +136,10 @@ def save(run_dir: Path, state: TrainState, log: MetricsLog) -> bool:
 
 def save_model(model: SyncMaskModel, folder: Path) -> None:
     """Write a model's folder completely or not at all. errors: UserError if it cannot be written."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        replace_folder(partial, folder)
+        with replaced_folder(folder) as partial:
+            model.save_pretrained(partial)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"{folder} cannot be written ({error}). Free some space and run the same command; it resumes."
         ) from error
@@ -157,27 +156,25 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = 2) -> Path:
     A kill at any moment leaves the earlier checkpoints intact. errors: OSError if it cannot be written; nothing of it stays.
     """
     target = folder / f"step-{state.step:08d}"
-    partial = folder / f".{target.name}.partial"
     for old in folder.glob(".step-*.partial"):  # left by a kill
         shutil.rmtree(old, ignore_errors=True)
+    tensors = {
+        "model": state.model.state_dict(),
+        "teacher": state.teacher.state_dict(),
+        "optimizer": _optimizer_tensors(state),
+        "memory": state.memory() | {"order": state.order},
+    }
     try:
-        partial.mkdir(parents=True)
-        tensors = {
-            "model": state.model.state_dict(),
-            "teacher": state.teacher.state_dict(),
-            "optimizer": _optimizer_tensors(state),
-            "memory": state.memory() | {"order": state.order},
-        }
-        for name in TENSOR_FILES:
-            save_file(_to_cpu(tensors[name]), partial / f"{name}.safetensors")
-        counters = {name: getattr(state, name) for name in COUNTERS}
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, **counters, "provenance": state.provenance, "files": files}
-        write_json(partial / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-        replace_folder(partial, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        with replaced_folder(target) as partial:
+            for name in TENSOR_FILES:
+                save_file(_to_cpu(tensors[name]), partial / f"{name}.safetensors")
+            # The manifest comes last: a folder without one is no checkpoint.
+            counters = {name: getattr(state, name) for name in COUNTERS}
+            files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(partial.iterdir())}
+            manifest = {"format": FORMAT, **counters, "provenance": state.provenance, "files": files}
+            write_json(partial / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+    except SafetensorError as error:  # a full disk, as safetensors says it
+        raise OSError(str(error)) from error
     for old in checkpoints(folder)[:-keep]:
         # Rename first: a half removed folder must not look like a checkpoint.
         gone = old.with_name(f".{old.name}.partial")
@@ -206,6 +203,7 @@ def load_latest(folder: Path, state: TrainState) -> Path:
                 raise UserError(
                     f"{damage}, and no other checkpoint is left. Restore one, or start a new run with another --out."
                 ) from damage
+            # Renamed, not removed: the user may want to know what happened to it.
             renamed = latest.with_name(f"damaged-{latest.name}")
             shutil.rmtree(renamed, ignore_errors=True)
             latest.rename(renamed)
@@ -262,6 +260,7 @@ def _restore(path: Path, state: TrainState, manifest: dict[str, Any], tensors: d
         order = memory["order"]
         if not torch.equal(order.sort().values, torch.arange(len(state.bank.filled))):
             raise ValueError("its order is not a permutation of the training items")
+        # Shapes of queue and bank were checked first, so a checkpoint that does not fit changes nothing of them.
         state.model.load_state_dict(tensors["model"])
         state.teacher.load_state_dict(tensors["teacher"])
         _load_optimizer(state, tensors["optimizer"])
@@ -270,6 +269,7 @@ def _restore(path: Path, state: TrainState, manifest: dict[str, Any], tensors: d
             f"{path} is not a checkpoint of this run ({one_line(error)}). "
             "Give another with --resume, or start a new run with another --out."
         ) from error
+    # In place: the queue's tensors may already be part of a compiled step.
     for name, value in targets.items():
         value.copy_(memory[name])
     state.order = order
@@ -279,6 +279,7 @@ def _restore(path: Path, state: TrainState, manifest: dict[str, Any], tensors: d
 
 def _check_provenance(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Warn if the data has changed since the run started; raise `UserError` if resuming would make no sense."""
+    # The bank has a row for each training item, and token embeddings belong to one vocabulary.
     if not saved or not ours:
         return
     if saved.get("samples") != ours["samples"]:
@@ -301,6 +302,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    # By parameter name, not by number: the optimizer's groups may change between versions.
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
@@ -323,6 +325,7 @@ def _load_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
         for key, value in saved.get(names[parameter], {}).items():
             if value.numel() not in (1, parameter.numel()):
                 raise ValueError(f"its optimizer's {key} of {names[parameter]} has {value.numel()} numbers")
+            # torch keeps Adam's step counts on the CPU unless the parameter is on CUDA.
             entries[key] = value.to(parameter.device if key != "step" or parameter.is_cuda else "cpu")
 
 

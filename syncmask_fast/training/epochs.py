@@ -37,6 +37,7 @@ def epoch_batches(
     item_of_sample = np.zeros(len(split.index), np.int64)
     item_of_sample[split.samples] = np.arange(len(split))
     position_of_item = np.zeros(len(split), np.int64)
+    # The largest share of a rank: messages of all ranks have one size.
     width = max(np.diff(shard_bounds(size, group.world_size)))
 
     def describe(batch: Batch) -> tuple[int, np.ndarray]:
@@ -48,15 +49,18 @@ def epoch_batches(
         order = state.order.numpy()
         position_of_item[order] = np.arange(len(order))
         mine, positions = rank_share(order, size, group.rank, group.world_size)
+        # After a resume, with any number of ranks, skip what is done.
         done = int(np.searchsorted(positions, state.samples_done))
         shares = loader.epoch(split.samples[mine], state.epoch, positions, done)
         for batch, rows in lockstep(shares, describe, width, group):
             all_positions, lengths = np.concatenate(rows).T
+            # Counted by position, so batches that damaged images have shortened do not shift it.
             state.samples_done = (int(all_positions[0]) // size + 1) * size
             if len(lengths) < 2:  # damaged images left one pair, which has no negative
                 continue
             items = order[all_positions]
             on_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (items, product_ids[items]))
+            # Every rank knows all rows: negatives and draws are those of the global batch.
             bounds = [0, *np.cumsum([len(x) for x in rows]).tolist()]
             yield dataclasses.replace(batch, shard=BatchShard(group, bounds, lengths.tolist(), *on_device))
         state.epoch, state.samples_done = state.epoch + 1, 0

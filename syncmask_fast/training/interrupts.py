@@ -33,6 +33,7 @@ def graceful_stop(group: Group) -> Iterator[list[int]]:
         received.append(number)
         group.print("\nStopping after this step. Press Ctrl-C again to stop at once.")
 
+    # The handler only takes note: in the middle of a step, nothing could be saved.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
@@ -45,6 +46,7 @@ def dump_bad_batch(run_dir: Path, batch: Batch, index: ShardIndex, step: int, ep
     """Save a batch whose loss or gradients were not finite, with the names of its samples; return the file."""
     path = run_dir / f"not-finite-step-{step}.safetensors"
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    # Pixels and tokens as the step saw them, so the failure can be reproduced without the data.
     tensors = {name: x.cpu().contiguous() for name, x in values.items() if isinstance(x, torch.Tensor)}
     samples = [f"{index.shard_path(i).name}: {index.key(i)}" for i in batch.sample_ids_host.tolist()]
     save_file(tensors, path, {"step": str(step), "epoch": str(epoch), "samples": json.dumps(samples)})

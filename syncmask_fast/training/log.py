@@ -31,6 +31,7 @@ class MetricsLog:
         self.steps, self.every, self.device, self.peak_flops = steps, config.log_every, device, peak_flops
         self.path = config.out / "metrics.jsonl"
         offset, self._skipped_in_a_row = _resume_offset(self.path, start_step)
+        # Unbuffered: what a write could not store on a full disk stays in `_unwritten`.
         self.file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
         self.file.truncate(offset)  # steps after the checkpoint are repeated
         self.file.seek(offset)
@@ -60,6 +61,7 @@ class MetricsLog:
         """
         now = time.perf_counter()
         seconds = max(now - self._clock, 1e-9)
+        # Both are running totals, so a step's share is the difference.
         waited = row["wait_seconds"] - self._wait_seconds
         self._clock, self._wait_seconds = now, row["wait_seconds"]
         entry = {
@@ -80,6 +82,7 @@ class MetricsLog:
     def log_plan_time(self, epoch: int, seconds: float) -> None:
         """Print how long an epoch's order took; the next step's row has it, and its own time does not include it."""
         print(f"epoch {epoch} planned in {seconds:.1f} s", flush=True)
+        # Move the clock instead of reading it: the step under way has already begun.
         self._plan_seconds = seconds
         self._clock += seconds
 
@@ -124,6 +127,7 @@ class MetricsLog:
             self._skipped_in_a_row = 0 if "loss" in row else self._skipped_in_a_row + 1
             if "loss" not in row:
                 row["skipped"] = 1
+            # One line, one step: a reader can follow the file while it grows.
             self._unwritten += json.dumps(row).encode() + b"\n"
         self._write()
         rows, self._rows, self._losses = self._rows, [], []
@@ -226,6 +230,7 @@ def _resume_offset(path: Path, step: int) -> tuple[int, int]:
             if type(at) is not int or at <= last:
                 raise ValueError(f"step {at!r} after step {last}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            # Behind the checkpoint, or half a line: cut off. Before it, the user must decide.
             if last >= step or not line.endswith(b"\n"):
                 break
             raise UserError(f"{path}: line {number} is not a step of a run ({error}). Remove the line.") from error

@@ -30,8 +30,10 @@ class Optimizer:
 
     def step(self, finite: Tensor | None = None) -> None:
         """Update parameters and state; change nothing where `finite`, a bool scalar on the device, is false."""
+        # The view shares the weight's memory, but autograd knows only the convolution.
         for matrix, parameter in self.conv_views.items():
             matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        # A finite check on the host would stall the device: update, then undo where it was not finite.
         rollback = Rollback()
         for optimizer in self.optimizers:
             if finite is not None and isinstance(optimizer, torch.optim.Muon):
@@ -87,6 +89,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    # Fused: one kernel for all parameters, and it can skip an update on the device.
     adamw = torch.optim.AdamW(groups, lr=config.lr, fused=True)
     if config.muon_lr is None:
         return Optimizer([adamw])

@@ -38,6 +38,7 @@ def create_run_dir(config: TrainConfig, group: Group) -> TrainConfig:
     if path.is_file() and started:
         if config.resume == "never" and not restart_count():
             raise UserError(f"{out} already contains a run. Choose another --out, or drop --resume never to resume it.")
+        # Compare what is saved with what would be saved, so defaults of both are equal.
         before, now = to_json(from_json(TrainConfig, _read_json(path))), to_json(config)
         changed = sorted(name for name in now if now[name] != before[name] and name not in RESUME_MAY_CHANGE)
         if changed:

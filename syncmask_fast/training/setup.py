@@ -41,6 +41,7 @@ def draw_default_lookbook(config: TrainConfig, group: Group) -> Path:
     from syncmask_fast.sources.lookbook.source import draw_in_child
 
     folder = LOOKBOOK.with_name(f"{LOOKBOOK.name}-{config.image.size}px")
+    # Other processes of the machine wait in `main_process_first`.
     if group.local_rank == 0:
         draw_in_child(folder, size=config.image.size)
     return folder
@@ -83,6 +84,7 @@ def build_state(
     items: number of training items, which are samples or triplets.
     """
     resume_path = group.broadcast_object(find_resume_path(config, config.out))
+    # Every rank draws the same weights; the broadcast below is for what rank 0 alone has trained.
     torch.manual_seed(config.seed)
     model = SyncMaskModel(config, tokenizer)
     if resume_path is None:
@@ -104,11 +106,13 @@ def configure_compute(config: TrainConfig, state: TrainState) -> torch.dtype:
     """Compile blocks, turn on gradient checkpointing, time the attention backends; return the dtype of products."""
     model, device = state.model, state.model.device
     dtype = autocast_dtype(config.precision, device, config.text.width)
+    # Time the backends now, not in the first step, and keep the choice.
     attention_backend(device, dtype)
     for encoder in (model.image, model.text, model.fusion):
         encoder.grad_checkpointing = config.grad_checkpointing
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for part in (model, state.teacher):
+            # Blocks, not the whole model: they repeat, and masked batches change shapes only between them.
             for block in (*part.image.vit.blocks, *part.text.layers, *part.fusion.layers):
                 block.compile(dynamic=True)
     return dtype

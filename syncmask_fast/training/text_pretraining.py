@@ -46,6 +46,7 @@ def pretrain_text(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray,
         ids, starts = tokens.pack(next(batches))
         layout = PackedLayout.of(np.diff(starts).tolist(), device)
         token_ids = torch.from_numpy(ids).to(device)
+        # No images: the cross-attention is left out, and its weights get no gradient.
         masked = layout.unpad(random_masks(layout, 0, mask, generator).token_mask)
         at = masked.nonzero()[:, 0]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -46,12 +46,25 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
         file.write(text.encode(errors="backslashreplace"))  # a lone surrogate, as in some file names: valid JSON too
 
 
-def replace_folder(partial: Path, target: Path) -> None:
-    """Sync a finished folder of files to disk, then rename it to `target`, which it replaces. errors: OSError."""
-    for path in (*partial.iterdir(), partial):
-        fsync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder that replaces `target` when the block ends. An exception removes it and leaves `target` as it was.
+
+    errors: OSError.
+    """
+    partial = partial_path(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        # Files first, then their names: after a power loss the renamed folder must be complete.
+        for path in (*partial.iterdir(), partial):
+            fsync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     fsync(target.parent)
 
 

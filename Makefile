@@ -44,6 +44,7 @@ soak: install
 
 lint: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)

@@ -1,11 +1,12 @@
-"""Builds the package and, where a C++ compiler and torch are at hand, its compiled operators (`_C.so`); where nvcc and a torch with
-CUDA are at hand too, those for CUDA (`_C_cuda.so`, a library of its own, because it does not load beside a torch without CUDA).
+"""Build the package and its compiled operators: `_C.so`, and `_C_cuda.so` where nvcc and a torch with CUDA are found.
 
-Everything declarative is in pyproject.toml. The library uses LibTorch's stable ABI and no Python API, so that
-one build serves every Python and every torch from 2.10 on. torch is never imported here: in an isolated build
-(plain `pip install .`) it cannot be, but its headers and libraries in the target environment are files like
-any other. Without a compiler or torch the install succeeds all the same, and the operators run their slower
-references. CXX and NVCC choose the compilers, CXXFLAGS adds to the flags of the first.
+They are two libraries because the second does not load into a torch without CUDA. Without a C++ compiler or torch the
+install succeeds without them, and the operators run their slower references.
+
+Everything declarative is in pyproject.toml. The libraries use LibTorch's stable ABI and no Python API: one build serves
+every Python and every torch from 2.10 on. torch is never imported here. In an isolated build (plain `pip install .`) it
+cannot be, but its headers and libraries in the target environment are ordinary files. CXX and NVCC choose the
+compilers, CXXFLAGS adds to the flags of the first; an empty NVCC leaves out `_C_cuda.so`.
 """
 
 from __future__ import annotations
@@ -29,30 +30,20 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = [
-    f"csrc/{name}.cpp"
-    for name in (
-        "crop_resize",
-        "group_semi_hard",
-        "isa",
-        "mine_semi_hard",
-        "packed_attention",
-        "sync_mask",
-        "transpose",
-    )
-]
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cpp"))
 CUDA_SOURCES = ["csrc/group_semi_hard.cu"]
+HEADERS = sorted(path.relative_to(ROOT).as_posix() for ext in ("h", "inl") for path in ROOT.glob(f"csrc/*.{ext}"))
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")  # those that the nvcc at hand knows are built
 TORCH_TARGET = "0x020a000000000000ULL"  # the binary uses what torch 2.10 has, whatever torch it is built with
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 
 class NotBuilt(Exception):
-    """Why the compiled operators were left out."""
+    """Why a compiled library is left out."""
 
 
 class BuildNative(build_ext):
-    """A library that cannot be built is reported and left out."""
+    """Report a library that cannot be built, and leave it out."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"
@@ -83,14 +74,14 @@ def compile_library(sources: list[str], target: Path) -> None:
         raise NotBuilt("because no C++ compiler was found (install g++, or set CXX)")
     include, library = torch / "include", torch / "lib"
     files = [str(ROOT / source) for source in sources]
-    parts = sorted(file for file in ROOT.joinpath("csrc").iterdir() if file.suffix in (".cpp", ".h", ".inl"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in parts)).hexdigest()[:12]
+    files_read = sorted(file for file in ROOT.glob("csrc/*") if file.suffix in (".cpp", ".h", ".inl"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files_read)).hexdigest()[:12]
     version = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
     stamp = f"csrc {digest}, torch {torch_version(torch)} headers, {Path(compiler).name} {version.strip()}"
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f'-DSYNCMASK_BUILD_STAMP="{stamp}"']
     # -ltorch_cpu -lc10: torch's libraries are not loaded globally, so the symbols need a file to come from.
-    # No run path is needed: torch is imported, and so loaded, first. Built aside and renamed, for a process
-    # that has the old one open.
+    # No run path is needed: torch is imported, and so loaded, first. Built aside and renamed, because a process may
+    # have the old one open.
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor(len(files)) as pool:
         objects = [str(Path(folder, f"{index}.o")) for index in range(len(files))]
@@ -121,7 +112,7 @@ def compile_cuda_library(sources: list[str], target: Path) -> None:
 
 
 def cuda_flags(nvcc: str, torch: Path) -> list[str]:
-    """How nvcc compiles csrc/*.cu: machine code for the known targets, and PTX of the last for what comes after them."""
+    """Return nvcc's flags: machine code for the known targets, and PTX of the last for what comes after them."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     targets = [name.removeprefix("sm_") for name in CUDA_TARGETS if name in known]
     if not targets:
@@ -140,7 +131,7 @@ def run_compiler(command: list[str]) -> None:
 
 
 def find_torch() -> Path:
-    """The folder of the torch of the environment that is being installed into.
+    """Return the folder of the torch of the environment that is installed into.
 
     An isolated build hides it from this process by PYTHONPATH; a fresh interpreter that ignores that sees it.
     """
@@ -164,8 +155,8 @@ setup(
     packages=[*find_packages(include=["syncmask_fast", "syncmask_fast.*"]), "syncmask_fast.kernels"],
     package_dir={"syncmask_fast.kernels": "kernels"},
     ext_modules=[
-        Extension("syncmask_fast._C", SOURCES, optional=True),
-        Extension("syncmask_fast._C_cuda", CUDA_SOURCES, optional=True),
+        Extension("syncmask_fast._C", SOURCES, depends=HEADERS, optional=True),
+        Extension("syncmask_fast._C_cuda", CUDA_SOURCES, depends=HEADERS, optional=True),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

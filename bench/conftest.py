@@ -1,19 +1,15 @@
-"""`pytest bench --benchmark-only`: measures, writes bench/results, and repeats itself with the tuned allocator."""
+"""`pytest bench --benchmark-only`: measure, write bench/results, and repeat with the tuned allocator."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-_spec = importlib.util.spec_from_file_location("bench_harness", Path(__file__).with_name("harness.py"))
-harness = sys.modules["bench_harness"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(harness)
+from bench import harness
 
 _session = harness.Session()
 _AGAIN = "SYNCMASK_BENCH_AGAIN"  # set in the second process: the tests have passed in the first

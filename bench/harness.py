@@ -1,8 +1,8 @@
 """What every benchmark shares: cold inputs, timing, memory, the limits of the machine, and the rows written.
 
 A benchmark names its providers (other ways to compute the same, and ours), makes inputs for a case, and calls
-`Session.compare`. Rows go to bench/results (or $OUT) as CSV and JSON, one file for each operator, device and
-allocator setting.
+`Session.compare`. Rows go to bench/results (or $OUT) as CSV, one file for each operator, device and allocator
+setting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import datetime
 import gc
 import itertools
-import json
 import math
 import os
 import platform
@@ -28,7 +27,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# glibc hands large blocks back to the kernel, and fetching them anew costs eager PyTorch more than its arithmetic.
+# glibc returns large blocks to the kernel, and fetching them again costs eager PyTorch more than its arithmetic.
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "34359738368", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
 _SECONDS, _ROUNDS = 2.0, (5, 50)  # of measuring a provider
 
@@ -94,9 +93,10 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 
 def extra_mib(function: Callable[[], object], device: torch.device) -> float:
-    """Peak memory of a call beyond what was there; NaN where the kernel does not say (not Linux).
+    """Return the peak memory of a call beyond what was there, in MiB; NaN where the system does not report it.
 
-    On the CPU what earlier calls freed is given back first; with the tuned allocator much stays, so read memory off the other rows.
+    On the CPU, memory that earlier calls freed is returned first. With the tuned allocator much stays, so take the
+    figure from the other rows.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -120,8 +120,8 @@ def _status_kib(field: str) -> int:
 
 
 def _what(row: dict) -> tuple:
-    """What a row measured: its columns before the figures."""
-    return tuple(itertools.takewhile(lambda item: item[0] != "median_ms", row.items()))
+    """Return what a row measured: its columns before the figures, as they are in the CSV file."""
+    return tuple((name, str(row[name])) for name in itertools.takewhile(lambda name: name != "median_ms", row))
 
 
 class Session:
@@ -160,8 +160,8 @@ class Session:
         """Times function(*make(seed)) and adds a row.
 
         One round goes once over copies of the inputs that together are twice the cache, so that each call finds
-        its inputs cold; its time is that of a call, on average. With cold=False it is a call on one copy: for work that
-        goes over its inputs many times; rounds=1 goes without a warm-up too. flops: of the products that cannot be avoided.
+        its inputs cold; its time is the mean of a call. With cold=False it is a call on one copy: for work that reads
+        its inputs many times. rounds=1 has no warm-up either. flops: of the products that cannot be avoided.
         """
         first = make(0)
         device, dtype = first[0].device, first[0].dtype
@@ -229,8 +229,8 @@ class Session:
     ) -> None:
         """Times function(), which keeps what it needs between calls (a training step, an epoch), and adds a row.
 
-        items: pairs or images of a call. cpu_ms in the row is the processor time of all threads of this process. facts: further columns, from the
-        median time of a call in seconds.
+        items: pairs or images of a call. cpu_ms in the row is the processor time of all threads of this process.
+        facts: further columns, from the median time of a call in seconds.
         """
         for _ in range(warm_up):
             function()
@@ -273,22 +273,24 @@ class Session:
         benchmark.extra_info.update(row)
 
     def write(self) -> list[Path]:
-        """One CSV and one JSON file for each operator, device and allocator setting. Rows of cases that were not measured this time stay."""
+        """Write one CSV file for each operator, device and allocator setting; rows that were not measured now stay."""
         folder = results_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        groups: dict[str, list[dict]] = {}
+        groups: dict[Path, list[dict]] = {}
         for row in self.rows:
-            groups.setdefault(f"{row['operator']}-{row['device']}-{row['allocator']}", []).append(row)
-        for name, rows in groups.items():
-            known = folder / f"{name}.json"
-            before = json.loads(known.read_text()) if known.is_file() else []
+            path = folder / f"{row['operator']}-{row['device']}-{row['allocator']}.csv"
+            groups.setdefault(path, []).append(row)
+        for path, rows in groups.items():
+            before = []
+            if path.is_file():
+                with path.open(newline="") as file:
+                    before = list(csv.DictReader(file))
             rows = list({_what(row): row for row in before + rows}.values())
-            folder.joinpath(f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-            with folder.joinpath(f"{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-        return [folder / f"{name}.csv" for name in groups]
+        return list(groups)
 
     def table(self) -> list[str]:
         """A line a row, with what the other providers take in terms of ours."""
@@ -302,18 +304,15 @@ class Session:
                 for r in self.rows
                 if r["provider"] == "ours" and all(r[n] == row[n] for n in ("operator", "device", "dtype", *case))
             ]
-            ratio = (
-                f"{row['median_ms'] / same[0]['median_ms']:5.2f}x ours ({row['min_ms'] / same[0]['min_ms']:.2f}x at best)"
-                if same
-                else ""
-            )
-            limits = (
-                f"limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy"
-                if "of_limit" in row
-                else f"{row['per_s']:.4g}/s"
-            )
-            lines.append(
-                f"{row['operator']} {row['device']} {row['allocator']:8s} {' '.join(f'{n} {row[n]}' for n in case):38s} {row['provider']:9s}"
-                f" {row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f}) +{row['extra_mib']:.0f} MiB, {limits}  {ratio}"
-            )
+            ratio = ""
+            if same:
+                median, best = (row[name] / same[0][name] for name in ("median_ms", "min_ms"))
+                ratio = f"{median:5.2f}x ours ({best:.2f}x at best)"
+            limits = f"{row.get('per_s', 0):.4g}/s"
+            if "of_limit" in row:
+                limits = f"limits {row['gemm_limit_ms']:.3f} gemm {row['copy_limit_ms']:.3f} copy"
+            sizes = " ".join(f"{name} {row[name]}" for name in case)
+            taken = f"{row['median_ms']:9.3f} ms (min {row['min_ms']:.3f}, p90 {row['p90_ms']:.3f})"
+            where = f"{row['operator']} {row['device']} {row['allocator']:8s} {sizes:38s} {row['provider']:9s}"
+            lines.append(f"{where} {taken} +{row['extra_mib']:.0f} MiB, {limits}  {ratio}")
         return lines

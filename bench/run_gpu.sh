@@ -47,10 +47,10 @@ for n, d in ((1, 4), (300, 9)):
         torch.ops.syncmask.group_semi_hard(feats[0], feats[1], ids, 8, 0.0, 0, search_space, 2)
 torch.cuda.synchronize()'
 fi
-stage operators 110 env SYNCMASK_BENCH_WHOLE=1 "$PYTHON" -m pytest bench/test_{sync_mask,mine_semi_hard,group_semi_hard}.py --benchmark-only -q -k cuda
+stage operators 110 env SYNCMASK_BENCH_WHOLE=1 "$PYTHON" -m pytest bench/bench_{sync_mask,mine_semi_hard,group_semi_hard}.py --benchmark-only -q -k cuda
 stage step 80 "$PYTHON" -m pytest bench/bench_step.py --benchmark-only -q -k cuda
 stage profile 25 "$PYTHON" -m bench.profile_step base 128
-stage loader 15 "$PYTHON" -m pytest bench/test_loader.py --benchmark-only -q -k cuda
+stage loader 15 "$PYTHON" -m pytest bench/bench_loader.py --benchmark-only -q -k cuda
 
 echo "== summary"
 for i in "${!names[@]}"; do

@@ -1,6 +1,5 @@
-// The pixels of crop_resize, for one instruction set. Included once per set by crop_resize.cpp (so no include guard),
-// which defines SYNCMASK_LANES. Lane l of a vector is row l of a band of kLanes output rows: neighbouring columns
-// then are neighbouring vectors, and neither direction of the resize has to gather.
+// The pixels of crop_resize. Lane l of a vector is row l of a band of kLanes output rows: neighboring columns are then
+// neighboring vectors, and neither direction of the resize has to gather.
 
 #include "simd.h"
 
@@ -23,7 +22,8 @@ INLINE Lanes load_bytes(const uint8_t* from, int64_t count) {
 }
 
 // Of one tile of a band: to[e][l] = element e of row l, for kLanes elements of a row, of which `count` exist.
-INLINE void blend_tile(const uint8_t* image, int64_t stride, const Window& window, int64_t y, int64_t count, float* to) {
+INLINE void blend_tile(const uint8_t* image, int64_t stride, const Window& window, int64_t y, int64_t count,
+                       float* to) {
   Lanes rows[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     const uint8_t* from = image + window.first[y + l] * stride;
@@ -39,7 +39,7 @@ INLINE void blend_tile(const uint8_t* image, int64_t stride, const Window& windo
 
 // Whole levels; halves to even, as rint rounds them.
 INLINE Lanes to_levels(Lanes x) {
-  constexpr float kOnesOnly = 0x1.8p23f;  // beside it a float has no bits for fractions
+  constexpr float kOnesOnly = 0x1.8p23f;  // above it a float has no bits for fractions
   return (x + kOnesOnly) - kOnesOnly;
 }
 
@@ -49,26 +49,26 @@ INLINE Lanes clamp_levels(Lanes x) {
   return x > most ? most : x;
 }
 
-// band: room for kLanes rows of the crop, [elements, kLanes].     strip: for kLanes rows of the output, which then go to `out` in
-// one piece for each colour: memory takes many short pieces far more slowly.
-void crop_resize(const Picture& picture, const Window& across, const Window& down, const Colours& colours, int64_t size, float* band,
-                 float* strip, float* out) {
-  const int64_t elements = 3 * picture.width;
+// band: room for kLanes rows of the crop, [elements, kLanes].     strip: for kLanes rows of the output, which then go
+// to `out` in one piece for each color: memory takes many short pieces more slowly.
+void crop_resize(const Crop& crop, const Window& across, const Window& down, const ColorChange& color_change,
+                 int64_t size, float* band, float* strip, float* out) {
+  const int64_t elements = 3 * crop.width;
   for (int64_t y = 0; y < size; y += kLanes) {
     const int64_t rows = size - y < kLanes ? size - y : kLanes;
     for (int64_t e = 0; e < elements; e += kLanes) {
       const int64_t left = elements - e;
       if (left >= kLanes) {
-        blend_tile(picture.data + e, picture.stride, down, y, kLanes, band + e * kLanes);
+        blend_tile(crop.data + e, crop.stride, down, y, kLanes, band + e * kLanes);
       } else {
-        blend_tile(picture.data + e, picture.stride, down, y, left, band + e * kLanes);
+        blend_tile(crop.data + e, crop.stride, down, y, left, band + e * kLanes);
       }
     }
     for (int64_t x = 0; x < size; x += kLanes) {
       const int64_t columns = size - x < kLanes ? size - x : kLanes;
       Lanes pixels[3][kLanes];
       for (int64_t l = 0; l < kLanes; ++l) {
-        const int64_t column = l < columns ? x + l : size - 1, source = picture.flip ? size - 1 - column : column;
+        const int64_t column = l < columns ? x + l : size - 1, source = crop.flip ? size - 1 - column : column;
         const float* from = band + across.first[source] * 3 * kLanes;
         const float* weights = across.weights.data() + source * across.taps;
         Lanes sums[3] = {};
@@ -78,13 +78,14 @@ void crop_resize(const Picture& picture, const Window& across, const Window& dow
         }
 #pragma GCC unroll 3
         for (int c = 0; c < 3; ++c) sums[c] = to_levels(sums[c]);
-        if (colours.change) {
-          const Lanes grey = colours.offset + colours.grey * (0.299f * sums[0] + 0.587f * sums[1] + 0.114f * sums[2]);
+        if (color_change.change) {
+          const Lanes grey =
+              color_change.offset + color_change.grey * (0.299f * sums[0] + 0.587f * sums[1] + 0.114f * sums[2]);
 #pragma GCC unroll 3
-          for (int c = 0; c < 3; ++c) sums[c] = clamp_levels(to_levels(colours.own * sums[c] + grey));
+          for (int c = 0; c < 3; ++c) sums[c] = clamp_levels(to_levels(color_change.own * sums[c] + grey));
         }
 #pragma GCC unroll 3
-        for (int c = 0; c < 3; ++c) pixels[c][l] = colours.scale[c] * sums[c] + colours.shift[c];
+        for (int c = 0; c < 3; ++c) pixels[c][l] = color_change.scale[c] * sums[c] + color_change.shift[c];
       }
       for (int c = 0; c < 3; ++c) {
         transpose(pixels[c]);

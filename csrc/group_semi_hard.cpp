@@ -141,8 +141,14 @@ class Walk {
     const Lists of_image{entries_.data(), counts_.data(), bounds_.data(), capacity_};
     const Lists of_text{entries_.data() + places_ * capacity_, counts_.data() + places_, bounds_.data() + places_,
                         capacity_};
-    return {count(),         width_,            image_panels_.data(), text_panels_.data(),
-            product_.data(), threshold_.data(), unvisited_.data(),    of_image,
+    return {count(),
+            width_,
+            image_panels_.data(),
+            text_panels_.data(),
+            product_.data(),
+            threshold_.data(),
+            unvisited_.data(),
+            of_image,
             of_text};
   }
 
@@ -187,7 +193,7 @@ class Walk {
       std::fill_n(lists.bound, count(), 0);
       std::fill_n(lists.bound + count(), panels() * kernels().panel - count(), 0xffffffffu);
     }
-    // About two in a panel lie above such a bound. Panels half the items apart, since neighbors may be alike.
+    // About two in a panel are above such a bound. Panels half the items apart, since neighbors may be alike.
     if (count() > kernels().panel * capacity_) {
       for_panels([&](int64_t panel) { kernels().sample_bounds(items, panel, (panel + panels() / 2) % panels()); });
     }
@@ -199,7 +205,7 @@ class Walk {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t column = wave - row;
           kernels().fill_block(items, row * size, std::min(panels(), (row + 1) * size), column * size,
-                             std::min(panels(), (column + 1) * size));
+                               std::min(panels(), (column + 1) * size));
         }
       });
     }
@@ -256,8 +262,8 @@ class Walk {
   uint64_t best_of_all(const Query& query) {
     scanned_ += count();
     const int64_t work = count() * std::max<int64_t>(width_, 1);
-    const int64_t threads = std::clamp<int64_t>(work / kMinMultipliesPerThread, 1,
-                                                std::max<int64_t>(1, torch::stable::get_num_threads()));
+    const int64_t threads =
+        std::clamp<int64_t>(work / kMinMultipliesPerThread, 1, std::max<int64_t>(1, torch::stable::get_num_threads()));
     const int64_t share = (panels() + threads - 1) / threads;
     std::vector<uint64_t> best(threads);
     const auto scan_shares = [&](int64_t begin, int64_t end) {
@@ -297,15 +303,13 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
                     "group_semi_hard: features must be contiguous float32 [N, D]");
   }
   const int64_t n = image_feats.size(0), width = image_feats.size(1);
-  STD_TORCH_CHECK(text_feats.size(0) == n && text_feats.size(1) == width,
-                  "group_semi_hard: features differ in shape");
-  STD_TORCH_CHECK(
-      ids.dim() == 1 && ids.size(0) == n && ids.scalar_type() == ScalarType::Long && ids.is_contiguous(),
-      "group_semi_hard: ids must be contiguous int64 [N]");
+  STD_TORCH_CHECK(text_feats.size(0) == n && text_feats.size(1) == width, "group_semi_hard: features differ in shape");
+  STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == n && ids.scalar_type() == ScalarType::Long && ids.is_contiguous(),
+                  "group_semi_hard: ids must be contiguous int64 [N]");
   const int64_t run = std::max<int64_t>(1, std::min(n, search_space.value_or(n)));
-  STD_TORCH_CHECK(run <= std::numeric_limits<int32_t>::max(),
-                  "group_semi_hard: more than 2^31 items in one walk");
-  STD_TORCH_CHECK(neighbors >= 0 && neighbors != 1 && neighbors <= kMaxNeighbors, "group_semi_hard: neighbors out of range");
+  STD_TORCH_CHECK(run <= std::numeric_limits<int32_t>::max(), "group_semi_hard: more than 2^31 items in one walk");
+  STD_TORCH_CHECK(neighbors >= 0 && neighbors != 1 && neighbors <= kMaxNeighbors,
+                  "group_semi_hard: neighbors out of range");
   STD_TORCH_CHECK(batch_size >= 1 && start >= 0 && start < run && search_space.value_or(1) >= 1,
                   "group_semi_hard: batch_size, start or search_space out of range");
 
@@ -325,6 +329,4 @@ Tensor group_semi_hard(Tensor image_feats, Tensor text_feats, Tensor ids, int64_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) {
-  m.impl("group_semi_hard", TORCH_BOX(&group_semi_hard));
-}
+STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) { m.impl("group_semi_hard", TORCH_BOX(&group_semi_hard)); }

@@ -32,22 +32,23 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 1024;  // of a block, one for each multiprocessor: 32 KiB of loads in flight
 constexpr int kItems = 4;       // of a warp at a time
 constexpr unsigned kAllLanes = 0xffffffffu;
-// New lists are due when scans have cost as much as making them would. In similarities of scans, which come from memory:
-// one of a list, where operands are reused; a scan beyond its similarities; launches.
+// New lists are due when scans have cost as much as making them would. In similarities of scans, which come from
+// memory: one of a list, where operands are reused; a scan beyond its similarities; launches.
 constexpr int64_t kScanCost = 10, kScanOverhead = 1 << 14, kListsOverhead = 1 << 25;
 
-// What the walk goes over. Written by the leader and read by all, so never through the read-only cache: unvisited, batch_of.
+// What the walk goes over. Written by the leader and read by all, so never through the read-only cache: unvisited,
+// batch_of.
 struct Walk {
-  const float4* images;         // [R, D / 4]
-  const float4* texts;          // [R, D / 4]
-  const int32_t* of_image;      // [R, K] places, the best first; -1 ends a list
-  const int32_t* of_text;       // [R, K]
-  const int32_t* product;       // [R]
-  const int64_t* item;          // [R]
-  unsigned char* unvisited;     // [R]
-  int64_t* batch_of;            // [products]: the last batch that holds the product
-  int64_t* order;               // [n]
-  int64_t* state;               // position, and the place that is to be put there
+  const float4* images;      // [R, D / 4]
+  const float4* texts;       // [R, D / 4]
+  const int32_t* of_image;   // [R, K] places, the best first; -1 ends a list
+  const int32_t* of_text;    // [R, K]
+  const int32_t* product;    // [R]
+  const int64_t* item;       // [R]
+  unsigned char* unvisited;  // [R]
+  int64_t* batch_of;         // [products]: the last batch that holds the product
+  int64_t* order;            // [n]
+  int64_t* state;            // position, and the place that is to be put there
   int64_t remaining, width, neighbors, items, batch_size;
   float margin;
 };
@@ -255,7 +256,8 @@ void check_cuda(cudaError_t error) {
 }
 
 void check(const Tensor& x, ScalarType type, std::initializer_list<int64_t> sizes, const char* name) {
-  bool is_right = x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.dim() == static_cast<int64_t>(sizes.size());
+  bool is_right =
+      x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.dim() == static_cast<int64_t>(sizes.size());
   int64_t at = 0;
   for (const int64_t size : sizes) {
     is_right = is_right && x.size(at) == size;
@@ -264,12 +266,13 @@ void check(const Tensor& x, ScalarType type, std::initializer_list<int64_t> size
   STD_TORCH_CHECK(is_right, "group_semi_hard: ", name, " has a wrong shape, dtype, layout or device");
 }
 
-// images, texts float32 [R, D]; lists int32 [2, R, K]; product int32 [R]; item int64 [R]; unvisited bool [R], batch_of int64
-// [products], order int64 [n] and state int64 [2] are written.
-void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item, Tensor unvisited, Tensor batch_of, Tensor order,
-          Tensor state, int64_t batch_size, double margin) {
+// images, texts float32 [R, D]; lists int32 [2, R, K]; product int32 [R]; item int64 [R]; unvisited bool [R], batch_of
+// int64 [products], order int64 [n] and state int64 [2] are written.
+void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item, Tensor unvisited, Tensor batch_of,
+          Tensor order, Tensor state, int64_t batch_size, double margin) {
   const int64_t remaining = images.size(0), width = images.size(1), neighbors = lists.size(2);
-  STD_TORCH_CHECK(remaining >= 1 && width % 4 == 0 && batch_size >= 1, "group_semi_hard: nothing to walk, or D is no multiple of 4");
+  STD_TORCH_CHECK(remaining >= 1 && width % 4 == 0 && batch_size >= 1,
+                  "group_semi_hard: nothing to walk, or D is no multiple of 4");
   STD_TORCH_CHECK(remaining <= INT32_MAX, "group_semi_hard: more than 2^31 items in one walk");
   check(images, ScalarType::Float, {remaining, width}, "images");
   check(texts, ScalarType::Float, {remaining, width}, "texts");
@@ -313,8 +316,8 @@ void walk(Tensor images, Tensor texts, Tensor lists, Tensor product, Tensor item
   const int64_t blocks = std::min<int64_t>(multiprocessors, (remaining + items_of_block - 1) / items_of_block);
   Board* board_data = static_cast<Board*>(board.mutable_data_ptr());
   void* parameters[] = {&arguments, &board_data};
-  check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(walk_kernel), dim3(blocks), dim3(kThreads), parameters, 0,
-                                         static_cast<cudaStream_t>(stream)));
+  check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(walk_kernel), dim3(blocks), dim3(kThreads),
+                                         parameters, 0, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace

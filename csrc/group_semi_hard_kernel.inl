@@ -1,9 +1,8 @@
-// Similarities of the walk, included once per instruction set by group_semi_hard.cpp (so no include guard), which
-// defines SYNCMASK_LANES and SYNCMASK_ROWS: floats in a vector, and rows of a tile whose sums fit the registers.
+// Similarities of the walk.
 //
-// Features lie in panels of kPanel items, [D, kPanel] each, so that lane l of vector t belongs to item t * kLanes + l
-// of the panel. One function makes all similarities, and adds in the order of the features: a list and a scan give
-// the same bits, and image . text the same as text . image.
+// Features are in panels of kPanel items, [D, kPanel] each: lane l of vector t belongs to item t * kLanes + l of the
+// panel. One function makes all similarities, and adds in the order of the features: a list and a scan give the same
+// bits, and image . text the same as text . image.
 
 #include "simd.h"
 
@@ -55,7 +54,8 @@ void sample_bounds(const Remaining& items, int64_t image_panel, int64_t text_pan
   int32_t order[kPanel][kPanel];
   for (int row = 0; row < kPanel; row += kRows) {
     Lanes sum[kRows][kVectors];
-    similarities<kRows, kPanel>(items.images + image_panel * size + row, items.texts + text_panel * size, items.width, sum);
+    similarities<kRows, kPanel>(items.images + image_panel * size + row, items.texts + text_panel * size, items.width,
+                                sum);
     for (int i = 0; i < kRows; ++i) {
       for (int t = 0; t < kVectors; ++t) {
         const Ints x = ordered_lanes(sum[i][t]);
@@ -94,11 +94,13 @@ __attribute__((noinline)) void keep_best(const Lists& lists, int64_t item, int64
 INLINE void add(const Lists& lists, int64_t item, uint32_t key, int64_t place, int64_t places) {
   int32_t& count = lists.count[item];
   lists.entries[item * lists.capacity + count++] = entry_of(key, place);
-  if (count == lists.capacity) keep_best(lists, item, std::max<int64_t>({1, lists.capacity / 4, lists.capacity * 3 / 4 * (place + 1) / places}));
+  if (count == lists.capacity)
+    keep_best(lists, item, std::max<int64_t>({1, lists.capacity / 4, lists.capacity * 3 / 4 * (place + 1) / places}));
 }
 
 // Puts the tile of rows from `row` on and columns from `column` on into the lists that it belongs to.
-__attribute__((noinline)) void offer_tile(const Remaining& items, int64_t row, int64_t column, const Ints (&order)[kRows][kVectors]) {
+__attribute__((noinline)) void offer_tile(const Remaining& items, int64_t row, int64_t column,
+                                          const Ints (&order)[kRows][kVectors]) {
   static_assert(kPanel <= 64, "a bit for each column");
   for (int64_t i = row; i < std::min(row + kRows, items.count); ++i) {
     uint64_t row_bits = 0, column_bits = 0;
@@ -125,7 +127,8 @@ __attribute__((noinline)) void offer_tile(const Remaining& items, int64_t row, i
 
 // Offers each pair of an image of panels first_row .. last_row - 1 and a text of panels first_column .. last_column - 1
 // to the lists of both. Every list is offered its items in ascending order.
-void fill_block(const Remaining& items, int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+void fill_block(const Remaining& items, int64_t first_row, int64_t last_row, int64_t first_column,
+                int64_t last_column) {
   const int64_t size = kPanel * items.width;
   for (int64_t row = first_row * kPanel; row < last_row * kPanel; row += kRows) {
     const float* images = items.images + row / kPanel * size + row % kPanel;

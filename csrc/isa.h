@@ -1,5 +1,5 @@
-// One build for every x86-64 processor. Where SYNCMASK_KERNEL is defined (a file name), compiles that file once for each
-// instruction set, in the namespaces avx512, avx2 and generic, and defines kernels(), which returns those in use.
+// One build for every x86-64 processor. Where SYNCMASK_KERNEL is defined (a file name), compiles that file once for
+// each instruction set, in the namespaces avx512, avx2 and generic, and defines kernels(), which returns those in use.
 //
 // Include it once in a source file, outside all namespaces, after `struct Kernels` in an anonymous namespace. The file
 // sees SYNCMASK_LANES, the floats in a vector, and ends with `const Kernels kernels{...};`.

@@ -1,4 +1,4 @@
-// The CPU kernel of syncmask::mine_semi_hard, which kernels/mine_semi_hard.py defines and where its schema is.
+// The CPU kernel of syncmask::mine_semi_hard; kernels/mine_semi_hard.py has the definition and the schema.
 //
 // A block of anchors meets the candidates in runs that stay in a core's second cache, tile by tile; no more than a
 // tile of similarities exists for each thread. Each anchor keeps its best k so far in order, the worst of which is its
@@ -61,7 +61,7 @@ struct Args {
 struct Block {
   Block(const Args& args, const float* anchors, int64_t first, int64_t count);
   void search_candidates(int64_t begin, int64_t end);
-  // The best so far of an anchor, descending; scores and indices (bits of int32) lie `row_size` and twice that behind.
+  // The best so far of an anchor, descending; scores and indices (bits of int32) follow at `row_size` and twice that.
   // Empty places rank -inf.
   float* ranks_of(int64_t row) { return winners.data() + 3 * row_size * row; }
 
@@ -70,7 +70,7 @@ struct Block {
   int64_t first, count;
   int64_t run = 0;                   // the first of the candidates that are packed now
   int64_t row_size;                  // k, filled up to whole vectors
-  AlignedBuffer<float> winners;                    // [count, 3, row_size]
+  AlignedBuffer<float> winners;      // [count, 3, row_size]
   std::vector<float> limit;          // scores must be below
   std::vector<float> floor;          // ranks must be above, as the sieve computes them; NaN while any will do
   std::vector<uint32_t> row_key;     // hashes of the anchors
@@ -124,7 +124,8 @@ Block::Block(const Args& args, const float* anchors, int64_t first, int64_t coun
 void Block::search_candidates(int64_t begin, int64_t end) {
   const int64_t columns = args.candidates.columns;
   const int64_t fitting = kRunBytes / static_cast<int64_t>(sizeof(float) * std::max<int64_t>(columns, 1));
-  const int64_t size = std::min(round_up(std::max<int64_t>(fitting, 1), kernels().width), round_up(end - begin, kernels().width));
+  const int64_t size =
+      std::min(round_up(std::max<int64_t>(fitting, 1), kernels().width), round_up(end - begin, kernels().width));
   AlignedBuffer<float> packed, rows;
   packed.resize(size * columns);
   rows.resize(kernels().lanes * columns);
@@ -160,7 +161,8 @@ void finish(std::vector<Block>& blocks, int64_t k, int64_t* index, float* score)
 }
 
 // Anchors first .. first + count - 1 against all candidates, which up to `threads` threads share out.
-void mine_block(const Args& args, int64_t first, int64_t count, int64_t threads, int64_t k, int64_t* index, float* score) {
+void mine_block(const Args& args, int64_t first, int64_t count, int64_t threads, int64_t k, int64_t* index,
+                float* score) {
   AlignedBuffer<float> anchors, rows;
   anchors.resize(round_up(count, kernels().rows) * args.anchors.columns + kernels().lanes);
   rows.resize(kernels().lanes * args.anchors.columns);
@@ -187,7 +189,8 @@ void mine(const Args& args, int64_t k, int64_t* index, float* score) {
   const double work = static_cast<double>(rows) * args.candidates.rows * columns;
   const int64_t threads = std::clamp<int64_t>(work / kMinMultipliesPerThread, 1, torch::stable::get_num_threads());
   if (parts_of(rows, kernels().rows) < kMinPanelsPerThread * threads) {
-    for (int64_t i = 0; i < rows; i += largest) mine_block(args, i, std::min(largest, rows - i), threads, k, index, score);
+    for (int64_t i = 0; i < rows; i += largest)
+      mine_block(args, i, std::min(largest, rows - i), threads, k, index, score);
     return;
   }
   const int64_t blocks = round_up(parts_of(rows, largest), threads);
@@ -221,7 +224,8 @@ std::tuple<Tensor, Tensor> mine_semi_hard(Tensor anchors, Tensor candidates, Ten
   STD_TORCH_CHECK(positive_score.dim() == 1 && positive_score.size(0) == anchors.size(0) &&
                       positive_score.scalar_type() == ScalarType::Float,
                   "mine_semi_hard: positive_score must be float32 [N]");
-  STD_TORCH_CHECK(k >= 1 && (!temperature.has_value() || *temperature > 0), "mine_semi_hard: k and temperature must be above 0");
+  STD_TORCH_CHECK(k >= 1 && (!temperature.has_value() || *temperature > 0),
+                  "mine_semi_hard: k and temperature must be above 0");
   STD_TORCH_CHECK(std::max(anchors.size(0), candidates.size(0)) <= std::numeric_limits<int32_t>::max(),
                   "mine_semi_hard: more than 2^31 anchors or candidates");
 
@@ -238,7 +242,8 @@ std::tuple<Tensor, Tensor> mine_semi_hard(Tensor anchors, Tensor candidates, Ten
   args.temperature = static_cast<float>(temperature.value_or(1));
   args.inverse_temperature = 1 / args.temperature;
   const uint64_t bits = static_cast<uint64_t>(seed);
-  args.seed_key = generic::mix(static_cast<uint32_t>(bits) ^ generic::mix(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u));
+  args.seed_key =
+      generic::mix(static_cast<uint32_t>(bits) ^ generic::mix(static_cast<uint32_t>(bits >> 32) ^ 0x9e3779b9u));
 
   Tensor index = torch::stable::new_empty(anchors, {anchors.size(0), k}, ScalarType::Long);
   Tensor score = torch::stable::new_empty(anchors, {anchors.size(0), k}, ScalarType::Float);
@@ -255,6 +260,4 @@ std::tuple<Tensor, Tensor> mine_semi_hard(Tensor anchors, Tensor candidates, Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) {
-  m.impl("mine_semi_hard", TORCH_BOX(&mine_semi_hard));
-}
+STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) { m.impl("mine_semi_hard", TORCH_BOX(&mine_semi_hard)); }

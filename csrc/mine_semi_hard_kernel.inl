@@ -1,7 +1,4 @@
-// The products of mine_semi_hard and their first sieve, for one instruction set. Included once per set by
-// mine_semi_hard.cpp (so no include guard), which defines SYNCMASK_LANES, SYNCMASK_ROWS and SYNCMASK_VECTORS: floats
-// in a vector, anchors and vectors of candidates in a tile. The sums of a tile and what they are made of fit the
-// registers; lane l of vector t is candidate t * kLanes + l of the tile.
+// The products of mine_semi_hard and their first sieve. Lane l of vector t is candidate t * kLanes + l of a tile.
 
 #include "simd.h"
 
@@ -9,7 +6,7 @@ constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4, kVectors = 2;  //
 constexpr int kWidth = kVectors * kLanes;
 
 // Panels of `size` rows, to[panel][c][row]; the last one is filled up with its last row. A panel is whole vectors wide
-// or less than one: then a column's last lanes are overwritten by the next column, and the last column's lie behind.
+// or less than one: then a column's last lanes are overwritten by the next column, and the last column's come after it.
 void pack(const Matrix& from, int64_t first, int64_t count, int64_t size, float* buffer, float* to) {
   for (int64_t i = 0; i < count; i += size, to += size * from.columns) {
     for (int64_t t = 0; t < size; t += kLanes) {
@@ -49,12 +46,12 @@ INLINE Lanes noise_bound(Words hash) {
   return (127 + 31) * kLog2 + kRounding - logarithm * (0x1p-23f * kLog2);
 }
 
-// tile[r][candidate] = sum over c of a[c][r] * b[c][candidate], always in the order of c, and in passed[r] a bit for each
-// candidate that may be among the best of anchor row + r: the sieve, on sums that are still in registers. A NaN is
+// tile[r][candidate] = sum over c of a[c][r] * b[c][candidate], always in the order of c, and in passed[r] a bit for
+// each candidate that may be among the best of anchor row + r: the sieve, on sums that are still in registers. A NaN is
 // never below the limit.
 template <bool kDraws>
-__attribute__((noinline)) void multiply_and_sieve(const Block& block, const float* a, const float* b, int64_t row, int64_t candidate,
-                                                  float* tile, uint64_t* passed) {
+__attribute__((noinline)) void multiply_and_sieve(const Block& block, const float* a, const float* b, int64_t row,
+                                                  int64_t candidate, float* tile, uint64_t* passed) {
   const int64_t columns = block.args.anchors.columns;
   Lanes sum[kRows][kVectors];
   multiply<kRows, kVectors>({a, 1, kRows}, b, kWidth, columns, sum);
@@ -111,7 +108,8 @@ void insert(Block& block, int64_t row, float rank, float score, int32_t index) {
 
 // Inserts those pairs of a row of a tile that are among the best of their anchor so far, and raises its floor.
 template <bool kDraws>
-__attribute__((noinline)) void offer(Block& block, int64_t row, int64_t first_candidate, uint64_t passed, const float* scores) {
+__attribute__((noinline)) void offer(Block& block, int64_t row, int64_t first_candidate, uint64_t passed,
+                                     const float* scores) {
   const Args& args = block.args;
   const int64_t anchor_id = args.anchor_ids[block.first + row];
   const float* worst = block.ranks_of(row) + args.k - 1;

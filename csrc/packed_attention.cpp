@@ -1,8 +1,9 @@
-// The CPU kernels of syncmask::packed_attention and its backward, which kernels/packed_attention.py defines and where their
-// schemas are.
+// The CPU kernels of syncmask::packed_attention and its backward, which kernels/packed_attention.py defines and where
+// their schemas are.
 //
-// The work is cut into one block of queries and keys and one head of it. Sequences are read and written where they lie, without
-// padding and without a copy in another dtype; sums are in float32. No attention map outlives the 64 queries it is of.
+// The work is cut into one block of queries and keys and one head of it. Sequences are read and written where they lie,
+// without padding and without a copy in another dtype; sums are in float32. No attention map outlives the 64 queries it
+// is of.
 //
 // Letters: T queries and S keys of all blocks together, N blocks, H heads, D head width.
 
@@ -33,20 +34,20 @@ struct Task {
   float scale;
 };
 
-// Rows of a result, whose columns lie next to each other.
+// Rows of a result, whose columns are next to each other.
 struct Output {
   void* data;
   ScalarType type;
   int64_t columns, row_stride;
 };
 
-// What one thread works in; [.., width] has D filled up to whole vectors, [.., keys] likewise.
+// What one thread works in; [.., width] has D filled up to whole vectors, [.., keys] the same.
 struct Scratch {
-  AlignedBuffer<float> rows;                             // [keys, width], of k or v
-  AlignedBuffer<float> keys, values;                     // [D, keys], transposed
-  AlignedBuffer<float> queries, outputs, grads;          // [kChunk, width]
-  AlignedBuffer<float> scores, grad_scores;              // [kChunk, keys]
-  AlignedBuffer<float> grad_keys, grad_values;           // [keys, width]
+  AlignedBuffer<float> rows;                     // [keys, width], of k or v
+  AlignedBuffer<float> keys, values;             // [D, keys], transposed
+  AlignedBuffer<float> queries, outputs, grads;  // [kChunk, width]
+  AlignedBuffer<float> scores, grad_scores;      // [kChunk, keys]
+  AlignedBuffer<float> grad_keys, grad_values;   // [keys, width]
 };
 
 struct Kernels {
@@ -70,8 +71,9 @@ struct Args {
 };
 
 void check_starts(const char* name, const Tensor& starts, const Tensor& rows) {
-  STD_TORCH_CHECK(starts.dim() == 1 && starts.size(0) >= 1 && starts.scalar_type() == ScalarType::Int && starts.is_contiguous(),
-                  "packed_attention: ", name, " must be contiguous int32 [N + 1]");
+  STD_TORCH_CHECK(
+      starts.dim() == 1 && starts.size(0) >= 1 && starts.scalar_type() == ScalarType::Int && starts.is_contiguous(),
+      "packed_attention: ", name, " must be contiguous int32 [N + 1]");
   const int32_t* start = static_cast<const int32_t*>(starts.const_data_ptr());
   const int64_t blocks = starts.size(0) - 1;
   bool rising = start[0] == 0 && start[blocks] == rows.size(0);
@@ -80,12 +82,15 @@ void check_starts(const char* name, const Tensor& starts, const Tensor& rows) {
 }
 
 void check_features(const Tensor& x, const Tensor& q, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == q.size(1) && x.size(2) == q.size(2) && x.scalar_type() == q.scalar_type(),
-                  "packed_attention: ", name, " must be [rows, H, D] with the heads, width and dtype of q");
-  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1 || x.size(0) == 0, "packed_attention: the columns of ", name, " must lie next to each other");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && x.size(1) == q.size(1) && x.size(2) == q.size(2) && x.scalar_type() == q.scalar_type(),
+      "packed_attention: ", name, " must be [rows, H, D] with the heads, width and dtype of q");
+  STD_TORCH_CHECK(x.stride(2) == 1 || x.size(2) <= 1 || x.size(0) == 0, "packed_attention: the columns of ", name,
+                  " must be next to each other");
 }
 
-Args checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_starts, const Tensor& k_starts, double scale) {
+Args checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_starts, const Tensor& k_starts,
+             double scale) {
   STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
                   "packed_attention: q must be float32 or bfloat16");
   STD_TORCH_CHECK(q.dim() == 3, "packed_attention: q must be [T, H, D]");
@@ -97,8 +102,14 @@ Args checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_
                   "packed_attention: q_starts and k_starts must have the same blocks");
   check_starts("q_starts", q_starts, q);
   check_starts("k_starts", k_starts, k);
-  return {q, k, v, static_cast<const int32_t*>(q_starts.const_data_ptr()), static_cast<const int32_t*>(k_starts.const_data_ptr()),
-          q_starts.size(0) - 1, q.size(1), static_cast<float>(scale)};
+  return {q,
+          k,
+          v,
+          static_cast<const int32_t*>(q_starts.const_data_ptr()),
+          static_cast<const int32_t*>(k_starts.const_data_ptr()),
+          q_starts.size(0) - 1,
+          q.size(1),
+          static_cast<float>(scale)};
 }
 
 // The rows of block n and head h.
@@ -134,7 +145,8 @@ void for_each_block(const Args& args, const Run& run) {
   });
 }
 
-std::tuple<Tensor, Tensor> packed_attention(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor k_starts, double scale) {
+std::tuple<Tensor, Tensor> packed_attention(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor k_starts,
+                                            double scale) {
   const Args args = checked(q, k, v, q_starts, k_starts, scale);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor log_sums = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
@@ -147,14 +159,16 @@ std::tuple<Tensor, Tensor> packed_attention(Tensor q, Tensor k, Tensor v, Tensor
   return {out, log_sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums,
-                                                             Tensor q_starts, Tensor k_starts, double scale) {
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                             Tensor log_sums, Tensor q_starts, Tensor k_starts,
+                                                             double scale) {
   const Args args = checked(q, k, v, q_starts, k_starts, scale);
   check_features(grad, q, "grad");
   check_features(out, q, "out");
-  STD_TORCH_CHECK(grad.size(0) == q.size(0) && out.size(0) == q.size(0), "packed_attention: grad and out must have the rows of q");
-  STD_TORCH_CHECK(log_sums.dim() == 2 && log_sums.size(0) == q.size(1) && log_sums.size(1) == q.size(0) && log_sums.is_contiguous() &&
-                      log_sums.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(grad.size(0) == q.size(0) && out.size(0) == q.size(0),
+                  "packed_attention: grad and out must have the rows of q");
+  STD_TORCH_CHECK(log_sums.dim() == 2 && log_sums.size(0) == q.size(1) && log_sums.size(1) == q.size(0) &&
+                      log_sums.is_contiguous() && log_sums.scalar_type() == ScalarType::Float,
                   "packed_attention: log_sums must be contiguous float32 [H, T]");
   Tensor grad_q = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor grad_k = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
@@ -163,9 +177,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(Tensor grad, Tensor
   const int64_t rows = q.size(0);
   for_each_block(args, [&](int64_t n, int64_t h, Scratch& scratch) {
     const float* of_block = sums + h * rows + args.q_starts[n];
-    kernels().backward(task_of(args, n, h), matrix_of(grad, args.q_starts, n, h), matrix_of(out, args.q_starts, n, h), of_block,
-                    scratch, output_of(grad_q, args.q_starts, n, h), output_of(grad_k, args.k_starts, n, h),
-                    output_of(grad_v, args.k_starts, n, h));
+    kernels().backward(task_of(args, n, h), matrix_of(grad, args.q_starts, n, h), matrix_of(out, args.q_starts, n, h),
+                       of_block, scratch, output_of(grad_q, args.q_starts, n, h),
+                       output_of(grad_k, args.k_starts, n, h), output_of(grad_v, args.k_starts, n, h));
   });
   return {grad_q, grad_k, grad_v};
 }

@@ -1,8 +1,6 @@
-// Attention of one block and head, forward and backward. Included once per instruction set by packed_attention.cpp (so no
-// include guard), which defines SYNCMASK_LANES, SYNCMASK_VECTORS and SYNCMASK_ROWS: floats in a vector, and the vectors and rows
-// of a tile of a product, whose sums fit the registers.
+// Attention of one block and head, forward and backward.
 //
-// Everything is a product a . b of one shape: scalars of `a` (any strides, so that a transposed one costs nothing) times
+// Everything is a product a . b of one form: scalars of `a` (any strides, so that a transposed one costs nothing) times
 // vectors along the rows of `b`, which are padded with zeros to whole vectors.
 
 #include "simd.h"
@@ -13,7 +11,8 @@ INLINE int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kL
 
 // to[i][c] (= or +=) sum over t < terms of a(i, t) * b[t][c], for R rows and V vectors of columns.
 template <int R, int V>
-__attribute__((noinline)) void tile(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride) {
+__attribute__((noinline)) void tile(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to,
+                                    int64_t to_stride) {
   Lanes sum[R][V];
   multiply<R, V>(a, b, b_stride, terms, sum);
 #pragma GCC unroll 32
@@ -27,7 +26,8 @@ __attribute__((noinline)) void tile(Factor a, const float* b, int64_t b_stride, 
 }
 
 template <int R, int V>
-INLINE void tile_rows(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride, int64_t rows) {
+INLINE void tile_rows(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride,
+                      int64_t rows) {
   for (; rows >= R; rows -= R) {
     tile<R, V>(a, b, b_stride, terms, add, to, to_stride);
     a.data += R * a.row;
@@ -38,8 +38,8 @@ INLINE void tile_rows(Factor a, const float* b, int64_t b_stride, int64_t terms,
 
 // For V vectors of columns at a time, then the rest with fewer.
 template <int V>
-INLINE void tile_columns(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride, int64_t rows,
-                         int64_t vectors) {
+INLINE void tile_columns(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to,
+                         int64_t to_stride, int64_t rows, int64_t vectors) {
   for (; vectors >= V; vectors -= V) {
     tile_rows<kRows, V>(a, b, b_stride, terms, add, to, to_stride, rows);
     b += V * kLanes;
@@ -49,7 +49,8 @@ INLINE void tile_columns(Factor a, const float* b, int64_t b_stride, int64_t ter
 }
 
 // to [rows, columns] (= or +=) a [rows, terms] . b [terms, columns]; columns: a multiple of kLanes.
-void product(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+void product(Factor a, const float* b, int64_t b_stride, int64_t terms, bool add, float* to, int64_t to_stride,
+             int64_t rows, int64_t columns) {
   tile_columns<kVectors>(a, b, b_stride, terms, add, to, to_stride, rows, columns / kLanes);
 }
 
@@ -167,7 +168,8 @@ void attend(const Task& task, Scratch& scratch, const Output& out, float* log_su
       read_padded(task.q, first, count, queries, width);
       product({queries, width, 1}, scratch.keys.data(), row, columns, false, scores, row, count, row);
       float sums[kChunk];
-      for (int64_t i = 0; i < count; ++i) sums[i] = softmax_row(scores + i * row, keys, task.scale, log_sums + first + i);
+      for (int64_t i = 0; i < count; ++i)
+        sums[i] = softmax_row(scores + i * row, keys, task.scale, log_sums + first + i);
       product({scores, row, 1}, scratch.rows.data(), width, keys, false, outputs, width, count, width);
       for (int64_t i = 0; i < count; ++i) {
         const float share = 1 / sums[i];
@@ -181,12 +183,13 @@ void attend(const Task& task, Scratch& scratch, const Output& out, float* log_su
   }
 }
 
-void attend_backward(const Task& task, const Matrix& grad, const Matrix& out, const float* log_sums, Scratch& scratch, const Output& grad_q,
-                     const Output& grad_k, const Output& grad_v) {
+void attend_backward(const Task& task, const Matrix& grad, const Matrix& out, const float* log_sums, Scratch& scratch,
+                     const Output& grad_q, const Output& grad_k, const Output& grad_v) {
   const int64_t keys = task.k.rows, columns = task.q.columns, width = padded(columns), row = padded(keys);
   read_keys(task.v, scratch.rows, &scratch.values);
   read_keys(task.k, scratch.rows, &scratch.keys);
-  for (AlignedBuffer<float>* floats : {&scratch.queries, &scratch.outputs, &scratch.grads}) floats->resize(kChunk * width);
+  for (AlignedBuffer<float>* floats : {&scratch.queries, &scratch.outputs, &scratch.grads})
+    floats->resize(kChunk * width);
   for (AlignedBuffer<float>* floats : {&scratch.scores, &scratch.grad_scores}) floats->resize(kChunk * row);
   for (AlignedBuffer<float>* floats : {&scratch.grad_keys, &scratch.grad_values}) {
     floats->resize(row * width);

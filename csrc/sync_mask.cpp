@@ -1,8 +1,8 @@
-// The CPU kernel of syncmask::sync_mask, which kernels/sync_mask.py defines and where its schema is.
+// The CPU kernel of syncmask::sync_mask; kernels/sync_mask.py has the definition and the schema.
 //
-// The work is cut into parts: one sample, one head and up to 64 of its words. Only the words that count are
-// computed. A part's attention weights are the scratch of a thread, and what leaves it is one score a word and
-// one a patch. Parts are summed over heads in one order, whatever the number of threads.
+// The work is cut into tasks: one sample, one head and up to 64 of its words. Only the words that count are computed.
+// A task's attention weights are the scratch of a thread; its result is one score for each word and one for each patch.
+// Results are summed over heads in one order, for any number of threads.
 //
 // Letters: B samples, H heads, T tokens, P patches, D head width.
 
@@ -39,20 +39,20 @@ struct Task {
   int64_t count;
   float scale;
   TokenRule token_rule;
-  PatchRule patch_rule;  // kCls takes the first word of the part
+  PatchRule patch_rule;  // kCls takes the first word of the task
 };
 
 // What one thread works in.
 struct Scratch {
-  AlignedBuffer<float> queries;              // [D, width]
-  AlignedBuffer<float> weights;              // [1+P and up to a vector more, width]
-  AlignedBuffer<float> rows;                 // some rows of q or k in float32, where they are not already
-  AlignedBuffer<float> values;               // [1+P, D], likewise
-  AlignedBuffer<float> outputs;              // [D, width]
-  AlignedBuffer<float> result;                 // [width + P and up to a vector more]
-  std::vector<float> head;     // [P]
-  std::vector<int32_t> words;  // [T]
-  std::vector<uint64_t> keys;  // [max(T, P)]
+  AlignedBuffer<float> queries;  // [D, width]
+  AlignedBuffer<float> weights;  // [1+P and up to a vector more, width]
+  AlignedBuffer<float> rows;     // some rows of q or k in float32, where they are not already
+  AlignedBuffer<float> values;   // [1+P, D], the same
+  AlignedBuffer<float> outputs;  // [D, width]
+  AlignedBuffer<float> result;   // [width + P and up to a vector more]
+  std::vector<float> head;       // [P]
+  std::vector<int32_t> words;    // [T]
+  std::vector<uint64_t> keys;    // [max(T, P)]
 };
 
 struct Kernels {
@@ -71,16 +71,14 @@ namespace {
 struct Args {
   Tensor q, k, maskable;
   std::optional<Tensor> v;
-  double token_ratio, patch_ratio;
-  float scale;
-  TokenRule token_rule;
-  PatchRule patch_rule;
-  int64_t batch, heads, tokens, patches, columns;
-  const bool* maskable_data;
-  bool* token_mask;
-  bool* patch_mask;
-  float* token_score;
-  float* patch_score;
+  double token_ratio = 0, patch_ratio = 0;
+  float scale = 0;
+  TokenRule token_rule = TokenRule::kPeak;
+  PatchRule patch_rule = PatchRule::kMax;
+  int64_t batch = 0, heads = 0, tokens = 0, patches = 0, columns = 0;
+  const bool* maskable_data = nullptr;
+  bool *token_mask = nullptr, *patch_mask = nullptr;
+  float *token_score = nullptr, *patch_score = nullptr;
 
   bool is_maskable(int64_t b, int64_t i) const {
     return maskable_data[b * maskable.stride(0) + i * maskable.stride(1)];
@@ -129,8 +127,8 @@ PatchRule choose_words(const Args& args, int64_t b, std::vector<int32_t>& words)
 }
 
 // result[0, width): a score of each word; result[width, width + P): a score of each patch.
-void run_task(const Args& args, int64_t b, int64_t h, int64_t begin, const std::vector<int32_t>& words,
-              PatchRule rule, Scratch& scratch, float* result) {
+void run_task(const Args& args, int64_t b, int64_t h, int64_t begin, const std::vector<int32_t>& words, PatchRule rule,
+              Scratch& scratch, float* result) {
   Task task;
   task.q = matrix_of(args.q, b, h);
   task.k = matrix_of(args.k, b, h);
@@ -166,10 +164,10 @@ int64_t share_of(double ratio, int64_t count) {
   return std::min(count, std::max<int64_t>(1, static_cast<int64_t>(ratio * count + 0.5)));
 }
 
-// Sums parts, which task_result(h, begin) gives, over heads and writes what the operator returns of sample b.
+// Sums results, which task_result(h, begin) gives, over heads and writes what the operator returns of sample b.
 template <typename PartOf>
-void finish_sample(const Args& args, int64_t b, const std::vector<int32_t>& words, PatchRule rule,
-                   Scratch& scratch, const PartOf& task_result) {
+void finish_sample(const Args& args, int64_t b, const std::vector<int32_t>& words, PatchRule rule, Scratch& scratch,
+                   const PartOf& task_result) {
   const int64_t patches = args.patches, count = words.size();
   float* token_score = args.token_score + b * args.tokens;
   float* patch_score = args.patch_score + b * patches;
@@ -216,7 +214,7 @@ void finish_sample(const Args& args, int64_t b, const std::vector<int32_t>& word
   mark_highest(keys, masked, patch_mask);
 }
 
-// Samples for each thread: no part outlives the next one.
+// Samples for each thread: no result outlives the next one.
 void run_by_sample(const Args& args) {
   torch::stable::parallel_for(0, args.batch, 1, [&](int64_t first, int64_t last) {
     Scratch scratch = make_scratch(args);
@@ -230,7 +228,7 @@ void run_by_sample(const Args& args) {
   });
 }
 
-// Parts for each thread, for a few samples: keeps B * H * ceil(T / width) parts.
+// Tasks for each thread, for a few samples: keeps B * H * ceil(T / width) results.
 void run_by_task(const Args& args) {
   const int64_t heads = args.heads, size = args.task_size();
   std::vector<std::vector<int32_t>> words(args.batch);
@@ -273,9 +271,8 @@ void check_features(const Tensor& x, const Tensor& q, int64_t rows) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor maskable, std::optional<Tensor> v,
-                                                     double token_ratio, double patch_ratio,
-                                                     std::string token_score, std::string patch_score,
-                                                     double scale) {
+                                                     double token_ratio, double patch_ratio, std::string token_score,
+                                                     std::string patch_score, double scale) {
   const ScalarType type = q.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "sync_mask: q must be float32, bfloat16 or float16");
@@ -287,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor 
                       maskable.scalar_type() == ScalarType::Bool,
                   "sync_mask: maskable must be bool [B, T]");
   STD_TORCH_CHECK(token_ratio >= 0 && token_ratio <= 1 && patch_ratio >= 0 && patch_ratio <= 1,
-                  "sync_mask: ratios must lie in 0 .. 1");
+                  "sync_mask: ratios must be in 0 .. 1");
   STD_TORCH_CHECK(std::max(q.size(2), k.size(2)) <= std::numeric_limits<int32_t>::max(),
                   "sync_mask: more than 2^31 tokens or patches");
 
@@ -296,15 +293,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor 
   args.patch_ratio = patch_ratio;
   args.scale = static_cast<float>(scale);
   args.token_rule = rule_named<TokenRule>(token_score, {{"peak", TokenRule::kPeak},
-                                                           {"mass", TokenRule::kMass},
-                                                           {"cls", TokenRule::kCls},
-                                                           {"output", TokenRule::kOutput}});
+                                                        {"mass", TokenRule::kMass},
+                                                        {"cls", TokenRule::kCls},
+                                                        {"output", TokenRule::kOutput}});
   args.patch_rule = rule_named<PatchRule>(patch_score, {{"mean", PatchRule::kMean},
-                                                           {"cls", PatchRule::kCls},
-                                                           {"weighted", PatchRule::kWeighted},
-                                                           {"max", PatchRule::kMax}});
-  STD_TORCH_CHECK(v.has_value() || args.token_rule != TokenRule::kOutput,
-                  "sync_mask: token_score \"output\" needs v");
+                                                        {"cls", PatchRule::kCls},
+                                                        {"weighted", PatchRule::kWeighted},
+                                                        {"max", PatchRule::kMax}});
+  STD_TORCH_CHECK(v.has_value() || args.token_rule != TokenRule::kOutput, "sync_mask: token_score \"output\" needs v");
   args.batch = q.size(0);
   args.heads = q.size(1);
   args.tokens = q.size(2);
@@ -321,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor 
   args.token_score = static_cast<float*>(token.mutable_data_ptr());
   args.patch_score = static_cast<float*>(patch.mutable_data_ptr());
 
-  // By part where there are few samples, so that no thread waits long for the last one.
+  // By task where there are few samples, so that no thread waits long for the last one.
   constexpr int64_t kSamplesPerThread = 8;
   if (args.batch >= kSamplesPerThread * static_cast<int64_t>(torch::stable::get_num_threads())) {
     run_by_sample(args);
@@ -333,6 +329,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sync_mask(Tensor q, Tensor k, Tensor 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) {
-  m.impl("sync_mask", TORCH_BOX(&sync_mask));
-}
+STABLE_TORCH_LIBRARY_IMPL(syncmask, CPU, m) { m.impl("sync_mask", TORCH_BOX(&sync_mask)); }

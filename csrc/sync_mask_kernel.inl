@@ -1,15 +1,13 @@
-// One part of sync_mask: one head and up to kWidth words of one sample, against all its keys. Included once per
-// instruction set by sync_mask.cpp (so no include guard), which defines SYNCMASK_LANES, SYNCMASK_VECTORS and
-// SYNCMASK_SUMS: floats in a vector, vectors of words in a part, and sums that fit the registers beside them.
+// One task of sync_mask: one head and up to kLanes * kVectors words of one sample, against all its keys.
 //
-// Vectors run over words: lane l of vector t is word t * kLanes + l of the task. So the softmax over keys needs
-// nothing across lanes, keys are read where they lie, and only queries are transposed. A part with fewer words
-// repeats the last one (its weight in patch scores is 0), which cannot make a number of NaN or a NaN of a number.
+// Vectors run over words: lane l of vector t is word t * kLanes + l of the task. So the softmax over keys needs nothing
+// across lanes, keys are read in place, and only queries are transposed. A task with fewer words repeats the last one
+// (its weight in patch scores is 0), which cannot make a number of NaN or a NaN of a number.
 
 #include "simd.h"
 
 constexpr int kVectors = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;  // of words in a task
-constexpr int kSums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 8;    // that fit the registers
+constexpr int kSums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 8;   // that fit the registers
 
 // Lane i of the result: the sum or the maximum over the lanes of x[i], in one tree for every i.
 template <bool kMaximum>
@@ -44,10 +42,10 @@ INLINE void pack_queries(const Task& task, Scratch& scratch) {
 // to[i][w] = scale * sum over r < terms of a(i, r) * b[r][w] for kRows rows i and V vectors of
 // words w; raises top[w] to the maximum of those.
 template <int kRows, int V>
-__attribute__((noinline)) void product(Factor a, const float* b, int64_t terms, float scale,
-                                       float* to, Lanes* top) {
+__attribute__((noinline)) void product(const float* a, int64_t a_row, int64_t a_term, const float* b, int64_t terms,
+                                       float scale, float* to, Lanes* top) {
   Lanes sum[kRows][V];
-  multiply<kRows, V>(a, b, V * kLanes, terms, sum);
+  multiply<kRows, V>({a, a_row, a_term}, b, V * kLanes, terms, sum);
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 32
@@ -65,7 +63,7 @@ INLINE void logits(const Task& task, Scratch& scratch, int64_t key, Lanes* top) 
   for (; key + kRows <= task.k.rows; key += kRows) {
     const Rows keys = read_rows(task.k, key, kRows, scratch.rows.data());
     float* to = scratch.weights.data() + key * V * kLanes;
-    product<kRows, V>({keys.data, keys.stride, 1}, scratch.queries.data(), task.k.columns, task.scale, to, top);
+    product<kRows, V>(keys.data, keys.stride, 1, scratch.queries.data(), task.k.columns, task.scale, to, top);
   }
   if constexpr (kRows > 1) logits<kRows / 2, V>(task, scratch, key, top);
 }
@@ -76,7 +74,7 @@ INLINE void outputs(const Rows& values, const Task& task, Scratch& scratch, int6
   for (; column + kRows <= task.v.columns; column += kRows) {
     Lanes unused[V] = {};
     float* to = scratch.outputs.data() + column * V * kLanes;
-    product<kRows, V>({values.data + column, 1, values.stride}, scratch.weights.data(), task.v.rows, 1.0f, to, unused);
+    product<kRows, V>(values.data + column, 1, values.stride, scratch.weights.data(), task.v.rows, 1.0f, to, unused);
   }
   if constexpr (kRows > 1) outputs<kRows / 2, V>(values, task, scratch, column);
 }
@@ -185,7 +183,7 @@ INLINE void run_narrowest(const Task& task, Scratch& scratch, float* token, floa
   run<V>(task, scratch, token, patch);
 }
 
-// token[kWidth] and patch[P rounded up to kLanes] of a part; scratch as make_scratch leaves it.
+// token[kWidth] and patch[P rounded up to kLanes] of a task; scratch as make_scratch leaves it.
 void run_task(const Task& task, Scratch& scratch, float* token, float* patch) {
   run_narrowest(task, scratch, token, patch);
 }

@@ -17,7 +17,8 @@ void exchange(const uint16_t* from, int64_t from_stride, uint16_t* to, int64_t t
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i)
+      to[j * to_stride + i] = from[i * from_stride + j];
   }
 }
 

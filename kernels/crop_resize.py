@@ -86,13 +86,15 @@ def crop_resize(
     runs:       C++ on the CPU; elsewhere the reference, with one warning.
     source:     our own; the filter is Pillow's.
     """
-    _check(image, x, y, width, height, scale, shift, out)
     op = OPS.pick(backend, image.device)
-    op(image, x, y, width, height, flip, brightness, contrast, saturation, scale, shift, out)
+    try:
+        op(image, x, y, width, height, flip, brightness, contrast, saturation, scale, shift, out)
+    except RuntimeError:  # the loader calls this for every image: only refused arguments are worth a look from Python
+        _check(image, x, y, width, height, scale, shift, out)
+        raise
 
 
 def _check(image: Tensor, x: int, y: int, width: int, height: int, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    # Written out rather than with `checks`: the loader calls this for every image.
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or not image.is_contiguous():
         raise ValueError(f"image is {_kind(image)}; expected contiguous uint8 [H, W, 3]")
     if out.dtype != torch.float32 or out.dim() != 3 or not out.is_contiguous():

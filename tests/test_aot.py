@@ -1,4 +1,4 @@
-"""Every Triton kernel and configuration compiles for every target, without register spills, and fits its shared memory."""
+"""Every Triton configuration compiles for every target, without register spills, and fits its shared memory."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def test_exact_with_ties(margin, batch_size, search_space, backend, generator):
     assert ops.group_semi_hard(*args, **options, backend=backend).tolist() == oracle(*args, **options)
 
 
-# 2 neighbors: most lists run dry; 5: some do; 128: none does. n: up to a panel of 48 items, and above 48 * 2 items, where bounds are
-# sampled first. Few products: most of a list is not allowed.
+# 2 neighbors: most lists run dry; 5: some do; 128: none does. n: up to a panel of 48 items, and above 48 * 2 items
+# (where bounds are sampled first). Few products: most of a list is not allowed.
 @pytest.mark.parametrize("n", [1, 2, 47, 48, 49, 95, 300])
 @pytest.mark.parametrize("neighbors", [0, 2, 5, 128])
 def test_dry_lists(n, neighbors, isa, generator):

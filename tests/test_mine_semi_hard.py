@@ -300,7 +300,7 @@ def test_gradients(generator, mine):
 
 
 def near(index, score, args, **options):
-    """The operator's result against the float64 reference: another candidate only where the scores are as near as rounding."""
+    """Compare with the float64 reference: another candidate only where the scores are as near as rounding."""
     wide = [x.double() if x.is_floating_point() else x for x in args]
     truth_index, truth_score = ops.mine_semi_hard_reference(*wide, **options)
     torch.testing.assert_close(score, truth_score.float(), rtol=1e-5, atol=1e-6)
@@ -314,7 +314,8 @@ def near(index, score, args, **options):
     assert (index == truth_index).double().mean() > 0.999
 
 
-# Several of all that the C++ kernel takes at once: tiles, runs of candidates (128 at D 1024), blocks of anchors, vectors of winners.
+# Several of all that the C++ kernel takes at once: tiles, runs of candidates (128 at D 1024), blocks of anchors and
+# vectors of winners.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "k"), [((200, 1000, 64), 16), ((30, 300, 1024), 64), ((1200, 70, 1000), 3), ((5, 3000, 17), 100)], ids=str

@@ -40,30 +40,36 @@ for isa in _native.isas():
             for token_rule, patch_rule in (("peak", "max"), ("mass", "mean"), ("cls", "cls"), ("output", "weighted")):
                 rules = dict(token_score=token_rule, patch_score=patch_rule, backend="cpp")
                 ops.sync_mask(q, k, words, v=v, token_ratio=1, **rules)
-                ops.sync_mask(q.mT.contiguous().mT, k[:1].expand_as(k), words, v=v[:1].expand_as(v), patch_ratio=1, **rules)
+                one_k, one_v = k[:1].expand_as(k), v[:1].expand_as(v)
+                ops.sync_mask(q.mT.contiguous().mT, one_k, words, v=one_v, patch_ratio=1, **rules)
     for n, d in [(0, 3), (1, 1), (37, 17), (90, 100), (230, 9)]:
         images, texts, ids = torch.randn(n, d).round(), torch.randn(n, d).round(), torch.arange(n) // 3
         for search_space in (None, 13):
-            expected = ops.group_semi_hard(images, texts, ids, batch_size=5, search_space=search_space, backend="reference")
+            options = dict(batch_size=5, search_space=search_space)
+            expected = ops.group_semi_hard(images, texts, ids, **options, backend="reference")
             for neighbors in (0, 2, 128):
                 found = torch.ops.syncmask.group_semi_hard(images, texts, ids, 5, 0.0, 0, search_space, neighbors)
                 assert found.equal(expected)
-    for n, m, d, k in [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5, 700, 1000, 70), (90, 3000, 33, 20)]:
+    sizes = [(0, 3, 2, 1), (3, 0, 2, 1), (1, 1, 1, 5), (17, 35, 9, 3), (5, 700, 1000, 70), (90, 3000, 33, 20)]
+    for n, m, d, k in sizes:
         ids, other_ids, positive = torch.arange(n) // 2, torch.arange(m) // 2, torch.rand(n)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             anchors, candidates = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
             for temperature in (None, 0.5):
                 options = dict(k=k, temperature=temperature, backend="cpp")
                 ops.mine_semi_hard(anchors, candidates, ids, other_ids, positive, **options)
-                ops.mine_semi_hard(anchors.T.contiguous().T, candidates[:1].expand(m, d), ids, other_ids, positive, **options)
-    for queries, keys, h, d in [([], [], 1, 1), ([1, 0], [0, 1], 1, 1), ([3, 70], [17, 33], 2, 64), ([65, 1], [5, 64], 1, 19)]:
+                strided = anchors.T.contiguous().T, candidates[:1].expand(m, d)
+                ops.mine_semi_hard(*strided, ids, other_ids, positive, **options)
+    blocks = [([], [], 1, 1), ([1, 0], [0, 1], 1, 1), ([3, 70], [17, 33], 2, 64), ([65, 1], [5, 64], 1, 19)]
+    for queries, keys, h, d in blocks:
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = (torch.randn(h, sum(n), d).to(dtype).requires_grad_() for n in (queries, keys, keys))
             parts = q.transpose(0, 1), k.transpose(0, 1), v[:1].expand_as(v).transpose(0, 1)
-            packed_attention(*parts, PackedLayout.of(queries).cu_seqlens, PackedLayout.of(keys).cu_seqlens).sum().backward()
+            starts = PackedLayout.of(queries).cu_seqlens, PackedLayout.of(keys).cu_seqlens
+            packed_attention(*parts, *starts).sum().backward()
     for height, width, (x, y, w, h), size in [
-        (1, 1, (0, 0, 1, 1), 1), (1, 1, (0, 0, 1, 1), 37), (5, 300, (0, 0, 300, 5), 1), (61, 53, (52, 60, 1, 1), 19), (61, 53, (7, 0, 46, 61), 31),
-        (97, 101, (3, 5, 98, 92), 16), (13, 11, (2, 1, 9, 12), 127),
+        (1, 1, (0, 0, 1, 1), 1), (1, 1, (0, 0, 1, 1), 37), (5, 300, (0, 0, 300, 5), 1), (61, 53, (52, 60, 1, 1), 19),
+        (61, 53, (7, 0, 46, 61), 31), (97, 101, (3, 5, 98, 92), 16), (13, 11, (2, 1, 9, 12), 127),
     ]:
         image, out = torch.randint(256, (height, width, 3), dtype=torch.uint8), torch.empty(3, size, size)
         for flip in (False, True):

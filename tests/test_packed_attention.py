@@ -10,7 +10,7 @@ from syncmask_fast.model.attention import attention, sdpa_padded
 from syncmask_fast.model.layout import PackedLayout
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 0.01}
-# Queries and keys of each block, heads, width: nothing to see, one, odd, prime, more than one tile of 64 queries, and a ViT-B's.
+# Queries and keys of each block, heads, width: no key, one, odd, prime, more than one tile of 64 queries, a ViT-B's.
 CASES = [
     ([1], [1], 1, 1),
     ([2, 0, 3, 1], [3, 2, 0, 1], 2, 7),
@@ -34,7 +34,7 @@ def by_definition(
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("queries", "keys", "heads", "width"), CASES, ids=str)
 def test_matches_reference(queries, keys, heads, width, dtype, backend, generator):
-    """Queries, keys and values are views of one tensor with other strides, as of a projection; scores up to about 30."""
+    """Queries, keys and values are views of one tensor, as a projection leaves them; scores up to about 30."""
     rows = max(sum(queries), sum(keys))
     whole = (2 * torch.randn(3, heads, rows, width, generator=generator)).to(dtype).requires_grad_()
     parts = whole.transpose(1, 2).unbind()

@@ -1,4 +1,4 @@
-"""group_semi_hard against one product of its size, the parents' walk, and the same walk in PyTorch calls."""
+"""group_semi_hard against one product of its size, GRIT-VLP's walk, and the same walk in PyTorch calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ours(images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
     return ops.group_semi_hard(images, texts, ids, batch_size=BATCH)
 
 
-def calls(images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+def reference(images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
     return ops.group_semi_hard(images, texts, ids, batch_size=BATCH, backend="reference")
 
 
@@ -31,14 +31,14 @@ def bare_product(images: Tensor, texts: Tensor, ids: Tensor, out: dict = {}) -> 
     return torch.mm(images, texts.T, out=out["tensor"])
 
 
-def parents(images: Tensor, texts: Tensor, ids: Tensor) -> list[int]:
-    """The walk of GRIT-VLP, without products and thresholds: whole matrices of probabilities, a step at a time in Python."""
+def grit_vlp(images: Tensor, texts: Tensor, ids: Tensor) -> list[int]:
+    """GRIT-VLP's walk, without products and thresholds: whole matrices of probabilities, one step at a time."""
     similarity = images @ texts.T / 0.07
     probabilities = similarity.softmax(1), similarity.T.softmax(1)
-    return parents_loop(*probabilities)
+    return grit_vlp_loop(*probabilities)
 
 
-def parents_loop(of_image: Tensor, of_text: Tensor) -> list[int]:
+def grit_vlp_loop(of_image: Tensor, of_text: Tensor) -> list[int]:
     order = [0]
     for position in range(1, len(of_image)):
         of_image[:, order[-1]] = 0
@@ -47,7 +47,7 @@ def parents_loop(of_image: Tensor, of_text: Tensor) -> list[int]:
     return order
 
 
-PROVIDERS = {"ours": ours, "gemm": bare_product, "parents": parents, "calls": calls}
+PROVIDERS = {"ours": ours, "gemm": bare_product, "grit-vlp": grit_vlp, "reference": reference}
 
 
 def measure(shape, provider, device, benchmark, measured) -> None:
@@ -83,8 +83,8 @@ def test_whole(device, benchmark, measured):
     measure(WHOLE, "ours", device, benchmark, measured)
 
 
-def test_the_parents_walk_gives_the_same_order():
+def test_grit_vlp_gives_the_same_order():
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(50, 8, generator=generator), dim=1) for _ in range(2))
     ids = torch.arange(50)
-    assert parents(images, texts, ids) == ops.group_semi_hard(images, texts, ids, margin=-torch.inf).tolist()
+    assert grit_vlp(images, texts, ids) == ops.group_semi_hard(images, texts, ids, margin=-torch.inf).tolist()

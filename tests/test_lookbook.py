@@ -21,7 +21,7 @@ from syncmask_fast.sources.lookbook.captions import describe, facts
 from syncmask_fast.sources.lookbook.catalogue import INSIDE, Product, sample_product, stream
 from syncmask_fast.sources.lookbook.details import KINDS, LETTERS, MOTIFS
 from syncmask_fast.sources.lookbook.drawing import SMALLEST, render
-from syncmask_fast.sources.lookbook.fabric import COLOURS, distance
+from syncmask_fast.sources.lookbook.fabric import COLORS, distance
 from syncmask_fast.sources.lookbook.garments import build
 from syncmask_fast.sources.lookbook.geometry import Style
 from syncmask_fast.sources.lookbook.subcategories import CATEGORIES, SUBCATEGORIES
@@ -146,15 +146,15 @@ def test_details_visible(products):
 
 def test_garment_area_and_position(products):
     """Garments fill a third to two thirds of a full view, at varying positions."""
-    shares, centres = [], []
+    shares, centers = [], []
     for product in products[:36]:
         view = render(product, 0, 48, 0, "train")
         shares.append(view.share)
         x0, y0, x1, y1 = view.boxes["category"]
-        centres.append(((x0 + x1) / 96, (y0 + y1) / 96))
+        centers.append(((x0 + x1) / 96, (y0 + y1) / 96))
     assert min(shares) > 0.27
     assert max(shares) < 0.70
-    assert np.std(centres, axis=0).min() > 0.03
+    assert np.std(centers, axis=0).min() > 0.03
 
 
 def test_boxes_scale(products):
@@ -172,8 +172,8 @@ def test_details_contrast(products):
     for product in products:
         for detail in product.details:
             if detail.kind != "cut-out":
-                ground = product.lining[0] if INSIDE in detail.places else product.colour
-                assert distance(COLOURS[detail.colour], COLOURS[ground]) > 25, (product.number, detail)
+                ground = product.lining[0] if INSIDE in detail.places else product.color
+                assert distance(COLORS[detail.color], COLORS[ground]) > 25, (product.number, detail)
 
 
 # Texts
@@ -204,11 +204,11 @@ def test_mentions(products):
             if mention.name in KINDS:
                 detail = next(d for d in product.details if d.kind == mention.name)
                 if detail.kind != "cut-out":
-                    assert detail.colour in words
+                    assert detail.color in words
                 if detail.kind in ("print", "embroidery", "patch", "lettering"):
                     assert detail.what.lower() in words
-            if mention.name == "colour":
-                assert words == product.colour
+            if mention.name == "color":
+                assert words == product.color
 
 
 def test_texts(products):
@@ -239,7 +239,7 @@ def test_texts(products):
 
 def test_fillers():
     """Sentences about invisible things use no words of attributes."""
-    taken = {*COLOURS, *SUBCATEGORIES, *CATEGORIES, *MOTIFS, "pocket", "zip", "cotton", "leather"}
+    taken = {*COLORS, *SUBCATEGORIES, *CATEGORIES, *MOTIFS, "pocket", "zip", "cotton", "leather"}
     every = " ".join([*BRANDS, *OCCASIONS, *(f for forms in (*FILLERS, *LAST_FILLERS) for f in forms)]).lower()
     assert not taken & set(every.replace(".", "").split())
 
@@ -354,7 +354,7 @@ def test_siblings(products):
             same = next((d for d in base.details if d.kind == detail.kind), detail)
             assert same.places == detail.places
     assert len(changed) > 8
-    assert changed["colour"] > 0
+    assert changed["color"] > 0
 
 
 def test_facts(drawn):

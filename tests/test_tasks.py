@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +131,11 @@ def test_triplets(data: Path):
 
 
 def test_triplet_captions(tmp_path: Path):
-    base = {"category": "shoe", "subcategory": "sneaker", "colour": "red", "pattern": "solid", "zip": "blue zip"}
+    base = {"category": "shoe", "subcategory": "sneaker", "color": "red", "pattern": "solid", "zip": "blue zip"}
     other = {
         "category": "shoe",
         "subcategory": "ankle boot",
-        "colour": "orange",
+        "color": "orange",
         "pattern": "white stripes",
         "lacing": "olive lacing",
     }

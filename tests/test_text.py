@@ -20,10 +20,10 @@ from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer, train_wordpiece
 from syncmask_fast.utils.errors import UserError
 
-COLOURS, GARMENTS = ("red", "navy", "olive", "Café-brown"), ("dress", "trousers", "cardigan", "jumpsuit")
+COLORS, GARMENTS = ("red", "navy", "olive", "Café-brown"), ("dress", "trousers", "cardigan", "jumpsuit")
 TEXTS = [
-    f"A {colour} {garment}, no. {i}, with a patch pocket"
-    for i, (colour, garment) in enumerate((c, g) for c in COLOURS for g in GARMENTS)
+    f"A {color} {garment}, no. {i}, with a patch pocket"
+    for i, (color, garment) in enumerate((c, g) for c in COLORS for g in GARMENTS)
 ]
 
 

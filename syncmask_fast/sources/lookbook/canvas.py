@@ -16,7 +16,7 @@ BANDS = ("behind", "body", "front")
 
 @dataclass
 class Canvas:
-    """Square images of size * factor pixels. `paint` RGB: colours without light. `seen` L: number of the
+    """Square images of size * factor pixels. `paint` RGB: colors without light. `seen` L: number of the
     thing on top, 0 for none. `bands` L: outlines of what lies behind the body, of the body and of what lies
     on it (for light and shadow). `details` L: where details were laid on, None without any. `props` L: hangers
     and the like. `lines` L: creases (128: none, darker or
@@ -53,7 +53,7 @@ class Canvas:
         on: set[int] | None = None,
         band: str | None = None,
     ) -> None:
-        """Paints polygons (in pixels) as the thing `name`, in a colour or with a picture of the canvas's
+        """Paints polygons (in pixels) as the thing `name`, in a color or with a picture of the canvas's
         size. `on`: only where one of these numbers is on top. `band`: for light and shadow."""
         flat = [polygon.ravel().tolist() for polygon in polygons]
         number = self.number(name)

@@ -33,7 +33,7 @@ PLACE_SAID = 0.05  # share of the mentions of details that tell the face
 
 
 MENTION = dict(
-    colour=0.97,
+    color=0.97,
     material=0.72,
     pattern=0.85,
     sleeves=0.5,
@@ -66,7 +66,7 @@ def _article(phrase: str) -> str:
 
 def _detail_words(detail: Detail) -> tuple[str, bool]:
     """The plain value of a detail ("yellow star print") and whether it takes an article."""
-    c, what = detail.colour, detail.what
+    c, what = detail.color, detail.what
     return {
         "print": (f"{c} {what} print", True),
         "embroidery": (f"{c} {what} embroidery", False),
@@ -102,13 +102,13 @@ def value_of(product: Product, name: str) -> str:
     simple = {
         "category": product.category,
         "subcategory": product.subcategory,
-        "colour": product.colour,
+        "color": product.color,
         "material": product.material,
     }
     if name in simple:
         return simple[name]
     if name == "pattern":
-        return f"{product.pattern_colour} {product.pattern}" if product.pattern else "solid"
+        return f"{product.pattern_color} {product.pattern}" if product.pattern else "solid"
     if name == "sleeves":
         return SLEEVES[product.style.sleeves][0]
     if name == "neckline":
@@ -116,12 +116,12 @@ def value_of(product: Product, name: str) -> str:
     if name in ("collar", "hood"):
         return COLLARS[sub.shape["collar"]][0].removeprefix("a ")
     if name == "trim":
-        return f"{product.trim_colour} {TRIMS[product.trim or 'hem']}"
+        return f"{product.trim_color} {TRIMS[product.trim or 'hem']}"
     if name == "belt":
-        return f"{product.belt_colour} belt"
+        return f"{product.belt_color} belt"
     if name == "lining":
-        colour, pattern = product.lining
-        return f"{colour} {PATTERN_ADJECTIVE[pattern]} lining" if pattern else f"{colour} lining"
+        color, pattern = product.lining
+        return f"{color} {PATTERN_ADJECTIVE[pattern]} lining" if pattern else f"{color} lining"
     return _detail_words(next(d for d in product.details if d.kind == name))[0]
 
 
@@ -159,9 +159,9 @@ def _phrase(product: Product, name: str, g: np.random.Generator) -> str:
         article = False if new in (" laces", " fringing") else True if new == " slogan" else article
         words = words.replace(old, new)
     if name == "print" and g.random() < 0.15:
-        words = f"printed {detail.colour} {detail.what}"
+        words = f"printed {detail.color} {detail.what}"
     if name == "embroidery" and g.random() < 0.4:
-        words, article = f"embroidered {detail.colour} {detail.what}", True
+        words, article = f"embroidered {detail.color} {detail.what}", True
     if name == "zip" and g.random() < 0.12:
         words = "contrast " + words
     if name == "bow" and g.random() < 0.4:
@@ -192,10 +192,10 @@ def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
     """ "red cotton midi dress in white dots", without an article."""
     sub = SUBCATEGORIES[product.subcategory]
     noun = sub.nouns[int(g.integers(len(sub.nouns)))] if g.random() < 0.3 else sub.nouns[0]
-    colour = f"[[colour|{product.colour}]] " if "colour" in told else ""
+    color = f"[[color|{product.color}]] " if "color" in told else ""
     material = f"[[material|{product.material}]]" if "material" in told else ""
     if "pattern" in told and product.pattern:
-        words = f"{product.pattern_colour} {_choose(g, PATTERN_NOUN[product.pattern])}"
+        words = f"{product.pattern_color} {_choose(g, PATTERN_NOUN[product.pattern])}"
         pattern = f"[[pattern|{words}]]"
         after = " in " + (_article(pattern) if words.endswith("pattern") else pattern)
         before = material and f"{material} "
@@ -203,7 +203,7 @@ def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
         before, after = "", f" in {material}"
     else:
         before, after = material and f"{material} ", ""
-    return f"{colour}{before}[[category|{noun}]]{after}"
+    return f"{color}{before}[[category|{noun}]]{after}"
 
 
 def describe(product: Product, g: np.random.Generator) -> tuple[str, list[Mention]]:
@@ -219,7 +219,7 @@ def describe(product: Product, g: np.random.Generator) -> tuple[str, list[Mentio
     extra = [
         name
         for name in product.names()
-        if name in told and name not in ("category", "subcategory", "colour", "material", "pattern")
+        if name in told and name not in ("category", "subcategory", "color", "material", "pattern")
     ]
     extra = [extra[i] for i in g.permutation(len(extra))]
     while True:

@@ -1,4 +1,4 @@
-"""Which product is number i: its kind, colours, cloth and details, and where they sit. No pictures and no
+"""Which product is number i: its kind, colors, cloth and details, and where they sit. No pictures and no
 words yet.
 
 Product i of a split is a pure function of (seed, split, i). In every group of four the last is a sibling of
@@ -13,18 +13,18 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from syncmask_fast.sources.lookbook.details import CLOTHES, KINDS
-from syncmask_fast.sources.lookbook.fabric import CLOTH, COLOURS, METALS, PATTERNS, RGB, distance
+from syncmask_fast.sources.lookbook.fabric import CLOTH, COLORS, METALS, PATTERNS, RGB, distance
 from syncmask_fast.sources.lookbook.garments import build
 from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Style, affine, bounds
 from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
 SPLITS = ("train", "eval")
 GROUP = 4  # one product in so many is a sibling
-CONTRAST = 42.0  # colour difference between a detail and what it lies on
+CONTRAST = 42.0  # color difference between a detail and what it lies on
 MIN_DETAILS, MAX_DETAILS = 2, 5  # of a product, with what is sewn in (trim, belt, lining)
 MAX_LOCAL = 4
 STUDS = (*METALS, "black")
-COLOURLESS = ("cut-out",)  # kinds whose colour nobody mentions
+COLORLESS = ("cut-out",)  # kinds whose color nobody mentions
 SIDELESS = ("scarf", "shoe")  # categories without a side view
 INSIDE = "inside"  # on the turned-over flap of a close-up: lining, label, hidden pocket
 SECOND_FACE = 0.14  # share of details that are on two faces
@@ -41,7 +41,7 @@ def stream(seed: int, split: str, number: int, use: str, part: int = 0) -> np.ra
 
 @dataclass(frozen=True)
 class Placement:
-    """A detail on a face: its centre, width and height in garment units (on the flap: in flap widths) and
+    """A detail on a face: its center, width and height in garment units (on the flap: in flap widths) and
     its turn."""
 
     part: str
@@ -65,7 +65,7 @@ class Detail:
 
     kind: str
     what: str
-    colour: str
+    color: str
     places: dict[str, Placement]
 
 
@@ -74,17 +74,17 @@ class Product:
     number: int
     subcategory: str
     style: Style
-    colour: str
+    color: str
     rgb: RGB
     material: str
     pattern: str | None
-    pattern_colour: str | None
+    pattern_color: str | None
     pattern_scale: float
     pattern_seed: int
-    trim: str | None  # place of the second colour
-    trim_colour: str | None
-    belt_colour: str | None
-    lining: tuple[str, str | None]  # colour and pattern of the inside
+    trim: str | None  # place of the second color
+    trim_color: str | None
+    belt_color: str | None
+    lining: tuple[str, str | None]  # color and pattern of the inside
     lining_named: bool  # the lining counts as a detail
     details: tuple[Detail, ...]
     views: tuple[str, ...]
@@ -96,14 +96,14 @@ class Product:
 
     def names(self) -> list[str]:
         """Names of all its attributes: whole-garment ones first, then sewn-in ones, then local details."""
-        names = ["category", "subcategory", "colour", "material", "pattern"]
+        names = ["category", "subcategory", "color", "material", "pattern"]
         sub = SUBCATEGORIES[self.subcategory]
         names += ["sleeves"] if sub.sleeves else []
         names += ["neckline"] if sub.necks else []
         collar = sub.shape.get("collar")
         names += ["hood" if collar == "hood" else "collar"] if collar else []
         names += ["trim"] if self.trim else []
-        names += ["belt"] if self.belt_colour else []
+        names += ["belt"] if self.belt_color else []
         names += ["lining"] if self.lining_named else []
         return names + [detail.kind for detail in self.details]
 
@@ -119,15 +119,15 @@ def _pick(g: np.random.Generator, options: tuple[str, ...] | list[str], weights:
     return options[int(g.choice(len(options), p=p))]
 
 
-def _tinted(g: np.random.Generator, colour: str) -> RGB:
-    return tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + g.uniform(-9, 9, 3) + g.uniform(-7, 7), 8, 250))  # type: ignore[return-value]
+def _tinted(g: np.random.Generator, color: str) -> RGB:
+    return tuple(int(v) for v in np.clip(np.array(COLORS[color]) + g.uniform(-9, 9, 3) + g.uniform(-7, 7), 8, 250))  # type: ignore[return-value]
 
 
 def contrasting(
     g: np.random.Generator, grounds: list[str], options: tuple[str, ...] = CLOTH, least: float = CONTRAST
 ) -> str:
-    """A colour that stands out from all `grounds` by `least`, or else the one that stands out most."""
-    gap = {name: min(distance(COLOURS[name], COLOURS[ground]) for ground in grounds) for name in options}
+    """A color that stands out from all `grounds` by `least`, or else the one that stands out most."""
+    gap = {name: min(distance(COLORS[name], COLORS[ground]) for ground in grounds) for name in options}
     fit = [name for name in options if gap[name] >= least]
     return _pick(g, fit) if fit else max(gap, key=lambda name: gap[name])
 
@@ -183,21 +183,21 @@ class PanelMap:
         width = height * g.uniform(*rule.aspect)
         panel = g.choice(len(self.panels), tries, p=self.weights)
         span = self.spans[panel]
-        centre = span[:, :2] + (span[:, 2:] - span[:, :2]) * g.uniform(size=(tries, 2))
+        center = span[:, :2] + (span[:, 2:] - span[:, :2]) * g.uniform(size=(tries, 2))
         degrees = g.uniform(-rule.tilt, rule.tilt, tries)
         cos, sin = np.cos(np.radians(degrees))[:, None], np.sin(np.radians(degrees))[:, None]
         numbers = np.array(self.panels)[panel] + 1
         radius = CIRCLE * np.hypot(width, height)
-        free = self.at(centre) == numbers
+        free = self.at(center) == numbers
         if self.taken:
             others = np.array(self.taken)
-            gap = np.hypot(*(centre[:, None] - others[None, :, :2]).transpose(2, 0, 1)) - others[None, :, 2]
+            gap = np.hypot(*(center[:, None] - others[None, :, :2]).transpose(2, 0, 1)) - others[None, :, 2]
             free &= (gap >= radius[:, None]).all(axis=1)
         left = np.flatnonzero(free)
         for start in range(0, len(left), 6):  # the first that fits is mostly among the first few
             few = left[start : start + 6]
             dx, dy = _RIM[:, 0] * width[few, None], _RIM[:, 1] * height[few, None]
-            points = centre[few, None] + np.stack(
+            points = center[few, None] + np.stack(
                 [cos[few] * dx - sin[few] * dy, sin[few] * dx + cos[few] * dy], axis=-1
             )
             whole = few[(self.at(points) == numbers[few, None]).all(axis=1)]
@@ -206,10 +206,10 @@ class PanelMap:
         else:
             return None
         i = int(whole[0])
-        self.taken.append((float(centre[i, 0]), float(centre[i, 1]), float(radius[i])))
+        self.taken.append((float(center[i, 0]), float(center[i, 1]), float(radius[i])))
         name = self.garment.parts[self.panels[int(panel[i])]].name
         return Placement(
-            name, float(centre[i, 0]), float(centre[i, 1]), float(width[i]), float(height[i]), float(degrees[i])
+            name, float(center[i, 0]), float(center[i, 1]), float(width[i]), float(height[i]), float(degrees[i])
         )
 
 
@@ -252,7 +252,7 @@ def _sample_details(g: np.random.Generator, product: Product, count: int) -> lis
     kinds = [
         name for name, kind in KINDS.items() if name not in already and (not kind.only or product.category in kind.only)
     ]
-    grounds = [product.colour] + ([product.pattern_colour] if product.pattern_colour else [])
+    grounds = [product.color] + ([product.pattern_color] if product.pattern_color else [])
     details: list[Detail] = []
     for _ in range(4 * count):
         if len(details) == count or not kinds:
@@ -266,16 +266,16 @@ def _sample_details(g: np.random.Generator, product: Product, count: int) -> lis
         if not inside and g.random() < SECOND_FACE:
             chosen.append(_pick(g, [other for other in faces if other != face]))
         under = grounds if not inside else [product.lining[0]]
-        if product.trim == "sleeves" and product.trim_colour and not inside:
-            under = [*under, product.trim_colour]
-        colour = contrasting(g, under, STUDS if rule.metal else CLOTH + (METALS if kind in ("zip", "buttons") else ()))
+        if product.trim == "sleeves" and product.trim_color and not inside:
+            under = [*under, product.trim_color]
+        color = contrasting(g, under, STUDS if rule.metal else CLOTH + (METALS if kind in ("zip", "buttons") else ()))
         places = {}
         for each in chosen:
             place = _place_inside(g, flap, kind) if each == INSIDE else maps[each].place(g, kind)
             if place:
                 places[each] = place
         if places:
-            details.append(Detail(kind, what, colour, places))
+            details.append(Detail(kind, what, color, places))
             kinds.remove(kind)
     return details
 
@@ -286,11 +286,11 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
     weights = [2.0 if category in CLOTHES else 1.6 for category in categories]
     category = _pick(g, categories, weights)
     sub = SUBCATEGORIES[_pick(g, [s.name for s in SUBCATEGORIES.values() if s.category == category])]
-    colour = _pick(g, CLOTH)
+    color = _pick(g, CLOTH)
     material = _pick(g, sub.materials)
     pattern = None if g.random() < 0.48 else _pick(g, PATTERNS)
-    pattern_colour = contrasting(g, [colour], least=30.0) if pattern else None
-    grounds = [colour] + ([pattern_colour] if pattern_colour else [])
+    pattern_color = contrasting(g, [color], least=30.0) if pattern else None
+    grounds = [color] + ([pattern_color] if pattern_color else [])
     trim = _pick(g, sub.trims) if sub.trims and g.random() < 0.42 else None
     sleeves = _pick(g, sub.sleeves) if sub.sleeves else None
     if trim in ("cuffs", "sleeves") and sleeves in ("none", "short", "puff"):
@@ -308,17 +308,17 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
         number,
         sub.name,
         style,
-        colour,
-        _tinted(g, colour),
+        color,
+        _tinted(g, color),
         material,
         pattern,
-        pattern_colour,
+        pattern_color,
         float(g.uniform(0.085, 0.13)),
         int(g.integers(2**31)),
         trim,
         contrasting(g, grounds) if trim else None,
         contrasting(g, grounds) if style.belt else None,
-        (contrasting(g, [colour], least=20.0), _pick(g, PATTERNS) if g.random() < 0.35 else None),
+        (contrasting(g, [color], least=20.0), _pick(g, PATTERNS) if g.random() < 0.35 else None),
         "detail" in views and bool(g.random() < 0.35),
         (),
         views,
@@ -331,25 +331,23 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
 def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
     """`base` but for exactly one attribute."""
     clean = replace(base, number=number, sibling_of=base.number)
-    grounds = [base.colour] + ([base.pattern_colour] if base.pattern_colour else [])
-    worn = [d.colour for d in base.details] + [
-        c for c in (base.trim_colour, base.belt_colour, base.pattern_colour) if c
-    ]
+    grounds = [base.color] + ([base.pattern_color] if base.pattern_color else [])
+    worn = [d.color for d in base.details] + [c for c in (base.trim_color, base.belt_color, base.pattern_color) if c]
     changes = (
-        ["colour", "detail", "detail", "detail", "add", "remove"]
+        ["color", "detail", "detail", "detail", "add", "remove"]
         + (["pattern"] if base.pattern else [])
         + (["trim"] if base.trim else [])
     )
     while True:
         change = _pick(g, changes)
-        if change == "colour":
-            new_colour = contrasting(g, [base.colour, *worn], least=30.0)
-            if min(distance(COLOURS[new_colour], COLOURS[other]) for other in [base.colour, *worn]) > 26:
-                return replace(clean, colour=new_colour, rgb=_tinted(g, new_colour))
+        if change == "color":
+            new_color = contrasting(g, [base.color, *worn], least=30.0)
+            if min(distance(COLORS[new_color], COLORS[other]) for other in [base.color, *worn]) > 26:
+                return replace(clean, color=new_color, rgb=_tinted(g, new_color))
         if change == "pattern":
             return replace(clean, pattern=_pick(g, [p for p in PATTERNS if p != base.pattern]))
         if change == "trim":
-            return replace(clean, trim_colour=contrasting(g, [*grounds, base.trim_colour or base.colour]))
+            return replace(clean, trim_color=contrasting(g, [*grounds, base.trim_color or base.color]))
         if change == "remove" and len(base.details) > 1:
             gone = int(g.integers(len(base.details)))
             return replace(clean, details=base.details[:gone] + base.details[gone + 1 :])
@@ -362,14 +360,14 @@ def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
             old = base.details[at]
             rule = KINDS[old.kind]
             others = [what for what in rule.variants if what != old.what]
-            if others and (old.kind in COLOURLESS or g.random() < 0.5):
+            if others and (old.kind in COLORLESS or g.random() < 0.5):
                 new = replace(old, what=_pick(g, others))
             else:
                 under = [base.lining[0]] if INSIDE in old.places else grounds
                 new = replace(
                     old,
-                    colour=contrasting(
-                        g, [*under, old.colour], tuple(c for c in (STUDS if rule.metal else CLOTH) if c != old.colour)
+                    color=contrasting(
+                        g, [*under, old.color], tuple(c for c in (STUDS if rule.metal else CLOTH) if c != old.color)
                     ),
                 )
             if new != old:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from syncmask_fast.sources.lookbook.fabric import COLOURS, RGB, darker, lighter, mix
+from syncmask_fast.sources.lookbook.fabric import COLORS, RGB, darker, lighter, mix
 from syncmask_fast.sources.lookbook.geometry import Affine, ellipse, outline, rectangle, ribbon
 
 
@@ -178,7 +178,7 @@ LETTERS: dict[str, list[list[tuple[float, float]]]] = {
 }
 
 
-METAL = COLOURS["silver"]
+METAL = COLORS["silver"]
 _DISC = ellipse(0.0, 0.0, 1.0, 1.0, 20)
 
 
@@ -218,20 +218,20 @@ class Brush:
         self._draw.polygon(flat.ravel().tolist(), fill=fill)
 
 
-def motif(brush: Brush, name: str, colour: RGB, scale: float = 1.0) -> None:
-    tones = (colour, brush.ground, darker(colour, 0.4))
+def motif(brush: Brush, name: str, color: RGB, scale: float = 1.0) -> None:
+    tones = (color, brush.ground, darker(color, 0.4))
     for polygon, tone in MOTIFS[name]:
         brush.polygon(polygon * scale, tones[tone])
 
 
-def draw_print(brush: Brush, what: str, colour: RGB) -> None:
-    motif(brush, what, colour)
+def draw_print(brush: Brush, what: str, color: RGB) -> None:
+    motif(brush, what, color)
 
 
-def draw_embroidery(brush: Brush, what: str, colour: RGB) -> None:
+def draw_embroidery(brush: Brush, what: str, color: RGB) -> None:
     """The motif as an open outline of thread with a hatched filling."""
-    light, dark = lighter(colour, 0.35), darker(colour, 0.35)
-    tones = (colour, brush.ground, dark)
+    light, dark = lighter(color, 0.35), darker(color, 0.35)
+    tones = (color, brush.ground, dark)
     for polygon, tone in MOTIFS[what]:
         brush.polygon(polygon * 0.9, tones[tone])
         brush.line(np.concatenate([polygon, polygon[:1]]) * 0.9, light if tone == 0 else dark, 0.07)
@@ -241,7 +241,7 @@ def draw_embroidery(brush: Brush, what: str, colour: RGB) -> None:
             brush.line([(x0 + (x1 - x0) * t - 0.06, y0 * 0.5), (x0 + (x1 - x0) * t + 0.06, y1 * 0.5)], dark, 0.05)
 
 
-def draw_patch(brush: Brush, what: str, colour: RGB) -> None:
+def draw_patch(brush: Brush, what: str, color: RGB) -> None:
     shapes = {
         "round": ellipse(0, 0, 0.5, 0.5),
         "square": rectangle(-0.48, -0.48, 0.48, 0.48),
@@ -250,16 +250,16 @@ def draw_patch(brush: Brush, what: str, colour: RGB) -> None:
         "diamond-shaped": np.array([(0, -0.5), (0.46, 0), (0, 0.5), (-0.46, 0)]),
     }
     shape = shapes[what]
-    rim = darker(colour, 0.5) if sum(colour) > 240 else lighter(colour, 0.55)
+    rim = darker(color, 0.5) if sum(color) > 240 else lighter(color, 0.55)
     brush.polygon(shape, rim)
-    brush.polygon(shape * 0.84, colour)
+    brush.polygon(shape * 0.84, color)
     brush.polygon(shape * 0.62, rim)
-    brush.polygon(shape * 0.54, colour)
+    brush.polygon(shape * 0.54, color)
     brush.line([(-0.14, 0.0), (0.14, 0.0)], rim, 0.09)
 
 
-def draw_pocket(brush: Brush, what: str, colour: RGB) -> None:
-    edge, stitch = darker(colour, 0.4), lighter(colour, 0.5) if sum(colour) < 480 else darker(colour, 0.3)
+def draw_pocket(brush: Brush, what: str, color: RGB) -> None:
+    edge, stitch = darker(color, 0.4), lighter(color, 0.5) if sum(color) < 480 else darker(color, 0.3)
     if what == "kangaroo pocket":
         bag = np.array([(-0.3, -0.5), (0.3, -0.5), (0.5, 0.1), (0.5, 0.5), (-0.5, 0.5), (-0.5, 0.1)])
     elif what == "round pocket":
@@ -267,26 +267,26 @@ def draw_pocket(brush: Brush, what: str, colour: RGB) -> None:
     else:
         bag = np.array([(-0.46, -0.5), (0.46, -0.5), (0.46, 0.32), (0, 0.5), (-0.46, 0.32)])
     brush.polygon(bag, edge)
-    brush.polygon(bag * 0.93, colour)
+    brush.polygon(bag * 0.93, color)
     brush.line(np.concatenate([bag[:1], bag[1:], bag[:1]]) * 0.78, stitch, 0.03)
     if what == "flap pocket":
         flap = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, -0.2), (0, 0.02), (-0.5, -0.2)])
         brush.polygon(flap, edge)
-        brush.polygon(flap * [0.95, 0.94] - [0, 0.025], lighter(colour, 0.12))
+        brush.polygon(flap * [0.95, 0.94] - [0, 0.025], lighter(color, 0.12))
         brush.disc(0, -0.17, 0.07, METAL)
     elif what == "zip pocket":
         brush.polygon(rectangle(-0.42, -0.36, 0.42, -0.2), (40, 40, 46))
         brush.line([(-0.38, -0.28), (0.38, -0.28)], METAL, 0.07)
         brush.polygon(rectangle(0.24, -0.3, 0.36, -0.02), METAL)
     else:
-        brush.polygon(rectangle(-0.46, -0.5, 0.46, -0.36), lighter(colour, 0.18))
+        brush.polygon(rectangle(-0.46, -0.5, 0.46, -0.36), lighter(color, 0.18))
         brush.line([(-0.46, -0.36), (0.46, -0.36)], edge, 0.04)
 
 
-def draw_zip(brush: Brush, what: str, colour: RGB) -> None:
-    """A coloured tape with metal teeth; a metal zip has a dark tape."""
-    metal = colour in (COLOURS["silver"], COLOURS["gold"])
-    tape, teeth = ((52, 50, 56), colour) if metal else (colour, METAL)
+def draw_zip(brush: Brush, what: str, color: RGB) -> None:
+    """A colored tape with metal teeth; a metal zip has a dark tape."""
+    metal = color in (COLORS["silver"], COLORS["gold"])
+    tape, teeth = ((52, 50, 56), color) if metal else (color, METAL)
     brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), darker(tape, 0.3))
     brush.polygon(rectangle(-0.43, -0.49, 0.43, 0.49), tape)
     width = 0.26 if metal else 0.16
@@ -300,29 +300,29 @@ def draw_zip(brush: Brush, what: str, colour: RGB) -> None:
     brush.polygon(rectangle(-0.12, -0.36, 0.12, -0.2), lighter(teeth, 0.15))
 
 
-def draw_buttons(brush: Brush, what: str, colour: RGB) -> None:
+def draw_buttons(brush: Brush, what: str, color: RGB) -> None:
     count = dict(three=3, four=4, five=5)[what]
     radius = 0.42 / count
     for i in range(count):
         y = -0.5 + (i + 0.5) / count
-        brush.disc(0, y, radius * 1.12, darker(colour, 0.5))
-        brush.disc(0, y - 0.01, radius, colour)
+        brush.disc(0, y, radius * 1.12, darker(color, 0.5))
+        brush.disc(0, y - 0.01, radius, color)
         for dx in (-0.3, 0.3):
-            brush.disc(dx * radius / brush.aspect, y, radius * 0.17, darker(colour, 0.65))
+            brush.disc(dx * radius / brush.aspect, y, radius * 0.17, darker(color, 0.65))
 
 
-def draw_bow(brush: Brush, what: str, colour: RGB) -> None:
-    dark = darker(colour, 0.35)
+def draw_bow(brush: Brush, what: str, color: RGB) -> None:
+    dark = darker(color, 0.35)
     for s in (-1, 1):
         brush.polygon(outline((0, 0), (s * 0.06, 0.3, s * 0.24, 0.5), (s * 0.38, 0.38), (s * 0.2, 0.2, 0, -0.04)), dark)
         loop = outline((0, -0.08), (s * 0.3, -0.52, s * 0.5, -0.34), (s * 0.5, 0.16), (s * 0.3, 0.24, 0, 0.0))
         brush.polygon(loop, dark)
-        brush.polygon((loop - [s * 0.27, -0.08]) * 0.86 + [s * 0.27, -0.08], colour)
+        brush.polygon((loop - [s * 0.27, -0.08]) * 0.86 + [s * 0.27, -0.08], color)
         brush.line([(s * 0.08, -0.06), (s * 0.34, -0.14)], dark, 0.05)
-    brush.polygon(ellipse(0, -0.05, 0.11, 0.14), lighter(colour, 0.15))
+    brush.polygon(ellipse(0, -0.05, 0.11, 0.14), lighter(color, 0.15))
 
 
-def draw_lacing(brush: Brush, what: str, colour: RGB) -> None:
+def draw_lacing(brush: Brush, what: str, color: RGB) -> None:
     rows = 4
     brush.polygon(
         rectangle(-0.46, -0.5, 0.46, 0.42),
@@ -330,35 +330,35 @@ def draw_lacing(brush: Brush, what: str, colour: RGB) -> None:
     )
     for i in range(rows):
         a, b = -0.44 + 0.86 * i / rows, -0.44 + 0.86 * (i + 1) / rows
-        brush.line([(-0.36, a), (0.36, b)], colour, 0.055)
-        brush.line([(0.36, a), (-0.36, b)], colour, 0.055)
+        brush.line([(-0.36, a), (0.36, b)], color, 0.055)
+        brush.line([(0.36, a), (-0.36, b)], color, 0.055)
     for s in (-1, 1):
-        brush.line(outline((0, 0.42), (s * 0.3, 0.36, s * 0.34, 0.5)), colour, 0.05)
+        brush.line(outline((0, 0.42), (s * 0.3, 0.36, s * 0.34, 0.5)), color, 0.05)
     for i in range(rows + 1):
         for x in (-0.36, 0.36):
             brush.disc(x, -0.44 + 0.86 * i / rows, 0.035, METAL)
 
 
-def draw_band(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), colour)
+def draw_band(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), color)
     if what == "double":
         brush.polygon(
-            rectangle(-0.14, -0.5, 0.14, 0.5), darker(colour, 0.5) if sum(colour) > 240 else lighter(colour, 0.5)
+            rectangle(-0.14, -0.5, 0.14, 0.5), darker(color, 0.5) if sum(color) > 240 else lighter(color, 0.5)
         )
 
 
-def draw_studs(brush: Brush, what: str, colour: RGB) -> None:
+def draw_studs(brush: Brush, what: str, color: RGB) -> None:
     rows, columns = 3, 4
     for i in range(rows):
         for j in range(columns):
             x, y = -0.5 + (j + 0.5) / columns, -0.5 + (i + 0.5) / rows
-            brush.disc(x, y, 0.125, darker(colour, 0.55))
-            brush.disc(x - 0.01, y - 0.02, 0.10, colour)
-            brush.disc(x - 0.02, y - 0.05, 0.04, lighter(colour, 0.7))
+            brush.disc(x, y, 0.125, darker(color, 0.55))
+            brush.disc(x - 0.01, y - 0.02, 0.10, color)
+            brush.disc(x - 0.02, y - 0.05, 0.04, lighter(color, 0.7))
 
 
-def draw_fringe(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.5, -0.5, 0.5, -0.28), darker(colour, 0.25))
+def draw_fringe(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.5, -0.5, 0.5, -0.28), darker(color, 0.25))
     strands = 11
     for i in range(strands):
         x = -0.5 + (i + 0.5) / strands
@@ -370,16 +370,16 @@ def draw_fringe(brush: Brush, what: str, colour: RGB) -> None:
                 (x + 0.028 + sway, 0.5 - 0.05 * (i % 2)),
                 (x - 0.028 + sway, 0.5 - 0.05 * (i % 2)),
             ],
-            colour if i % 2 else darker(colour, 0.2),
+            color if i % 2 else darker(color, 0.2),
         )
 
 
-def draw_lace(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.44, -0.44, 0.44, 0.44), colour)
-    hole = mix(colour, brush.ground, 0.8)
+def draw_lace(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.44, -0.44, 0.44, 0.44), color)
+    hole = mix(color, brush.ground, 0.8)
     for t in np.linspace(-0.4, 0.4, 6):
         for x, y in ((t, -0.42), (t, 0.42), (-0.42, t), (0.42, t)):
-            brush.polygon(ellipse(x, y, 0.08, 0.08, 12), colour)
+            brush.polygon(ellipse(x, y, 0.08, 0.08, 12), color)
     for x in (-0.24, 0.0, 0.24):
         for y in (-0.24, 0.0, 0.24):
             if x or y:
@@ -388,87 +388,87 @@ def draw_lace(brush: Brush, what: str, colour: RGB) -> None:
         brush.polygon(ellipse(0.09 * math.cos(a), 0.09 * math.sin(a), 0.04, 0.04, 8), hole)
 
 
-def draw_ruffle(brush: Brush, what: str, colour: RGB) -> None:
-    dark, light = darker(colour, 0.3), lighter(colour, 0.2)
+def draw_ruffle(brush: Brush, what: str, color: RGB) -> None:
+    dark, light = darker(color, 0.3), lighter(color, 0.2)
     x = np.linspace(-0.5, 0.5, 41)
     wave = 0.42 + 0.08 * np.cos(x * 38)
-    brush.polygon(np.concatenate([np.stack([x, np.full_like(x, -0.5)], 1), np.stack([x, wave], 1)[::-1]]), colour)
+    brush.polygon(np.concatenate([np.stack([x, np.full_like(x, -0.5)], 1), np.stack([x, wave], 1)[::-1]]), color)
     for i in range(6):
         at = -0.415 + i * 0.1653
         brush.polygon([(at - 0.02, -0.4), (at + 0.055, 0.42), (at - 0.055, 0.42)], dark if i % 2 else light)
     brush.polygon(rectangle(-0.5, -0.5, 0.5, -0.36), dark)
 
 
-def draw_lettering(brush: Brush, what: str, colour: RGB) -> None:
+def draw_lettering(brush: Brush, what: str, color: RGB) -> None:
     count = len(what)
     for i, letter in enumerate(what):
         left = -0.5 + i / count + 0.06
         wide = 1 / count - 0.12
         for stroke in LETTERS[letter]:
-            brush.line([(left + x * wide, -0.36 + 0.72 * y) for x, y in stroke], colour, 0.2)
+            brush.line([(left + x * wide, -0.36 + 0.72 * y) for x, y in stroke], color, 0.2)
 
 
-def draw_strap(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.5, -0.24, 0.5, 0.24), darker(colour, 0.4))
-    brush.polygon(rectangle(-0.5, -0.18, 0.5, 0.18), colour)
+def draw_strap(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.5, -0.24, 0.5, 0.24), darker(color, 0.4))
+    brush.polygon(rectangle(-0.5, -0.18, 0.5, 0.18), color)
     for x in (-0.36, 0.28, 0.40):
-        brush.disc(x, 0.0, 0.06, darker(colour, 0.7))
+        brush.disc(x, 0.0, 0.06, darker(color, 0.7))
     frame = rectangle(-0.2, -0.5, 0.14, 0.5)
     brush.polygon(frame, METAL)
-    brush.polygon(rectangle(-0.12, -0.32, 0.06, 0.32), colour)
+    brush.polygon(rectangle(-0.12, -0.32, 0.06, 0.32), color)
     brush.polygon(rectangle(-0.06, -0.06, 0.14, 0.06), lighter(METAL, 0.4))
 
 
-def draw_tassel(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.06, -0.5, 0.06, -0.3), darker(colour, 0.4))
-    brush.polygon(ellipse(0, -0.22, 0.26, 0.14), colour)
-    brush.polygon(outline((-0.22, -0.14), (0.22, -0.14), (0.42, 0.48), (0, 0.5, -0.42, 0.48)), colour)
+def draw_tassel(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.06, -0.5, 0.06, -0.3), darker(color, 0.4))
+    brush.polygon(ellipse(0, -0.22, 0.26, 0.14), color)
+    brush.polygon(outline((-0.22, -0.14), (0.22, -0.14), (0.42, 0.48), (0, 0.5, -0.42, 0.48)), color)
     for x in (-0.24, -0.08, 0.08, 0.24):
-        brush.line([(x * 0.5, -0.08), (x * 1.3, 0.46)], darker(colour, 0.4), 0.035)
-    brush.polygon(rectangle(-0.24, -0.16, 0.24, -0.07), darker(colour, 0.5))
+        brush.line([(x * 0.5, -0.08), (x * 1.3, 0.46)], darker(color, 0.4), 0.035)
+    brush.polygon(rectangle(-0.24, -0.16, 0.24, -0.07), darker(color, 0.5))
 
 
-def draw_pompoms(brush: Brush, what: str, colour: RGB) -> None:
+def draw_pompoms(brush: Brush, what: str, color: RGB) -> None:
     for x in (-0.33, 0.0, 0.33):
         for a in np.arange(9) * 2 * math.pi / 9:
-            brush.disc(x + 0.11 * math.cos(a), 0.3 * math.sin(a), 0.16, darker(colour, 0.18))
-        brush.disc(x, 0.0, 0.3, colour)
-        brush.disc(x - 0.03, -0.1, 0.13, lighter(colour, 0.3))
+            brush.disc(x + 0.11 * math.cos(a), 0.3 * math.sin(a), 0.16, darker(color, 0.18))
+        brush.disc(x, 0.0, 0.3, color)
+        brush.disc(x - 0.03, -0.1, 0.13, lighter(color, 0.3))
 
 
-def draw_label(brush: Brush, what: str, colour: RGB) -> None:
-    ink = darker(colour, 0.65) if sum(colour) > 330 else lighter(colour, 0.7)
-    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), darker(colour, 0.25))
-    brush.polygon(rectangle(-0.47, -0.44, 0.47, 0.44), colour)
+def draw_label(brush: Brush, what: str, color: RGB) -> None:
+    ink = darker(color, 0.65) if sum(color) > 330 else lighter(color, 0.7)
+    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), darker(color, 0.25))
+    brush.polygon(rectangle(-0.47, -0.44, 0.47, 0.44), color)
     brush.line([(-0.34, -0.14), (0.34, -0.14)], ink, 0.14)
     brush.line([(-0.2, 0.18), (0.2, 0.18)], ink, 0.09)
 
 
-def draw_cutout(brush: Brush, what: str, colour: RGB) -> None:
+def draw_cutout(brush: Brush, what: str, color: RGB) -> None:
     shape = {
         "keyhole": outline(
             (-0.08, -0.5), (0.08, -0.5), (0.5, 0.2, 0.3, 0.4), (0.0, 0.6, -0.3, 0.4), (-0.5, 0.2, -0.08, -0.5)
         ),
         "round": ellipse(0, 0, 0.46, 0.46),
     }[what]
-    brush.polygon(shape, colour)
+    brush.polygon(shape, color)
     brush.polygon((shape - shape.mean(axis=0)) * 0.8 + shape.mean(axis=0), (226, 178, 148))
     brush.polygon((shape - shape.mean(axis=0)) * [0.8, 0.4] + shape.mean(axis=0) - [0, 0.12], (188, 138, 110))
 
 
-def draw_quilting(brush: Brush, what: str, colour: RGB) -> None:
-    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), colour)
+def draw_quilting(brush: Brush, what: str, color: RGB) -> None:
+    brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), color)
     for t in np.linspace(-0.75, 0.75, 7):
         for s in (-1, 1):
             a = np.array([(t - 0.5, -0.5 * s), (t + 0.5, 0.5 * s)])
             x0, x1 = np.clip(a[:, 0], -0.5, 0.5)
-            brush.line([(x0, s * (x0 - t)), (x1, s * (x1 - t))], darker(colour, 0.5), 0.05)
+            brush.line([(x0, s * (x0 - t)), (x1, s * (x1 - t))], darker(color, 0.5), 0.05)
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of local detail. `size`: its height as a share of the garment's larger side, from and to;
-    `aspect`: width over height, from and to; `tilt`: degrees either way; `metal`: its colours are metals;
+    `aspect`: width over height, from and to; `tilt`: degrees either way; `metal`: its colors are metals;
     `inside`: may lie on the lining."""
 
     draw: Callable[[Brush, str, RGB], None]

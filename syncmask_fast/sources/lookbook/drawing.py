@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from syncmask_fast.sources.lookbook.canvas import Box, Canvas, Regions, among, as_image, where
 from syncmask_fast.sources.lookbook.catalogue import INSIDE, Detail, Product, garment_of, stream
 from syncmask_fast.sources.lookbook.details import KINDS, Brush
-from syncmask_fast.sources.lookbook.fabric import COLOURS, RGB, darker, draw_pattern, lighter, mix
+from syncmask_fast.sources.lookbook.fabric import COLORS, RGB, darker, draw_pattern, lighter, mix
 from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Part, affine, area, contains, outline, rectangle
 from syncmask_fast.sources.lookbook.light import crease, photograph
 
@@ -105,13 +105,13 @@ def _zoom(
     far from the middle."""
     if target is not None:
         spot = target.places[face]
-        centre, reach = np.array([spot.x, spot.y]), max(spot.width, spot.height)
+        center, reach = np.array([spot.x, spot.y]), max(spot.width, spot.height)
     else:
         panel = max((part.polygon for part in garment.parts if part.panel), key=area)
-        centre, reach = panel.mean(axis=0) + g.uniform(-0.05, 0.05, 2), 0.25
+        center, reach = panel.mean(axis=0) + g.uniform(-0.05, 0.05, 2), 0.25
     matrix = fit.matrix * float(np.clip(g.uniform(0.30, 0.46) * n / (reach * fit.scale), 1.5, 2.7))
     at = np.array([g.uniform(0.35, 0.65), 0.5]) if flapped else 0.5 + g.uniform(-0.12, 0.12, 2)
-    return Affine(matrix, n * at - matrix @ centre)
+    return Affine(matrix, n * at - matrix @ center)
 
 
 class _Scene:
@@ -148,7 +148,7 @@ class _Scene:
                 self._pattern = self._printed(
                     p.pattern,
                     p.rgb,
-                    mix(COLOURS[p.pattern_colour or "white"], p.rgb, 0.08),
+                    mix(COLORS[p.pattern_color or "white"], p.rgb, 0.08),
                     self.place,
                     (x0 - 0.1, y0 - 0.1, x1 + 0.1, y1 + 0.1),
                     p.pattern_scale * max(x1 - x0, y1 - y0) / 1.1,
@@ -159,9 +159,9 @@ class _Scene:
             "main": p.rgb,
             "plain": darker(p.rgb, 0.06),
             "inner": darker(p.rgb, 0.5),
-            "trim": COLOURS[p.trim_colour or "white"],
-            "belt": COLOURS[p.belt_colour or "brown"],
-            "metal": COLOURS["silver"],
+            "trim": COLORS[p.trim_color or "white"],
+            "belt": COLORS[p.belt_color or "brown"],
+            "metal": COLORS["silver"],
             "sole": sole,
         }[fabric]
 
@@ -285,8 +285,8 @@ class _Scene:
     def turn_over(self, flap: Affine) -> None:
         """Lays a turned-over piece of the garment on a close-up; its inside is the lining."""
         canvas, p = self.canvas, self.product
-        colour, pattern = p.lining
-        ground = COLOURS[colour]
+        color, pattern = p.lining
+        ground = COLORS[color]
         fill: RGB | Image.Image = ground
         if pattern:
             ink = lighter(ground, 0.55) if sum(ground) < 380 else darker(ground, 0.5)
@@ -309,7 +309,7 @@ class _Scene:
                     self._detail(detail, self.place.after(spot.unit_map), spot.width / spot.height, on, p.rgb)
                 elif face == INSIDE and flap is not None:
                     on = self.canvas.numbers_of("part:lining:")
-                    self._detail(detail, flap.after(spot.unit_map), spot.width / spot.height, on, COLOURS[p.lining[0]])
+                    self._detail(detail, flap.after(spot.unit_map), spot.width / spot.height, on, COLORS[p.lining[0]])
 
     def _detail(self, detail: Detail, unit_map: Affine, aspect: float, on: set[int], ground: RGB) -> None:
         canvas = self.canvas
@@ -320,7 +320,7 @@ class _Scene:
             return
         box = (x0, y0, x1, y1)
         brush = Brush((x1 - x0, y1 - y0), Affine(unit_map.matrix, unit_map.offset - [x0, y0]), aspect, ground)
-        KINDS[detail.kind].draw(brush, detail.what, COLOURS[detail.colour])
+        KINDS[detail.kind].draw(brush, detail.what, COLORS[detail.color])
         mask, name = brush.image.getchannel("A"), f"detail:{detail.kind}"
         painted, free = np.asarray(mask), among(np.asarray(self.base.crop(box)), on).view(np.uint8)
         self.full[name] = float(np.count_nonzero(painted))
@@ -361,7 +361,7 @@ class _Scene:
         for name in product.names():
             if name in ("category", "subcategory"):
                 result[name] = None if self.close else region(canvas.numbers_of("part:"), 0.0)
-            elif name in ("colour", "material"):
+            elif name in ("color", "material"):
                 result[name] = region(plain | trim if name == "material" else plain, some)
             elif name == "pattern":
                 result[name] = region(main, some) if product.pattern else None

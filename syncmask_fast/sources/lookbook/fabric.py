@@ -1,4 +1,4 @@
-"""Colours, patterns, fabric textures and studio backgrounds. All sizes scale with the picture (`unit` =
+"""Colors, patterns, fabric textures and studio backgrounds. All sizes scale with the picture (`unit` =
 picture size / 96)."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from syncmask_fast.sources.lookbook.geometry import Affine
 RGB = tuple[int, int, int]
 
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "white": (244, 242, 238),
     "black": (34, 34, 38),
     "grey": (142, 144, 148),
@@ -39,7 +39,7 @@ COLOURS: dict[str, RGB] = {
 }
 
 
-CLOTH = tuple(name for name in COLOURS if name not in ("silver", "gold"))
+CLOTH = tuple(name for name in COLORS if name not in ("silver", "gold"))
 
 
 METALS = ("silver", "gold")
@@ -59,7 +59,7 @@ def _lab(rgb: RGB) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def distance(a: RGB, b: RGB) -> float:
-    """CIE76 colour difference: about 2 is just visible, 40 is a clear contrast."""
+    """CIE76 color difference: about 2 is just visible, 40 is a clear contrast."""
     return float(np.linalg.norm(_lab(a) - _lab(b)))
 
 
@@ -265,10 +265,10 @@ def draw_pattern(
             blob = spots[:, None] + np.stack(
                 [radius * np.cos(angle) * (1.35 if camouflage else 1.0), radius * np.sin(angle)], axis=-1
             )
-            centres, r = place(spots), scale * 0.13 * place.scale
-            near = _near(centres, image, 1.2 * place.scale * scale)
+            centers, r = place(spots), scale * 0.13 * place.scale
+            near = _near(centers, image, 1.2 * place.scale * scale)
             corners = place(blob[near].reshape(-1, 2)).reshape(-1, 2 * count)
-            for (x, y), points in zip(centres[near].tolist(), corners.tolist(), strict=True):
+            for (x, y), points in zip(centers[near].tolist(), corners.tolist(), strict=True):
                 draw.polygon(points, fill=tone)
                 if not camouflage:
                     draw.ellipse((x - r, y - r, x + r, y + r), fill=mix(ground, (150, 84, 30), 0.6))

@@ -118,8 +118,8 @@ def affine(
 @dataclass(frozen=True)
 class Part:
     """A piece of the garment. Parts of the same name are one thing (both sleeves). `fabric` is "main" (with
-    its pattern), "plain" (main colour, no pattern), "inner" (main colour in shadow), "trim" (the second
-    colour) or "belt" (the belt's). `panel`: details may lie on it. `clip`: only what lies on the parts of
+    its pattern), "plain" (main color, no pattern), "inner" (main color in shadow), "trim" (the second
+    color) or "belt" (the belt's). `panel`: details may lie on it. `clip`: only what lies on the parts of
     that name is seen."""
 
     name: str
@@ -144,7 +144,7 @@ class Style:
     sleeves: str | None = None  # long, short, puff, bell, none
     neck: str | None = None  # crew, v, scoop, square, boat
     arm: float = 14.0  # degrees between sleeve (or leg) and body
-    trim: str | None = None  # where the second colour is
+    trim: str | None = None  # where the second color is
     belt: bool = False
     proportions: tuple[float, float] = (1.0, 1.0)  # factors of width and height
 

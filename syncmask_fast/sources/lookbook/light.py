@@ -83,7 +83,7 @@ BACKGROUNDS = ("white", "grey", "pastel", "gradient", "gradient", "room", "room"
 
 
 def background(size: int, main: RGB, g: np.random.Generator) -> np.ndarray:
-    """A background that sets off a garment of colour `main`: float32 [3, size, size], 0 to 255."""
+    """A background that sets off a garment of color `main`: float32 [3, size, size], 0 to 255."""
     y, x = _grid(size)
     for _ in range(12):
         kind = BACKGROUNDS[int(g.integers(len(BACKGROUNDS)))]
@@ -167,8 +167,8 @@ def crease(
         draw.line([tuple(p) for p in points.tolist()], fill=round(84 + 26 * dark), width=width)
 
 
-def photograph(canvas: Canvas, colour: RGB, material: str, close: bool, g: np.random.Generator) -> Image.Image:
-    """The finished RGB picture of `canvas.size`. `colour`: the garment's."""
+def photograph(canvas: Canvas, color: RGB, material: str, close: bool, g: np.random.Generator) -> Image.Image:
+    """The finished RGB picture of `canvas.size`. `color`: the garment's."""
     size, factor = canvas.size, canvas.factor
     pixel = size / 96
     unit = pixel * (1.7 if close else 1.0)
@@ -200,7 +200,7 @@ def photograph(canvas: Canvas, colour: RGB, material: str, close: bool, g: np.ra
     if material in GLOSS:
         picture += GLOSS[material] * 150 * np.clip(shade - 1.06, 0, 0.6)
 
-    behind = background(size, colour, g)
+    behind = background(size, color, g)
     strength, reach, spread = g.uniform(0.22, 0.5), g.uniform(2.0, 6.0), g.uniform(1.0, 3.5)
     dx, dy = (int(round(v)) for v in -light * reach * pixel + np.array([0.0, 1.2 * pixel]))
     blur = ImageFilter.BoxBlur(spread * 1.1 * pixel)

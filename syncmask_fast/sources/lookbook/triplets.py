@@ -62,7 +62,7 @@ def _phrase(name: str, value: str | None) -> str:
     """The words for one fact of the target; None where it has no such thing."""
     if value is None:
         return f"has no {name}"
-    if name == "colour":
+    if name == "color":
         return f"is {value}"
     if name == "material":
         return f"is made of {value}"

@@ -31,7 +31,7 @@ def attention(
     """
     if q.is_cuda:
         return _attention_cuda(q, k, v, q_layout, k_layout)
-    if attention_backend(q.device, q.dtype) == "padded":
+    if attention_backend(q.device, q.dtype) == "padded":  # float16, or the C++ library is not built
         return sdpa_padded(q, k, v, q_layout, k_layout)
     (queries, q_starts, _), (keys, k_starts, _), (values, _, _) = (
         _flat(q, q_layout),
@@ -65,6 +65,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 def uses_varlen(device: torch.device) -> bool:
     """Return whether the host need not know the rows of packed sequences: on CUDA, unless attention pads."""
+    # Reading lengths back would make the host wait for the device, but padding needs the longest one.
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
     return device.type == "cuda" and attention_backend(device, dtype) != "padded"
@@ -74,6 +75,7 @@ def sdpa_padded(
     q: Tensor, k: Tensor, v: Tensor, q_layout: PackedLayout | None = None, k_layout: PackedLayout | None = None
 ) -> Tensor:
     """Return `attention` computed by PyTorch's SDPA on padded sequences, which runs everywhere."""
+    # Padded keys are masked. Padded queries give rows that `unpad` drops.
     mask = None if k_layout is None else k_layout.valid[:, None, None, :]
     q_dense = q if q_layout is None else q_layout.pad(q)
     if k_layout is not None:
@@ -90,7 +92,7 @@ def _attention_xformers(
 ) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    if q_layout is None and k_layout is None:
+    if q_layout is None and k_layout is None:  # images of one size need no mask
         return memory_efficient_attention(q, k, v)
     blocks = len(q_layout if q_layout is not None else k_layout)
     bias = block_diagonal_mask(blocks, q_layout or q.shape[1], k_layout or k.shape[1])
@@ -112,7 +114,7 @@ def _attention_varlen(
 
 
 _BACKENDS = {"xformers": _attention_xformers, "varlen": _attention_varlen}  # of CUDA
-_chosen: dict[torch.dtype, str] = {}
+_chosen: dict[torch.dtype, str] = {}  # filled at the first use, since importing must not start CUDA
 
 
 def _flat(x: Tensor, layout: PackedLayout | None) -> tuple[Tensor, Tensor, int]:

@@ -54,6 +54,7 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
 class ImageAttention(timm.layers.Attention):
     """timm's self-attention, computed by our attention function."""
 
+    # The parameters after x are timm's; a VisionTransformer gives neither.
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         return self.proj(attention(self.q_norm(q), self.k_norm(k), v).flatten(2))
@@ -69,6 +70,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
+        # 1. timm's model, with our attention and the configured sizes.
         sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         sizes |= {"img_size": config.size, "patch_size": config.patch}
@@ -81,6 +83,8 @@ class ImageEncoder(nn.Module):
                 f"--image.name {config.name} is not a VisionTransformer with a class token."
                 " Give one, such as vit_base_patch16_224."
             )
+
+        # 2. The patch embedding, and a token in place of masked patches.
         self.conv_stem = config.stem == "conv"
         if self.conv_stem:
             self.vit.patch_embed = conv_stem(config.size, config.patch, self.vit.embed_dim)
@@ -141,7 +145,7 @@ class ImageEncoder(nn.Module):
         """Return all blocks' output for embedded tokens, without the registers."""
         vit, checkpointing = self.vit, self.grad_checkpointing
         x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=checkpointing))
-        registers = vit.num_prefix_tokens - 1
+        registers = vit.num_prefix_tokens - 1  # they serve the blocks only
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
 
@@ -168,7 +172,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # one matmul instead of three
         self.proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
@@ -190,6 +194,7 @@ class CrossAttention(nn.Module):
 
     def project(self, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [..., H, D] of queries x [..., C], and k, v [..., H, D] of keys [..., key width]."""
+        # A method of its own: masks and word presence need q and k without the attention.
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(keys).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         return q, k, v
@@ -250,7 +255,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)  # [PAD] gets no gradient
         self.position_embeddings = nn.Embedding(config.max_length, config.width)
         self.token_type_embedding = nn.Parameter(torch.zeros(config.width))  # BERT has two; a text has type 0 only
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)

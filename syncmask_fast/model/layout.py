@@ -40,6 +40,7 @@ class PackedLayout:
     def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> PackedLayout:
         """Return the layout of sequences whose lengths the host knows."""
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        # The copy does not make the host wait.
         return cls(cu_seqlens.to(device, non_blocking=True), max(lengths, default=0), sum(lengths))
 
     @classmethod
@@ -74,6 +75,7 @@ class PackedLayout:
     @cached_property
     def segment_ids(self) -> Tensor:
         """int64 [total]: the sequence of each row."""
+        # `right`: a row at a boundary is of the sequence that begins there, and empty sequences are skipped.
         rows = torch.arange(self.total, device=self.cu_seqlens.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:-1].contiguous(), rows, right=True)
 
@@ -100,6 +102,7 @@ class PackedLayout:
 
     def pad(self, packed: Tensor) -> Tensor:
         """Return packed [total, ...] as [N, max_seqlen, ...], with zeros where there is no token."""
+        # By row numbers, since indexing by `valid` would read a count back from the device.
         flat = packed.new_zeros(len(self) * self.max_seqlen, *packed.shape[1:])
         return flat.index_copy_(0, self._padded_row, packed).unflatten(0, (len(self), self.max_seqlen))
 

@@ -51,7 +51,7 @@ def _with_parameters_of(layer: nn.Linear) -> Linear:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        low = weight.bfloat16()
+        low = weight.bfloat16()  # saved for the backward pass too: no second conversion
         ctx.save_for_backward(x, low)
         ctx.dtypes = weight.dtype, bias.dtype
         if torch.compiler.is_compiling():  # the compiler takes the product below with constant weights only

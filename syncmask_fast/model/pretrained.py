@@ -25,17 +25,9 @@ from syncmask_fast.utils.errors import UserError, one_line
 KeyMap = dict[str, tuple[str, ...]]  # our tensor or module -> theirs, to be concatenated
 # Of ALBEF's checkpoints we do not need the momentum copy, its queues, and what is tied to the word embeddings.
 _IGNORED = (
-    "visual_encoder_m.",
-    "text_encoder_m.",
-    "vision_proj_m.",
-    "text_proj_m.",
-    "image_queue",
-    "text_queue",
-    "queue_ptr",
-    "idx_queue",
-    "cls.predictions.decoder.",
-    "embeddings.position_ids",
-)
+    "visual_encoder_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.", "image_queue", "text_queue", "queue_ptr",
+    "idx_queue", "cls.predictions.decoder.", "embeddings.position_ids",
+)  # fmt: skip
 
 
 @dataclass
@@ -115,6 +107,7 @@ def load_bert(model: SyncMaskModel, name: str, min_loaded: float = 0.9) -> LoadR
             f"--text.name {name} is no BERT that can be loaded ({one_line(error)})."
             " Give a local folder or a Hugging Face name."
         ) from error
+    # Its layers must have our shape, and be enough.
     text, config = model.config.text, bert.config
     expected = {"width": (text.width, config.hidden_size), "heads": (text.heads, config.num_attention_heads)}
     for what, (ours, theirs) in expected.items():
@@ -254,21 +247,25 @@ def _fill(
     model: SyncMaskModel, source: str, state: Mapping[str, Tensor], keys: KeyMap, min_loaded: float
 ) -> LoadReport:
     """Copy the tensors that fit, and report. errors: UserError where less than `min_loaded` of `keys` was loaded."""
+    # 1. Copy tensor by tensor.
     report, ours, used = LoadReport(source), model.state_dict(), set()
     for name, theirs in keys.items():
         if not all(key in state for key in theirs):
             report.missing.append(name)
             continue
         used.update(theirs)
+        # Query, key and value are three matrices in BERT, one in ours.
         value = torch.cat([state[key] for key in theirs]) if len(theirs) > 1 else state[theirs[0]]
         fitted = _fit(model, source, name, value.float())
-        if fitted.shape != ours[name].shape:
+        if fitted.shape != ours[name].shape:  # another width
             report.missing.append(f"{name} ({_size(ours[name])}, the source has {_size(value)})")
             continue
         if name in ("image.vit.pos_embed", "text.position_embeddings.weight") and fitted.shape != value.shape:
             report.resized[name] = f"{_size(value)} to {_size(fitted)}"
         ours[name].copy_(fitted)  # state_dict shares its memory with the model
         report.loaded.append(name)
+
+    # 2. Report the rest, and refuse too little.
     report.unexpected = [key for key in state if key not in used and not key.startswith(_IGNORED)]
     if report.fraction_loaded < min_loaded:
         raise UserError(

@@ -49,6 +49,7 @@ class MLMHead(nn.Module):
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         """Return logits [n, vocabulary] of fused features x [n, C] with word embeddings [vocabulary, C]."""
+        # As a function, since the matrix belongs to the text encoder.
         return linear.linear(self.norm(F.gelu(self.dense(x))), word_embeddings, self.bias)
 
 
@@ -93,6 +94,7 @@ class SyncMaskModel(nn.Module):
         self.fusion = FusionEncoder(text, self.image.width)
         self.image_proj = nn.Linear(self.image.width, config.embed_dim)
         self.text_proj = nn.Linear(width, config.embed_dim)
+        # As a logarithm the temperature stays positive, and its updates are relative.
         self.log_temperature = nn.Parameter(torch.tensor(config.loss.temperature).log())
         self.itm_head = nn.Linear(width, 2)
         self.mlm_head = MLMHead(width, text.vocab_size)
@@ -130,6 +132,7 @@ class SyncMaskModel(nn.Module):
 
     def project_images(self, features: Tensor) -> Tensor:
         """Return unit vectors float32 [B, E] of image features [B, S, C]."""
+        # Normalized in float32: cosines in bfloat16 would have two digits.
         return F.normalize(self.image_proj(features[:, 0]).float(), dim=-1)
 
     def project_texts(self, features: Tensor, layout: PackedLayout) -> Tensor:
@@ -217,6 +220,7 @@ class SyncMaskModel(nn.Module):
         """Write model.safetensors, config.json and the tokenizer's files into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # safetensors refuses tensors that are not contiguous.
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / "model.safetensors")
         # timm would fetch an hf-hub:OWNER/NAME when the model is loaded; the architecture's own name is enough.
         name = self.image.vit.pretrained_cfg.get("architecture") or self.config.image.name

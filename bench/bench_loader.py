@@ -29,7 +29,7 @@ THREADS = cpu_cores()
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of quality 90 and about 25 KB: blurred colours under some noise."""
+    """JPEGs of quality 90 and about 25 KB: blurred colors under some noise."""
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     with ShardSetWriter(folder) as writer:
         for n in range(IMAGES):
@@ -46,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Samples(torch.utils.data.Dataset):
-    """What a map-style dataset does: read, decode with Pillow, crop, flip, normalise; one image at a time."""
+    """What a map-style dataset does: read, decode with Pillow, crop, flip, normalize; one image at a time."""
 
     def __init__(self, tar: Path) -> None:
         with tarfile.open(tar) as archive:

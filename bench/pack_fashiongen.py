@@ -2,7 +2,7 @@
 
     python bench/pack_fashiongen.py [--rows 20000] [--workers N] [--file FILE.h5] [--compression gzip]
 
-Writes a file in FashionGen's layout (256 px; smooth pictures with noise, about 20 kB as JPEG), packs it, and encodes the same pictures from
+Writes a file in FashionGen's layout (256 px; smooth images with noise, about 20 kB as JPEG), packs it, and encodes the same images from
 memory on as many processes, with nothing else to do. The result goes to bench/results/pack_fashiongen.json, or to $OUT.
 """
 
@@ -41,8 +41,8 @@ TEXTS = {
 }  # bytes
 
 
-def pictures(count: int, seed: int = 0) -> np.ndarray:
-    """uint8 [count, 256, 256, 3]: smooth colours on white with the grain of a photo."""
+def images(count: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count, 256, 256, 3]: smooth colors on white with the grain of a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 16, 16, 3)).astype(np.float32)
     smooth = coarse.repeat(SIZE // 16, 1).repeat(SIZE // 16, 2)
@@ -55,7 +55,7 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
 def write_file(path: Path, rows: int, compression: str | None = None, seed: int = 0) -> None:
     """A file in the layout of fashiongen_256_256_train.h5."""
     rng = np.random.default_rng(seed)
-    pool = pictures(POOL, seed)
+    pool = images(POOL, seed)
     with h5py.File(path, "w") as file:
         chunks = (1, SIZE, SIZE, 3) if compression else None
         images = file.create_dataset(
@@ -86,8 +86,8 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
 
 
 def encode_many(seconds: float) -> tuple[int, float]:
-    """Encodes pictures from memory for a while; returns how many, and the processor's time."""
-    pool, encoding, done = pictures(POOL), Encoding(), 0
+    """Encodes images from memory for a while; returns how many, and the processor's time."""
+    pool, encoding, done = images(POOL), Encoding(), 0
     begin, end = time.process_time(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         encoding.encode(pool[done % POOL])
@@ -96,7 +96,7 @@ def encode_many(seconds: float) -> tuple[int, float]:
 
 
 def encoding_rate(workers: int, seconds: float = 10.0) -> tuple[float, float]:
-    """Pictures a second on `workers` processes, and the processor's time for one in microseconds."""
+    """Images a second on `workers` processes, and the processor's time for one in microseconds."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(encode_many, [0.1] * workers, chunksize=1)  # started, imported, warm
         counts, cpu = zip(*pool.map(encode_many, [seconds] * workers, chunksize=1), strict=True)
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--file", type=Path, help="use this file; written where it does not exist")
-    parser.add_argument("--compression", help="of the pictures in the file, such as gzip")
+    parser.add_argument("--compression", help="of the images in the file, such as gzip")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = options.file or Path(folder, "fashiongen_256_256_train.h5")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything on a CUDA machine in one call of at most 8 minutes: builds csrc, runs the kernel tests on the GPU (Triton compiled, not interpreted) and
-# those of the step, compute-sanitizer where there is one, the benchmarks of operator, step and loader, and a profile of the step. Goes on after a
+# those of the step, compute-sanitizer where there is one, the benchmarks of operator, step and loader, and a profile of the step. Continues after a
 # stage that fails and ends with a summary.
 #   bench/run_gpu.sh             results go to bench/results, or to $OUT
 #   PYTHON=.venv/bin/python      which Python (torch, triton, pytest, pytest-benchmark, setuptools)

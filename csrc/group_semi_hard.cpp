@@ -48,7 +48,7 @@ struct Lists {
   int64_t capacity;
 };
 
-// Items that had lists made last. Arrays go on to whole panels: features 0, bound at its highest, unvisited 0.
+// Items that had lists made last. Arrays are padded to whole panels: features 0, bound at its highest, unvisited 0.
 struct Remaining {
   int64_t count, width;
   const float* images;       // [panels, D, panel]

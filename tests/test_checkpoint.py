@@ -28,7 +28,7 @@ def new_state(seed: int, **changes) -> TrainState:
 
 
 def random_step(state: TrainState, seed: int) -> None:
-    """An optimiser step with random gradients; the temperature gets none, as a parameter may."""
+    """An optimizer step with random gradients; the temperature gets none, as a parameter may."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in state.model.named_parameters():
         parameter.grad = None if name == "log_temperature" else torch.randn(parameter.shape, generator=generator)
@@ -78,7 +78,7 @@ def test_there_and_back(tmp_path: Path, muon_lr: float | None):
     assert (
         sum(bool(kept) for _, kept in loaded.optimizer.parameter_states()) == len(list(loaded.model.parameters())) - 1
     )  # the temperature had no step yet
-    # And both go on alike, which needs the moments and the step count.
+    # And both continue alike, which needs the moments and the step count.
     for state in (saved, loaded):
         random_step(state, 3)
     assert_same(saved, loaded)
@@ -93,7 +93,7 @@ def test_the_last_two_are_kept(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000099", "step-00000100"]
     state.step = 100
     state.epoch = 77
-    assert json.loads((save_checkpoint(tmp_path, state) / "state.json").read_text())["epoch"] == 77  # written anew
+    assert json.loads((save_checkpoint(tmp_path, state) / "state.json").read_text())["epoch"] == 77  # written again
     assert checkpoints(tmp_path / "nowhere") == []
 
 

@@ -52,8 +52,8 @@ def test_unknown_setting_is_named():
     with pytest.raises(UserError, match="speed"):
         from_json(TrainConfig, values)
     values = to_json(TrainConfig())
-    values["mask"]["colour"] = "red"
-    with pytest.raises(UserError, match="colour"):
+    values["mask"]["color"] = "red"
+    with pytest.raises(UserError, match="color"):
         from_json(TrainConfig, values)
 
 

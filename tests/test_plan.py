@@ -44,7 +44,7 @@ def test_pure_function_of_seed_and_epoch(kind: str):
     assert order(5, 2) == first
     assert order(5, 3) != first
     assert order(6, 2) != first
-    # Any number will do as a seed, and neighbours far from 0 differ too.
+    # Any number will do as a seed, and neighbors far from 0 differ too.
     assert order(-1, 2) != order(-2, 2)
     assert order(2**62, 2) != order(2**62 + 1, 2)
     assert all(torch.equal(feats[name], kept[name]) for name in feats)
@@ -59,13 +59,13 @@ def test_without_features_the_order_is_random():
 
 @pytest.mark.parametrize("search_space", [None, 96])
 def test_semi_hard_never_pairs_a_product_with_itself(search_space: int | None):
-    """Products with several photos that are each other's nearest neighbours: "hard" puts them together, "semi_hard" does not."""
+    """Products with several photos that are each other's nearest neighbors: "hard" puts them together, "semi_hard" does not."""
     products, photos, batch = 48, 4, 8
     ids = np.repeat(np.arange(products), photos)
-    centre = features(products)
+    center = features(products)
     noise = features(products * photos, seed=1)
     feats = {
-        name: F.normalize(centre[name].repeat_interleave(photos, 0) + 0.05 * noise[name], dim=-1) for name in centre
+        name: F.normalize(center[name].repeat_interleave(photos, 0) + 0.05 * noise[name], dim=-1) for name in center
     }
 
     def repeats(kind: str, epoch: int) -> int:
@@ -83,8 +83,8 @@ def test_a_product_comes_again_only_after_all_others():
     """In one batch of everything: no product twice before every product has come, though its other photos are the most similar."""
     products, photos = 12, 4
     ids = np.repeat(np.arange(products), photos)
-    centre = features(products, seed=5)
-    feats = {name: x.repeat_interleave(photos, 0) for name, x in centre.items()}
+    center = features(products, seed=5)
+    feats = {name: x.repeat_interleave(photos, 0) for name, x in center.items()}
     order = epoch_order(0, 1, ids, batch_size=len(ids), kind="semi_hard", **feats)
     assert sorted(ids[order[:products]].tolist()) == list(range(products))
 
@@ -93,19 +93,19 @@ def test_similar_samples_come_together():
     """Clusters of similar products fill batches, which random order does not."""
     clusters, each = 12, 16
     label = np.repeat(np.arange(clusters), each)
-    centre, noise = features(clusters, seed=2), features(clusters * each, seed=3)
+    center, noise = features(clusters, seed=2), features(clusters * each, seed=3)
     feats = {
-        name: F.normalize(centre["image_feats"].repeat_interleave(each, 0) + 0.2 * noise[name], dim=-1)
-        for name in centre
+        name: F.normalize(center["image_feats"].repeat_interleave(each, 0) + 0.2 * noise[name], dim=-1)
+        for name in center
     }
 
-    def neighbours(kind: str) -> float:
+    def neighbors(kind: str) -> float:
         order = epoch_order(0, 1, np.arange(len(label)), batch_size=8, kind=kind, **feats).reshape(-1, 8)
         return float(np.mean(label[order[:, 1:]] == label[order[:, :-1]]))
 
-    assert neighbours("hard") > 0.6
-    assert neighbours("semi_hard") > 0.6
-    assert neighbours("random") < 0.25
+    assert neighbors("hard") > 0.6
+    assert neighbors("semi_hard") > 0.6
+    assert neighbors("random") < 0.25
 
 
 def test_a_short_last_batch_stays_last():

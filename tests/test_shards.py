@@ -327,7 +327,7 @@ def test_processes_build_at_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [shard_index.CACHE_NAME, "x.tar"]
 
 
-def test_errors_name_folder_and_mend(tmp_path):
+def test_errors_name_folder_and_fix(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ShardIndex.open(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no \.tar shards"):

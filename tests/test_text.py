@@ -153,7 +153,7 @@ def test_truncation_and_literal_special_tokens(tokenizer, tmp_path):
         TokenCache.open(tmp_path, tokenizer, [], 8)
 
 
-def test_cache_is_kept_renewed_and_mended(tokenizer, tmp_path, monkeypatch):
+def test_cache_is_kept_renewed_and_repaired(tokenizer, tmp_path, monkeypatch):
     built = []
     tokenize = token_cache._tokenize
     monkeypatch.setattr(token_cache, "_tokenize", lambda *args: built.append(1) or tokenize(*args))

@@ -54,8 +54,8 @@ def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
         print(
             f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, {time.perf_counter() - begin:.0f} s with the kills)\n"
         )
-        again = killed.with_suffix(".log").read_text().count("going on from")
-        print(f"{again} of the {kills + 1} starts went on from a checkpoint\n\n| moment | kills |\n|---|---|")
+        again = killed.with_suffix(".log").read_text().count("resuming from")
+        print(f"{again} of the {kills + 1} starts resumed from a checkpoint\n\n| moment | kills |\n|---|---|")
         for moment, count in moments.items():
             print(f"| {moment} | {count} |")
         print(

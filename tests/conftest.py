@@ -1,9 +1,11 @@
-"""Shared by all tests: unwritten memory becomes NaN; a random generator for each test; the operators' backends."""
+"""Shared by all tests: NaN in unwritten memory, a random generator for each test, operators' backends, one lookbook."""
 
 from __future__ import annotations
 
+import fcntl
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +44,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_isa(request.param)
     yield "cpp"
     _native.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def lookbook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set of 96-px images: 5 batches of 16 to train on, 105 products to evaluate on. Tests only read it.
+
+    The workers of pytest-xdist have folders with a common parent: the first one draws for all.
+    """
+    from syncmask_fast.sources.lookbook import draw_lookbook  # tests of the operators never pay for it
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "popen-" in base.name else base) / "lookbook"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            draw_lookbook(folder, products=22, eval_products=105, size=96, workers=1)
+    return folder

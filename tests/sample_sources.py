@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image
+
+from tests.helpers import encoded_image
 
 CATEGORIES = ("TOPS   ", "JEANS", "SWEATERS\t")
 SUBCATEGORIES = ("T-SHIRTS    ", "SLIM JEANS", "CREWNECKS")
 ONLY_IN_VALIDATION = "CORSETS & BODYSUITS"
-
-
-def encoded_image(number: int, width: int = 40, height: int = 56, kind: str = "JPEG", **options: object) -> bytes:
-    """Return an encoded image, different for each number."""
-    rng = np.random.default_rng(number)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, kind, **options)
-    return out.getvalue()
 
 
 def description(row: int) -> str:

@@ -12,13 +12,7 @@ from scipy.stats import ttest_1samp
 from syncmask_fast import ablate, finetune, train
 from syncmask_fast.ablate import Ablation, conclusions, table
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_lookbook
-from tests.test_train import SMALL
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
+from tests.helpers import FLAGS
 
 
 def cells_of(values: dict[tuple[str, str], list[float]]) -> ablate.Cells:
@@ -79,14 +73,14 @@ def test_every_rule():
 
 
 @pytest.mark.slow
-def test_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_grid(lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two cells with a fine-tuning each; a further cell reuses them; other settings are refused."""
     out = tmp_path / "grid"
     flags = [
         "--out",
         str(out),
         "--data",
-        str(data),
+        str(lookbook),
         "--steps",
         "2",
         "--tuning-steps",
@@ -96,7 +90,7 @@ def test_grid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         "--tasks",
         "subcategory",
     ]
-    more = ["--", *SMALL, "--loss.itc-only", "0", "--mask.ramp", "0", "0"]
+    more = ["--", *FLAGS, "--loss.itc-only", "0", "--mask.ramp", "0", "0"]
     monkeypatch.setitem(finetune.TINY, "batch_size", (8, "the test"))
     ablate.main([*flags, "--masking", "random", "sync:mass/max", "--batching", "semi_hard", *more])
     assert "supports no conclusion" in capsys.readouterr().out

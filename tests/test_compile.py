@@ -10,8 +10,7 @@ from torch._dynamo.utils import counters
 
 from syncmask_fast.objective.memory import make_teacher
 from syncmask_fast.training.setup import configure_compute
-from tests.helpers import losses_of, small_batch, small_config, small_model, take_step
-from tests.test_no_host_sync import state_of
+from tests.helpers import losses_of, small_batch, small_config, small_model, small_state, take_step
 
 
 def gradients(config, model, teacher, batch) -> tuple:
@@ -35,7 +34,7 @@ def assert_same(ours: tuple, theirs: tuple) -> None:
 def test_checkpointing_gives_the_same_gradients_from_less(stem: str):
     config = small_config(masking="sync")
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, patch=16, stem=stem, depth=3))
-    state, batch = state_of(config, torch.device("cpu")), small_batch(config)
+    state, batch = small_state(config), small_batch(config)
     kept = []
     outcomes = []
     for checkpointing in (False, True):
@@ -53,7 +52,7 @@ def test_compiled_steps_give_the_same_and_are_compiled_once():
     """Texts of other lengths, negatives of other images: nothing in a step is compiled again after the first three, and attention breaks no graph."""
     config = small_config(masking="sync")
     config = dataclasses.replace(config, compile="on", loss=dataclasses.replace(config.loss, mim_input="visible"))
-    state, batches = state_of(config, torch.device("cpu")), [small_batch(config, seed=seed) for seed in range(12)]
+    state, batches = small_state(config), [small_batch(config, seed=seed) for seed in range(12)]
     assert len({sum(batch.lengths) for batch in batches}) > 6
     configure_compute(config, state)
     torch._dynamo.reset()

@@ -21,7 +21,6 @@ from syncmask_fast.distributed.group import init_distributed, local_device, shar
 from syncmask_fast.train import main
 from syncmask_fast.training.checkpoint import checkpoints
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_lookbook
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 20, 5
@@ -37,8 +36,8 @@ OBJECTIVES = {"loss", "loss_itc", "loss_itm", "loss_mlm", "loss_mim", "loss_pres
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory) / "train"
+def data(lookbook: Path) -> Path:
+    return lookbook / "train"
 
 
 def torchrun(ranks: int, *words: str) -> list[str]:

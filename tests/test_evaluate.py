@@ -22,19 +22,14 @@ from syncmask_fast.tasks import retrieval
 from syncmask_fast.tasks.base import open_tokens
 from syncmask_fast.tasks.mask_quality import MaskEvalSet, evaluate_mlm_grounding, evaluate_sync, teacher_masks
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_config, small_lookbook
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
+from tests.helpers import small_config
 
 
 @pytest.fixture(scope="module")
-def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(lookbook: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model, saved."""
     base = small_config()
-    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocab_size)
+    tokenizer = train_tokenizer(ShardIndex.open(lookbook / "train").texts, base.text.vocab_size)
     text = type(base.text)(**{**vars(base.text), "vocab_size": tokenizer.get_vocab_size(), "max_length": 64})
     torch.manual_seed(0)
     SyncMaskModel(small_config(text=text, decode_threads=1), tokenizer).save_pretrained(
@@ -44,14 +39,14 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(data: Path, folder: Path):
+def opened(lookbook: Path, folder: Path):
     model = SyncMaskModel.from_pretrained(folder)
-    split = open_evaluation(data)
+    split = open_evaluation(lookbook)
     return model, split, open_tokens(model, split)
 
 
-def run(kind: str, folder: Path, data: Path, out: Path, *more: str):
-    main([kind, "--model", str(folder), "--data", str(data), "--out", str(out), "--device", "cpu", *more])
+def run(kind: str, folder: Path, lookbook: Path, out: Path, *more: str):
+    main([kind, "--model", str(folder), "--data", str(lookbook), "--out", str(out), "--device", "cpu", *more])
     return json.loads(out.read_text())
 
 
@@ -93,8 +88,8 @@ def test_itm_scores(opened, monkeypatch: pytest.MonkeyPatch):
             assert torch.allclose(score[row].sigmoid(), chance, atol=0.02)  # pixels are rounded
 
 
-def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
-    results = run("retrieval", folder, data, tmp_path / "new" / "results.json")
+def test_retrieval(folder: Path, lookbook: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
+    results = run("retrieval", folder, lookbook, tmp_path / "new" / "results.json")
     assert "retrieval/i2t/101-candidate/R@1" in capsys.readouterr().out
     gallery, _ = retrieval.encode_split(*opened)
     for name, value in (retrieval.recall_full(gallery) | retrieval.recall_101(gallery)).items():
@@ -105,8 +100,8 @@ def test_retrieval(folder: Path, data: Path, tmp_path: Path, opened, capsys: pyt
     assert results["retrieval/mean/101-candidate/R@1"] < 5
 
 
-def test_sync(folder: Path, data: Path, tmp_path: Path, opened):
-    results = run("sync", folder, data, tmp_path / "results.json")
+def test_sync(folder: Path, lookbook: Path, tmp_path: Path, opened):
+    results = run("sync", folder, lookbook, tmp_path / "results.json")
     for name in (
         "words/precision",
         "words/random",
@@ -153,8 +148,8 @@ def test_mlm_grounding(opened):
     assert not np.array_equal(data.samples, data.samples[data.partner])
 
 
-def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
-    rows = run("sync", folder, data, tmp_path / "rows.json", "--every-rule")
+def test_every_rule(folder: Path, lookbook: Path, tmp_path: Path, opened, capsys: pytest.CaptureFixture[str]):
+    rows = run("sync", folder, lookbook, tmp_path / "rows.json", "--every-rule")
     model = opened[0]
     layers = model.config.text.fusion_layers
     assert len(rows) == layers * 4
@@ -165,7 +160,7 @@ def test_every_rule(folder: Path, data: Path, tmp_path: Path, opened, capsys: py
         (n, rule) for n in range(1, layers + 1) for rule in PATCH_SCORES
     }
     assert capsys.readouterr().out.count("\n") == 2 + len(rows)
-    plain = run("sync", folder, data, tmp_path / "plain.json")
+    plain = run("sync", folder, lookbook, tmp_path / "plain.json")
     mask = model.config.mask
     [row] = [row for row in rows if row["layer"] == mask.layer and row["token_score"] == mask.token_score]
     assert row["words/precision"] == pytest.approx(plain["sync/words/precision"])
@@ -186,9 +181,9 @@ def test_masks_do_not_depend_on_the_batch(opened):
 
 
 @pytest.fixture
-def plain(tmp_path: Path, data: Path) -> Path:
+def plain(tmp_path: Path, lookbook: Path) -> Path:
     """A dataset of images and texts only."""
-    index = ShardIndex.open(data / "eval")
+    index = ShardIndex.open(lookbook / "eval")
     with ShardSetWriter(tmp_path / "plain") as writer:
         for i in range(30):
             writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
@@ -206,9 +201,9 @@ def test_no_attributes(folder: Path, plain: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "sync"])
-def test_missing_model_or_data(kind: str, folder: Path, data: Path, tmp_path: Path):
+def test_missing_model_or_data(kind: str, folder: Path, lookbook: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no-model"):
-        run(kind, tmp_path / "no-model", data, tmp_path / "results.json")
+        run(kind, tmp_path / "no-model", lookbook, tmp_path / "results.json")
     with pytest.raises(UserError, match="no-data"):
         run(kind, folder, tmp_path / "no-data", tmp_path / "results.json")
     (tmp_path / "broken").mkdir()
@@ -216,4 +211,4 @@ def test_missing_model_or_data(kind: str, folder: Path, data: Path, tmp_path: Pa
         (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="broken"):
-        run(kind, tmp_path / "broken", data, tmp_path / "results.json")
+        run(kind, tmp_path / "broken", lookbook, tmp_path / "results.json")

@@ -19,7 +19,7 @@ from syncmask_fast.model.pretrained import load_initial_weights
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.tasks.retrieval import search_products
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import SPEED, small_config, small_lookbook
+from tests.helpers import SPEED, small_config
 
 FOUR = [
     "--steps",
@@ -39,16 +39,11 @@ FOUR = [
 ]
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
-
-
 @pytest.fixture(scope="module")
-def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(lookbook: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained model, saved."""
     base = small_config()
-    tokenizer = train_tokenizer(ShardIndex.open(data / "train").texts, base.text.vocab_size)
+    tokenizer = train_tokenizer(ShardIndex.open(lookbook / "train").texts, base.text.vocab_size)
     text = type(base.text)(**{**vars(base.text), "vocab_size": tokenizer.get_vocab_size(), "max_length": 64})
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start") / "model"
@@ -56,8 +51,8 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tune(task: str, start: Path, data: Path, out: Path, *more: str) -> dict[str, float]:
-    finetune.main([task, "--model", str(start), "--data", str(data), "--out", str(out), *FOUR, *more])
+def tune(task: str, start: Path, lookbook: Path, out: Path, *more: str) -> dict[str, float]:
+    finetune.main([task, "--model", str(start), "--data", str(lookbook), "--out", str(out), *FOUR, *more])
     return json.loads((out / "results.json").read_text())
 
 
@@ -75,10 +70,10 @@ def rows(out: Path) -> list[dict]:
         ("subcategory", [], "subcategory/image+text/accuracy"),
     ],
 )
-def test_every_task(task: str, more: list[str], metric: str, start: Path, data: Path, tmp_path: Path):
+def test_every_task(task: str, more: list[str], metric: str, start: Path, lookbook: Path, tmp_path: Path):
     """Train, keep the best by validation, evaluate. A resumed run has the same results, and so has `evaluate`."""
     out = tmp_path / "run"
-    results = tune(task, start, data, out, *more)
+    results = tune(task, start, lookbook, out, *more)
     assert 0 <= results[metric] <= 100
     found = rows(out)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
@@ -93,7 +88,7 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, data: 
     if best["step"] == 4:
         shutil.rmtree(again / "model")
         (again / "best.json").unlink()
-    assert tune(task, start, data, again, *more) == pytest.approx(results)
+    assert tune(task, start, lookbook, again, *more) == pytest.approx(results)
     assert rows(again) == found
 
     evaluate.main(
@@ -102,7 +97,7 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, data: 
             "--model",
             str(out / "model"),
             "--data",
-            str(data),
+            str(lookbook),
             "--out",
             str(tmp_path / "results.json"),
             "--device",
@@ -113,8 +108,8 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, data: 
     assert {name: same[name] for name in results} == pytest.approx(results)
 
 
-def test_split_validation(data: Path):
-    whole, _ = open_splits(data)
+def test_split_validation(lookbook: Path):
+    whole, _ = open_splits(lookbook)
     left, held = split_validation(whole, 0.3)
     ids = whole.index.product_ids
     assert len(left) + len(held) == len(whole)
@@ -147,16 +142,16 @@ def test_recipes(start: Path, capsys: pytest.CaptureFixture[str]):
         assert all(origin for _, origin in recipe.values())
 
 
-def test_user_errors(start: Path, data: Path, tmp_path: Path):
+def test_user_errors(start: Path, lookbook: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no-model"):
-        tune("retrieval", tmp_path / "no-model", data, tmp_path / "run")
+        tune("retrieval", tmp_path / "no-model", lookbook, tmp_path / "run")
     with pytest.raises(UserError, match="--validation 0.0"):
-        tune("retrieval", start, data, tmp_path / "run", "--validation", "0")
+        tune("retrieval", start, lookbook, tmp_path / "run", "--validation", "0")
     with pytest.raises(UserError, match="--batch-size"):
-        tune("retrieval", start, data, tmp_path / "run", "--batch-size", "1")
+        tune("retrieval", start, lookbook, tmp_path / "run", "--batch-size", "1")
     with pytest.raises(UserError, match="finetune category"):
-        evaluate.main(["category", "--model", str(start), "--data", str(data), "--device", "cpu"])
-    index = ShardIndex.open(data / "eval")
+        evaluate.main(["category", "--model", str(start), "--data", str(lookbook), "--device", "cpu"])
+    index = ShardIndex.open(lookbook / "eval")
     with ShardSetWriter(tmp_path / "plain") as writer:
         for i in range(40):
             writer.write(f"{i:04d}", index.image_bytes(i), {"text": index.texts[i]})
@@ -167,10 +162,10 @@ def test_user_errors(start: Path, data: Path, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_search(start: Path, lookbook: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Different products, best first, with the scores of the model's public calls; an image of them."""
     model = SyncMaskModel.from_pretrained(start)
-    split = open_splits(data)[1]
+    split = open_splits(lookbook)[1]
     found = search_products(model, split, "a red dress", 5)
     ids = [split.index.product_ids[match.sample_id] for match in found]
     assert len(set(ids)) == 5
@@ -182,7 +177,7 @@ def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
             "--model",
             str(start),
             "--data",
-            str(data),
+            str(lookbook),
             "--out",
             str(out),
             "--top",
@@ -197,4 +192,4 @@ def test_search(start: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert out.stat().st_size > 10_000
     for flags, named in ((["", "--top", "1"], "query"), (["red", "--top", "0"], "--top")):
         with pytest.raises(UserError, match=named):
-            search.main([*flags, "--model", str(start), "--data", str(data)])
+            search.main([*flags, "--model", str(start), "--data", str(lookbook)])

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,31 +20,11 @@ from syncmask_fast.data.augment import (
     sample_augmentations,
     token_dropout_mask,
 )
-from syncmask_fast.data.decode.dali import why_dali_unavailable
-from syncmask_fast.data.decode.transform import why_cpp_unavailable
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
-from syncmask_fast.data.loader import Batch, Loader, choose_backend
-from syncmask_fast.data.shards import ShardIndex
-from syncmask_fast.data.token_cache import TokenCache
-from syncmask_fast.data.tokenizer import train_tokenizer
+from syncmask_fast.data.loader import Loader, choose_backend
 from syncmask_fast.utils.errors import UserError
-
-needs_dali = pytest.mark.skipif(
-    why_dali_unavailable() is not None, reason=f"DALI cannot be imported: {why_dali_unavailable()}"
-)
-needs_native = pytest.mark.skipif(why_cpp_unavailable() is not None, reason=f"not built: {why_cpp_unavailable()}")
-every_backend = pytest.mark.parametrize(
-    "backend", ["torchvision", pytest.param("cpp", marks=needs_native), pytest.param("dali", marks=needs_dali)]
-)
-
-
-def picture(width: int, height: int, seed: int = 0, mode: str = "RGB", fmt: str = "JPEG", **options: object) -> bytes:
-    """Smooth colours, so that pixels can be compared after a resize."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    small.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(out, fmt, **options)
-    return out.getvalue()
+from tests.helpers import encoded_image
+from tests.loader_data import GOOD, by_sample, dataset, every_backend, needs_dali, needs_native, open_loader
 
 
 def grey_16() -> bytes:
@@ -64,7 +41,7 @@ def animated_webp() -> bytes:
 
 
 def damaged_png() -> bytes:
-    data = bytearray(picture(60, 60, fmt="PNG"))
+    data = bytearray(encoded_image(0, 60, 60, kind="PNG"))
     middle = len(data) // 2
     data[middle : middle + 40] = bytes(40)
     return bytes(data)
@@ -76,20 +53,19 @@ def huge_png() -> bytes:
     return out.getvalue()
 
 
-GOOD = picture(90, 120)
 ODD = {  # read by somebody: must come through
-    "grey": picture(60, 40, mode="L"),
-    "CMYK": picture(60, 40, mode="CMYK"),
-    "progressive": picture(60, 40, progressive=True),
-    "PNG": picture(60, 40, fmt="PNG"),
-    "PNG with alpha": picture(60, 40, mode="RGBA", fmt="PNG"),
-    "PNG with palette": picture(60, 40, mode="P", fmt="PNG"),
+    "grey": encoded_image(0, 60, 40, mode="L"),
+    "CMYK": encoded_image(0, 60, 40, mode="CMYK"),
+    "progressive": encoded_image(0, 60, 40, progressive=True),
+    "PNG": encoded_image(0, 60, 40, kind="PNG"),
+    "PNG with alpha": encoded_image(0, 60, 40, mode="RGBA", kind="PNG"),
+    "PNG with palette": encoded_image(0, 60, 40, mode="P", kind="PNG"),
     "PNG of 16 bits": grey_16(),
-    "WebP": picture(60, 40, fmt="WEBP"),
-    "WebP lossless": picture(60, 40, fmt="WEBP", lossless=True),
+    "WebP": encoded_image(0, 60, 40, kind="WEBP"),
+    "WebP lossless": encoded_image(0, 60, 40, kind="WEBP", lossless=True),
     "WebP animated": animated_webp(),
-    "1 x 1": picture(1, 1),
-    "a line": picture(200, 1),
+    "1 x 1": encoded_image(0, 1, 1),
+    "a line": encoded_image(0, 200, 1),
     "bytes behind the end": GOOD + b"junk" * 100,
 }
 DAMAGED = {
@@ -98,55 +74,19 @@ DAMAGED = {
     "header only": GOOD[:200],
     "four bytes": GOOD[:4],
     "JPEG start, then noise": b"\xff\xd8\xff" + np.random.default_rng(0).bytes(2000),
-    "progressive half": picture(200, 200, progressive=True)[:2000],
-    "PNG half": picture(60, 40, fmt="PNG")[:900],
+    "progressive half": encoded_image(0, 200, 200, progressive=True)[:2000],
+    "PNG half": encoded_image(0, 60, 40, kind="PNG")[:900],
     "PNG start only": b"\x89PNG\r\n\x1a\n",
     "PNG damaged inside": damaged_png(),
-    "WebP half": picture(60, 40, fmt="WEBP")[:300],
+    "WebP half": encoded_image(0, 60, 40, kind="WEBP")[:300],
     "too large": huge_png(),
 }
-
-
-def dataset(folder: Path, images: list[bytes]) -> tuple[ShardIndex, TokenCache]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for i, image in enumerate(images):
-            text = f"a dress number {i // 2} " + "with stripes " * (i % 3)
-            for name, data in (
-                (f"s{i:03d}.jpg", image),
-                (f"s{i:03d}.json", json.dumps({"product_id": 100 + i // 2, "text": text}).encode()),
-            ):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    index = ShardIndex.open(folder)
-    return index, TokenCache.open(folder, train_tokenizer(index.texts, 300), index.texts, 32)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     sizes = [(64, 64), (90, 120), (160, 50), (33, 47), (300, 200)]
-    return dataset(tmp_path_factory.mktemp("plain"), [picture(*sizes[i % 5], seed=i) for i in range(30)])
-
-
-def open_loader(data: tuple[ShardIndex, TokenCache], **options) -> Loader:
-    defaults = {
-        "batch_size": 8,
-        "size": 32,
-        "augment": AugmentConfig(),
-        "seed": 7,
-        "threads": 2,
-        "backend": "torchvision",
-    }
-    return Loader(*data, **(defaults | options))
-
-
-def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
-    return {
-        sample: pixels
-        for batch in batches
-        for sample, pixels in zip(batch.sample_ids.tolist(), batch.pixels, strict=True)
-    }
+    return dataset(tmp_path_factory.mktemp("plain"), [encoded_image(i, *sizes[i % 5]) for i in range(30)])
 
 
 # Random numbers and crops
@@ -402,7 +342,7 @@ def test_no_image_ends_the_run(tmp_path, backend):
     """Damaged and odd images among good ones, in batches that other batches overtake: exactly the damaged are
     left out, twice over."""
     names = [*ODD, *DAMAGED]
-    images = [picture(50, 60, seed=i) for i in range(40)]
+    images = [encoded_image(i, 50, 60) for i in range(40)]
     where = {}
     for i, name in enumerate(names):
         where[name] = 1 + i + i // 2

@@ -7,7 +7,6 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from syncmask_fast.config import ImageConfig, TextConfig
 from syncmask_fast.model.attention import attention, block_diagonal_mask
@@ -15,30 +14,7 @@ from syncmask_fast.model.encoders import FusionEncoder, ImageEncoder, TextEncode
 from syncmask_fast.model.layout import PackedLayout, group_by_image, one_to_one
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from tests.helpers import small_config, small_tokenizer
-
-WIDTH, HEADS, LAYERS, FUSION = 48, 4, 2, 3
-LENGTHS = [7, 3, 11, 5, 13]  # odd, prime, all different
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a - b).abs().max().item() < 1e-5
-
-
-def bert(**more) -> BertModel:
-    config = BertConfig(
-        vocab_size=101,
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_hidden_layers=LAYERS,
-        intermediate_size=4 * WIDTH,
-        max_position_embeddings=32,
-        **more,
-    )
-    torch.manual_seed(1)
-    model = BertModel(config, add_pooling_layer=False).eval()
-    for parameter in model.parameters():  # biases and norms too, so that none can be forgotten
-        nn.init.normal_(parameter, std=0.2)
-    return model
+from tests.reference_bert import FUSION, HEADS, LAYERS, LENGTHS, WIDTH, bert, close
 
 
 def copy_linear(ours: nn.Linear, *theirs: nn.Linear) -> None:

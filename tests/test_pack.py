@@ -25,7 +25,8 @@ from syncmask_fast.pack import fashiongen, fashioniq, main, table
 from syncmask_fast.sources import base as source_rows
 from syncmask_fast.sources.base import Encoding, RowError
 from syncmask_fast.sources.text_cleaning import clean, decode_field, join
-from tests.sample_sources import ONLY_IN_VALIDATION, asin, encoded_image, write_fashiongen, write_fashioniq
+from tests.helpers import encoded_image
+from tests.sample_sources import ONLY_IN_VALIDATION, asin, write_fashiongen, write_fashioniq
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import tarfile
 from pathlib import Path
 
 import fsspec
@@ -13,32 +11,17 @@ import pytest
 
 from syncmask_fast.pack import table
 from syncmask_fast.train import main
-from tests.sample_sources import encoded_image
-from tests.test_train import SMALL
-
-
-def write_plain(path: Path, count: int = 60) -> None:
-    """Write a tar as img2dataset does: KEY.jpg, .png or .webp, with KEY.txt or KEY.json; no product ids."""
-    with tarfile.open(path, "w") as tar:
-        for n in range(count):
-            kind, suffix = (("JPEG", "jpg"), ("JPEG", "jpeg"), ("PNG", "png"), ("WEBP", "webp"))[n % 4]
-            caption = f"coat {n} with {n % 5} zips"
-            text = {"txt": caption} if n % 2 else {"json": json.dumps({"caption": caption, "url": "x", "width": 40})}
-            files = {suffix: encoded_image(n, kind=kind)} | {name: value.encode() for name, value in text.items()}
-            for ending, data in files.items():
-                entry = tarfile.TarInfo(f"{n:09d}.{ending}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+from tests.helpers import FLAGS, encoded_image, run_rows, write_plain
 
 
 def train(data: str, steps: int, folder: Path) -> list[dict[str, float]]:
     """Train `tiny`, made small; return the rows of metrics.jsonl."""
     out = folder / "run"
     flags = ["--steps", str(steps), "--loss.itc-only", "0.5", "--save-every", "100", "--data", data, "--out", str(out)]
-    main(["tiny", *SMALL, *flags])
+    main(["tiny", *FLAGS, *flags])
     assert (out / "report.html").is_file()
     assert json.loads((out / "config.json").read_text())["data"] == data
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = run_rows(out)
     assert len(rows) == steps
     assert all(math.isfinite(value) for row in rows for value in row.values())
     return rows
@@ -47,8 +30,8 @@ def train(data: str, steps: int, folder: Path) -> list[dict[str, float]]:
 def test_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A run reads a plain WebDataset from an address, with images of all kinds and texts of both."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_plain(tmp_path / "00000.tar")
-    fsspec.filesystem("memory").pipe("/plain/shards/00000.tar", (tmp_path / "00000.tar").read_bytes())
+    write_plain(tmp_path / "shards", 60)
+    fsspec.filesystem("memory").pipe("/plain/shards/00000.tar", (tmp_path / "shards/00000.tar").read_bytes())
     rows = train("memory://plain/shards", 2, tmp_path)
     assert "loss_mlm" in rows[-1]
 

@@ -91,6 +91,13 @@ def test_imports_have_no_cycle():
         left = {module: others for module, others in left.items() if module not in free}
 
 
+def test_no_test_imports_another():
+    """What two test modules share is in tests/helpers.py, a module next to it, or a fixture of tests/conftest.py."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (tests\.(?:\w+\.)*test_\w+)", path.read_text(), re.M)
+        assert not found, f"{path.relative_to(ROOT)} imports {found}: move what it needs to tests/helpers.py"
+
+
 def test_kernels_is_no_package_of_its_own():
     # A regular package of that name would shadow Hugging Face's `kernels`, which transformers imports.
     assert (ROOT / "kernels").is_dir()

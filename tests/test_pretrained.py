@@ -18,7 +18,7 @@ from syncmask_fast.model.pretrained import load_albef, load_bert, load_initial_w
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import small_config, small_tokenizer
-from tests.test_model import HEADS, LENGTHS, WIDTH, bert, close
+from tests.reference_bert import HEADS, LENGTHS, WIDTH, bert, close
 
 TEXT = TextConfig(vocab_size=101, width=WIDTH, heads=HEADS, layers=1, fusion_layers=1, max_length=20)
 

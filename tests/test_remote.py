@@ -17,7 +17,7 @@ from syncmask_fast.data.shard_writer import ShardSetWriter
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import open_evaluation, open_splits
 from syncmask_fast.utils.errors import UserError
-from tests.sample_sources import encoded_image
+from tests.helpers import encoded_image
 
 
 @pytest.fixture(autouse=True)

@@ -16,13 +16,6 @@ from syncmask_fast.sources.lookbook.triplets import SAME, make_triplets
 from syncmask_fast.tasks.composed import ClassQueries, composed_recall
 from syncmask_fast.tasks.recognition import recognition_metrics
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_lookbook
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
-
 
 # Composed retrieval ------------------------------------------------------------------------------------------------
 
@@ -104,9 +97,9 @@ def test_unseen_label():
 # The lookbook's triplets -------------------------------------------------------------------------------------------
 
 
-def test_triplets(data: Path):
+def test_triplets(lookbook: Path):
     """Captions say what differs; galleries hold all images of a class."""
-    index = ShardIndex.open(data / "eval")
+    index = ShardIndex.open(lookbook / "eval")
     triplets = open_triplets(Split(index, np.arange(len(index))))
     assert len(triplets) > 200
     for i in range(len(triplets)):
@@ -161,8 +154,8 @@ def test_triplet_captions(tmp_path: Path):
     }
 
 
-def test_broken_triplets(data: Path, tmp_path: Path):
-    index = ShardIndex.open(data / "eval")
+def test_broken_triplets(lookbook: Path, tmp_path: Path):
+    index = ShardIndex.open(lookbook / "eval")
     index.folder = tmp_path
     whole = Split(index, np.arange(len(index)))
     with pytest.raises(UserError, match=r"triplets\.json is missing"):

@@ -16,8 +16,7 @@ from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.losses import mlm_loss
 from syncmask_fast.train import main
 from syncmask_fast.training.text_pretraining import pretrain_text
-from tests.helpers import small_config, small_lookbook, small_model, small_tokenizer
-from tests.test_train import SIX, SMALL
+from tests.helpers import FLAGS, SIX_STEPS, run_rows, small_config, small_model, small_tokenizer
 
 
 def templates(count: int) -> list[str]:
@@ -85,17 +84,14 @@ def test_it_reads_each_text_of_the_given_samples_and_no_other(tmp_path: Path):
 
 
 def test_a_run_reads_once_and_the_same_each_time(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, lookbook: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    flags = ["tiny", *SMALL, *SIX, "--data", str(small_lookbook(tmp_path_factory))]
+    flags = ["tiny", *FLAGS, *SIX_STEPS, "--data", str(lookbook)]
     losses = []
     for out in (tmp_path / "a", tmp_path / "b"):
         main([*flags, "--out", str(out)])
         assert capsys.readouterr().out.count("MLM on ") == 1
-        losses.append((out / "metrics.jsonl").read_text().splitlines()[0].split('"loss": ')[1].split(",")[0])
+        losses.append(run_rows(out)[0]["loss"])
     assert losses[0] == losses[1]
     main([*flags, "--out", str(tmp_path / "a")])
     main([*flags, "--out", str(tmp_path / "c"), "--weights", str(tmp_path / "a" / "model")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -12,83 +11,34 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from syncmask_fast import train
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.train import main
 from syncmask_fast.training.checkpoint import checkpoints
 from syncmask_fast.utils.errors import UserError, run_command
-from tests.helpers import SPEED, small_lookbook
+from tests.helpers import FLAGS, SIX_STEPS, SPEED, learned, run_rows, write_plain
 
 ROOT = Path(__file__).parent.parent
-BATCH = 16
-SMALL = (
-    "--image.size 48 --image.patch 16 --image.width 32 --image.depth 2 --image.heads 2 --text.width 32 --text.heads 2 --text.layers 1"
-    f" --text.fusion-layers 2 --text.pretrain-steps 2 --embed-dim 16 --batch-size {BATCH} --loss.queue 32"
-    " --save-every 3 --log-every 2 --decode-threads 1 --device cpu"
-).split()
-SIX = [
-    "--steps",
-    "6",
-    "--loss.itc-only",
-    "0.34",
-    "--mask.ramp",
-    "0.2",
-    "0.6",
-]  # two steps of ITC alone, then masks from random to sync
 KEYS = {"step", "epoch", *(SPEED - {"plan_s"}), "lr", "loss", "loss_itc", "loss_presence"}
 LOSSES = ("loss_itc", "loss_itm", "loss_mlm", "loss_mim")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
-
-
-def write_plain_dataset(folder: Path, samples: int) -> None:
-    """A WebDataset as others make it: pictures of several sizes and kinds, and a .txt; no product numbers, no attributes."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    with tarfile.open(folder / "part-0.tar", "w") as tar:
-        for n in range(samples):
-            picture = Image.fromarray(rng.integers(0, 255, (40 + n % 7, 30 + n % 5, 3), dtype=np.uint8))
-            buffer = io.BytesIO()
-            (picture.convert("L") if n % 4 == 0 else picture).save(buffer, "JPEG")
-            for name, content in (
-                (f"{n:04d}.jpg", buffer.getvalue()),
-                (f"{n:04d}.txt", f"coat number {n} with {n % 3} zips".encode()),
-            ):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain") / "shards"
-    write_plain_dataset(folder, 70)
+    write_plain(folder, 70)
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(lookbook: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps, which go into the second epoch, without a break; loaded with DALI."""
     out = tmp_path_factory.mktemp("run") / "whole"
-    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
+    main(["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)])
     return out
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def learnt(out: Path) -> list[dict]:
-    """What the log says of the learning, without the time and the memory that it took."""
-    return [{name: value for name, value in row.items() if name not in SPEED} for row in rows(out)]
 
 
 def assert_same_model(a: Path, b: Path) -> None:
@@ -99,14 +49,14 @@ def assert_same_model(a: Path, b: Path) -> None:
 # A whole run ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_folder_of_a_run(run: Path, data: Path):
+def test_folder_of_a_run(run: Path, lookbook: Path):
     assert {"config.json", "metrics.jsonl", "results.json", "report.html", "checkpoints", "model"} <= {
         p.name for p in run.iterdir()
     }
     assert not [p for p in run.rglob("*") if "partial" in p.name]
     config = json.loads((run / "config.json").read_text())
-    assert config["batch_size"] == BATCH
-    assert config["data"] == str(data)
+    assert config["batch_size"] == 16
+    assert config["data"] == str(lookbook)
     assert [p.name for p in checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000006"]
     model = SyncMaskModel.from_pretrained(run / "model")
     assert model.encode_text(["a red dress"]).shape == (1, 16)
@@ -114,7 +64,7 @@ def test_folder_of_a_run(run: Path, data: Path):
 
 
 def test_metrics_of_every_step(run: Path):
-    found = rows(run)
+    found = run_rows(run)
     assert [row["step"] for row in found] == list(range(1, 7))
     assert [row["epoch"] for row in found] == sorted(row["epoch"] for row in found)
     assert found[-1]["epoch"] == 1  # the second epoch was reached, so that its plan was made from features
@@ -159,7 +109,7 @@ def test_results(run: Path):
 # Stopping and going on ------------------------------------------------------------------------------------------------------------------
 
 
-def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, data: Path, tmp_path: Path):
+def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, lookbook: Path, tmp_path: Path):
     """As after a crash: metrics beyond the checkpoint, one of them half written, are there and must go."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
@@ -168,27 +118,27 @@ def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, data: Pa
         shutil.rmtree(out / rest) if (out / rest).is_dir() else (out / rest).unlink()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "ep')
-    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
-    assert learnt(out) == learnt(run)
+    main(["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)])
+    assert learned(out) == learned(run)
     assert_same_model(run, out)
     assert (out / "report.html").is_file()
 
 
-def test_finished_run_is_evaluated_again_and_no_more(run: Path, data: Path, tmp_path: Path):
+def test_finished_run_is_evaluated_again_and_no_more(run: Path, lookbook: Path, tmp_path: Path):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "results.json").unlink()
-    main(["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)])
-    assert rows(out) == rows(run)
+    main(["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)])
+    assert run_rows(out) == run_rows(run)
     assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
 
 
 def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(
-    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    run: Path, lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run goes on to what it would have been."""
     out = tmp_path / "run"
-    flags = ["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(out)]
+    flags = ["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)]
     step = train.train_step
 
     def interrupted(state, *more):
@@ -204,16 +154,16 @@ def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(
     assert left.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert "Stopped at step 4 of 6" in capsys.readouterr().out
-    assert learnt(out) == learnt(run)[:4]
+    assert learned(out) == learned(run)[:4]
     assert not (out / "model").exists()
     main([*flags, "--resume", str(out / "checkpoints" / "step-00000004")])
-    assert learnt(out) == learnt(run)
+    assert learned(out) == learned(run)
     assert_same_model(run, out)
 
 
-def test_resume_of_another_run(run: Path, data: Path, tmp_path: Path):
+def test_resume_of_another_run(run: Path, lookbook: Path, tmp_path: Path):
     """A checkpoint of another model, and a damaged one, end with a sentence that names it."""
-    again = ["tiny", *SMALL, *SIX, "--data", str(data), "--out", str(tmp_path / "run"), "--resume"]
+    again = ["tiny", *FLAGS, *SIX_STEPS, "--data", str(lookbook), "--out", str(tmp_path / "run"), "--resume"]
     with pytest.raises(UserError, match="step-00000099"):
         main([*again, str(run / "checkpoints" / "step-00000099")])
     shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / "step-00000003")
@@ -239,7 +189,7 @@ def test_modes(pairs: Path, tmp_path: Path, flags: str):
     main(
         [
             "tiny",
-            *SMALL,
+            *FLAGS,
             "--loss.itc-only",
             "0",
             *length,
@@ -250,7 +200,7 @@ def test_modes(pairs: Path, tmp_path: Path, flags: str):
             str(tmp_path / "run"),
         ]
     )
-    found = rows(tmp_path / "run")
+    found = run_rows(tmp_path / "run")
     assert len(found) == 2
     for row in found:
         expected = {"loss_itc", "loss_itm"} if "none" in flags else set(LOSSES)
@@ -264,7 +214,7 @@ def test_plain_webdataset(pairs: Path, tmp_path: Path):
     main(
         [
             "tiny",
-            *SMALL,
+            *FLAGS,
             "--steps",
             "2",
             "--loss.itc-only",
@@ -277,7 +227,7 @@ def test_plain_webdataset(pairs: Path, tmp_path: Path):
             str(out),
         ]
     )
-    assert len(rows(out)) == 2
+    assert len(run_rows(out)) == 2
     results = json.loads((out / "results.json").read_text())
     assert results["retrieval/products"] == 7  # each pair is its own product; too few for 101 candidates
     assert not [name for name in results if name.startswith("sync/") or "101" in name]
@@ -285,11 +235,11 @@ def test_plain_webdataset(pairs: Path, tmp_path: Path):
 
 
 def test_damaged_picture_is_left_out(tmp_path: Path):
-    write_plain_dataset(tmp_path / "shards", 40)
-    tar = tmp_path / "shards" / "part-0.tar"
+    write_plain(tmp_path / "shards", 40)
+    tar = tmp_path / "shards" / "00000.tar"
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as archive:
-        member = archive.getmember("0007.jpg")
+        member = archive.getmember("000000005.jpeg")
     content[member.offset_data + member.size // 3 : member.offset_data + member.size] = bytes(
         member.size - member.size // 3
     )
@@ -298,7 +248,7 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
     main(
         [
             "tiny",
-            *SMALL,
+            *FLAGS,
             "--steps",
             "3",
             "--loss.itc-only",
@@ -311,8 +261,8 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
             str(out),
         ]
     )
-    assert all(math.isfinite(value) for row in rows(out) for value in row.values())
-    assert len(rows(out)) == 3
+    assert all(math.isfinite(value) for row in run_rows(out) for value in row.values())
+    assert len(run_rows(out)) == 3
 
 
 # What users get wrong -------------------------------------------------------------------------------------------------------------------
@@ -332,26 +282,26 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
     ],
 )
 def test_one_sentence_for_a_mistake(
-    data: Path, tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+    lookbook: Path, tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as error:
-        main(["tiny", *SMALL, *SIX, "--data", str(data), "--out", str(tmp_path / "run"), *flags])
+        main(["tiny", *FLAGS, *SIX_STEPS, "--data", str(lookbook), "--out", str(tmp_path / "run"), *flags])
     assert named in str(error.value)
 
 
-def test_a_mended_mistake_may_use_the_same_folder(data: Path, tmp_path: Path):
+def test_a_mended_mistake_may_use_the_same_folder(lookbook: Path, tmp_path: Path):
     """A run that never began leaves nothing in the way of the next one."""
-    flags = ["tiny", *SMALL, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    flags = ["tiny", *FLAGS, "--steps", "1", "--data", str(lookbook), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--batch-size"):
         main([*flags, "--batch-size", "5000"])
     main([*flags, "--loss.itc-only", "1"])
-    assert len(rows(tmp_path / "run")) == 1
+    assert len(run_rows(tmp_path / "run")) == 1
 
 
-def test_existing_run(run: Path, data: Path):
+def test_existing_run(run: Path, lookbook: Path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    again = ["tiny", *SMALL, *SIX, "--decoder", "dali", "--data", str(data), "--out", str(run)]
+    again = ["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(run)]
     with pytest.raises(UserError, match="--resume never"):
         main([*again, "--resume", "never"])
     with pytest.raises(UserError, match="seed"):

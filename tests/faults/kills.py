@@ -17,55 +17,14 @@ from torch import Tensor
 
 from syncmask_fast.training.checkpoint import COUNTERS, checkpoints
 from tests.faults.launcher import Launcher
-from tests.helpers import SPEED
+from tests.helpers import FLAGS, learned
 
-SMALL = [
-    "tiny",
-    "--image.size",
-    "48",
-    "--image.patch",
-    "16",
-    "--image.width",
-    "32",
-    "--image.depth",
-    "2",
-    "--image.heads",
-    "2",
-    "--text.width",
-    "32",
-    "--text.heads",
-    "2",
-    "--text.layers",
-    "1",
-    "--text.fusion-layers",
-    "2",
-    "--text.pretrain-steps",
-    "2",
-    "--embed-dim",
-    "16",
-    "--batch-size",
-    "16",
-    "--loss.queue",
-    "32",
-    "--loss.itc-only",
-    "0.2",
-    "--mask.ramp",
-    "0.2",
-    "0.6",
-    "--eval.draws",
-    "1",
-    "--log-every",
-    "2",
-    "--decode-threads",
-    "1",
-    "--device",
-    "cpu",
-]
 MOMENTS = ("while starting", "within a step", "within a checkpoint")
 
 
 def arguments(data: Path, out: Path, steps: int, save_every: int = 2) -> list[str]:
-    return [*SMALL, "--steps", str(steps), "--save-every", str(save_every), "--data", str(data), "--out", str(out)]
+    schedule = f"--loss.itc-only 0.2 --mask.ramp 0.2 0.6 --eval.draws 1 --steps {steps} --save-every {save_every}"
+    return ["tiny", *FLAGS, *schedule.split(), "--data", str(data), "--out", str(out)]
 
 
 def kill_often(
@@ -132,14 +91,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not share, to the last bit: metrics, checkpoints (weights, teacher, optimiser, queue, bank, plan), model, results."""
     found = []
-    learnt = [
-        [
-            {name: value for name, value in json.loads(line).items() if name not in SPEED}
-            for line in (out / "metrics.jsonl").read_text().splitlines()
-        ]
-        for out in (one, other)
-    ]
-    if learnt[0] != learnt[1]:
+    if learned(one) != learned(other):
         found.append("metrics.jsonl")
     last = [checkpoints(out / "checkpoints")[-1] for out in (one, other)]
     numbers = [json.loads((path / "state.json").read_text()) for path in last]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from syncmask_fast.config import to_json
 from syncmask_fast.data.augment import AugmentConfig, sample_augmentations
@@ -33,7 +32,7 @@ from syncmask_fast.tasks.mask_quality import mask_truth
 from syncmask_fast.training.checkpoint import TrainState, load_latest, save_checkpoint
 from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import small_config, small_tokenizer
+from tests.helpers import encoded_image, small_config, small_tokenizer
 
 READ, MENDED, REFUSED = "read", "put right", "refused with a sentence"
 Edit = tuple[str, float, bytes]
@@ -153,13 +152,6 @@ class Kind:
     outcome: Callable[[bytes], str]
 
 
-def picture(kind: str, seed: int = 0, **options: object) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).resize((40, 30)).save(out, kind, **options)
-    return out.getvalue()
-
-
 RECORD = {
     "product_id": 7,
     "text": "a red dress with a zip",
@@ -203,7 +195,7 @@ class Tar(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.whole = shard([as_json(RECORD)] * 4, [picture("JPEG", seed) for seed in range(4)])
+        self.whole = shard([as_json(RECORD)] * 4, [encoded_image(seed, 40, 30) for seed in range(4)])
 
     def outcome(self, data: bytes) -> str:
         shutil.rmtree(self.folder)
@@ -220,7 +212,7 @@ class JsonMember(Tar):
         record = (
             as_json(edited_json(RECORD, draw)) if draw.random() < 0.7 else edited(as_json(RECORD), random_edits(draw))
         )
-        return shard([record, *[as_json(RECORD)] * 3], [picture("JPEG", seed) for seed in range(4)])
+        return shard([record, *[as_json(RECORD)] * 3], [encoded_image(seed, 40, 30) for seed in range(4)])
 
 
 class Picture(Kind):
@@ -229,7 +221,7 @@ class Picture(Kind):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
-        self.images = [picture(kind, **options) for kind, options in kinds]
+        self.images = [encoded_image(0, 40, 30, kind=kind, **options) for kind, options in kinds]
         pixels = {
             "mean": (0.5, 0.5, 0.5),
             "std": (0.5, 0.5, 0.5),
@@ -270,7 +262,7 @@ class IndexCache(Kind):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        (folder / "0.tar").write_bytes(shard([as_json(RECORD)] * 4, [picture("JPEG", seed) for seed in range(4)]))
+        (folder / "0.tar").write_bytes(shard([as_json(RECORD)] * 4, [encoded_image(seed, 40, 30) for seed in range(4)]))
         index = use_index(folder)
         self.cache = folder / ".syncmask-index.npz"
         self.whole, self.mark = self.cache.read_bytes(), index.fingerprint()
@@ -463,7 +455,7 @@ class TripletFile(Kind):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         (folder / "0.tar").write_bytes(
-            shard([as_json(RECORD | {"product_id": n}) for n in range(4)], [picture("JPEG", n) for n in range(4)])
+            shard([as_json(RECORD | {"product_id": n}) for n in range(4)], [encoded_image(n, 40, 30) for n in range(4)])
         )
         self.split = Split(ShardIndex.open(folder), np.arange(4))
         self.whole = as_json(

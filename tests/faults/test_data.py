@@ -12,12 +12,13 @@ import torch
 from syncmask_fast.data.decode import transform as render
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.utils.errors import UserError
-from tests.test_loader import GOOD, by_sample, dataset, every_backend, needs_dali, open_loader, picture
+from tests.helpers import encoded_image
+from tests.loader_data import GOOD, by_sample, dataset, every_backend, needs_dali, open_loader
 
 
 @pytest.fixture
 def data(tmp_path: Path):
-    return dataset(tmp_path, [picture(60 + n, 50, seed=n) for n in range(12)])
+    return dataset(tmp_path, [encoded_image(n, 60 + n, 50) for n in range(12)])
 
 
 def all_batches(data, **options) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
@@ -131,7 +132,7 @@ def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path
     """Pillow reads it in its place, it alone, whichever batch meets it first: else a run that is resumed would see other pixels."""
     from syncmask_fast.data.decode.dali import DaliDecoder
 
-    data = dataset(tmp_path, [picture(60 + n, 50, seed=n) for n in range(12)])
+    data = dataset(tmp_path, [encoded_image(n, 60 + n, 50) for n in range(12)])
     before, _ = all_batches(data, backend="dali")
     real = DaliDecoder._next_inputs
     odd = data[0].image_bytes(6)
@@ -154,7 +155,7 @@ def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path
 @every_backend
 def test_pictures_of_20_000_pixels(tmp_path: Path, backend: str):
     """A strip of 20,000 is a picture like others; a square would take 1.2 GB and is left out before it is decoded."""
-    images = [GOOD, picture(20_000, 30), huge_square(), GOOD]
+    images = [GOOD, encoded_image(0, 20_000, 30), huge_square(), GOOD]
     pixels, skipped = all_batches(dataset(tmp_path, images), backend=backend)
     assert sorted(pixels) == [0, 1, 3]
     assert skipped == {2: "the image has 20000 x 20000 pixels, more than 64,000,000"}
@@ -171,7 +172,7 @@ def huge_square() -> bytes:
 @every_backend
 def test_picture_that_is_smaller_than_its_header_says(tmp_path: Path, backend: str):
     """A second frame header: the crop is drawn for the first size, the decoder gives the other."""
-    small = picture(40, 30)
+    small = encoded_image(0, 40, 30)
     frame = bytearray(small[small.index(b"\xff\xc0") :][:19])
     frame[5:9] = (200).to_bytes(2, "big") * 2
     lying = small[:2] + b"\xff\xc1" + bytes(frame[2:]) + small[2:]
@@ -186,7 +187,7 @@ def test_missing_shard_ends_a_resume_with_a_sentence(tmp_path: Path):
     marks = []
     for count in (12, 11):
         marks.append(
-            dataset(tmp_path / str(count), [picture(60 + n, 50, seed=n) for n in range(count)])[0].fingerprint()
+            dataset(tmp_path / str(count), [encoded_image(n, 60 + n, 50) for n in range(count)])[0].fingerprint()
         )
     again = ShardIndex.open(tmp_path / "12").fingerprint()
     assert marks[0] == again != marks[1]

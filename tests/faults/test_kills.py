@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -15,6 +14,7 @@ from syncmask_fast.sources.lookbook import draw_lookbook
 from syncmask_fast.training.checkpoint import checkpoints
 from tests.faults.kills import arguments, differences, kill_often
 from tests.faults.launcher import Launcher
+from tests.helpers import run_rows
 
 STEPS = 10
 
@@ -69,9 +69,7 @@ def test_sigterm_saves_and_leaves(launcher: Launcher, data: Path, whole: Path, t
     step = int(saved.name[-8:])
     assert 0 < step < STEPS
     assert f"Stopped at step {step} of {STEPS}" in log.read_text()
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == list(
-        range(1, step + 1)
-    )
+    assert [row["step"] for row in run_rows(out)] == list(range(1, step + 1))
     assert launcher.run(argv, log) == 0
     assert differences(whole, out) == []
 

@@ -19,9 +19,8 @@ from syncmask_fast.training import step as training_step
 from syncmask_fast.training.checkpoint import TrainState
 from syncmask_fast.training.optimizer import make_optimizer
 from syncmask_fast.utils.errors import UserError
-from tests.faults.kills import SMALL
-from tests.helpers import small_batch, small_lookbook, take_step
-from tests.test_no_host_sync import CASES, NothingReadBack, config_of, state_of
+from tests.faults.kills import arguments
+from tests.helpers import STEP_CASES, NoHostReads, run_rows, small_batch, small_state, step_config, take_step
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
@@ -40,20 +39,20 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-@pytest.mark.parametrize(("masking", "presence", "stem", "mim_input"), CASES)
+@pytest.mark.parametrize(("masking", "presence", "stem", "mim_input"), STEP_CASES)
 @pytest.mark.parametrize("bad", ["nan", "inf", "huge"])
 def test_a_step_that_is_not_finite_changes_nothing(
     masking: str, presence: float, stem: str, mim_input: str, bad: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Not finite from the picture on, or in the gradient alone; the way that CUDA takes, without asking the device."""
     monkeypatch.setattr(step, "uses_varlen", lambda device: True)
-    config = config_of(masking, presence, stem, mim_input)
-    state = state_of(config, torch.device("cpu"))
+    config = step_config(masking, presence, stem, mim_input)
+    state = small_state(config)
     take_step(config, state, iter([small_batch(config, seed=3)]))  # so that the optimiser has a state
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[1] *= {"nan": torch.nan, "inf": torch.inf, "huge": 1e38}[bad]
     before = tensors_of(state)
-    with NothingReadBack():
+    with NoHostReads():
         losses = take_step(config, state, iter([poisoned])).losses
     assert losses["total"].isnan()
     assert_same(before, tensors_of(state))
@@ -66,8 +65,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 def test_the_first_step_of_all():
     """There is no state of the optimiser to go back to: it is as if the run began one step later."""
-    config = config_of("random", 0.0, "patch", "mask-tokens")
-    skipped, clean = (state_of(config, torch.device("cpu")) for _ in range(2))
+    config = step_config("random", 0.0, "patch", "mask-tokens")
+    skipped, clean = (small_state(config) for _ in range(2))
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[:] = torch.nan
     take_step(config, skipped, iter([poisoned]))
@@ -81,9 +80,9 @@ def test_the_first_step_of_all():
 
 
 def test_one_bad_part_of_an_accumulated_step_skips_it_all():
-    config = config_of("random", 0.0, "patch", "mask-tokens")
+    config = step_config("random", 0.0, "patch", "mask-tokens")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, grad_accum=3))
-    state = state_of(config, torch.device("cpu"))
+    state = small_state(config)
     batches = [small_batch(config, seed=n) for n in range(3)]
     batches[1].pixels[0] = torch.nan
     before = tensors_of(state)
@@ -98,8 +97,8 @@ def test_one_bad_part_of_an_accumulated_step_skips_it_all():
 
 def test_a_good_step_is_the_one_of_before():
     """The guard costs not a bit: the same as without it."""
-    config = config_of("sync", 0.0, "patch", "mask-tokens")
-    guarded = state_of(config, torch.device("cpu"))
+    config = step_config("sync", 0.0, "patch", "mask-tokens")
+    guarded = small_state(config)
     plain = copy.deepcopy(guarded)
     plain.optimizer = make_optimizer(plain.model, config.optim)
     for seed in (1, 2):
@@ -116,11 +115,6 @@ def test_a_good_step_is_the_one_of_before():
 # Whole runs -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_lookbook(tmp_path_factory)
-
-
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Batches of these steps, counted from 1, get a picture that is not a number."""
     real = train.epoch_batches
@@ -134,19 +128,12 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(train, "epoch_batches", batches)
 
 
-def rows(out: Path) -> list[dict]:
-    return [
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-        for line in (out / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
 def test_a_run_skips_and_counts(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     poison(monkeypatch, {2, 3, 5})
-    main([*SMALL, "--steps", "6", "--data", str(data), "--out", str(tmp_path / "run"), "--decoder", "torchvision"])
-    found = rows(tmp_path / "run")
+    main([*arguments(lookbook, tmp_path / "run", 6), "--decoder", "torchvision"])
+    found = run_rows(tmp_path / "run")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if row.get("skipped")] == [2, 3, 5]
     assert all(("loss" in row) == (not row.get("skipped")) for row in found)
@@ -154,22 +141,10 @@ def test_a_run_skips_and_counts(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_a_run_stops_after_too_many_in_a_row(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_stops_after_too_many_in_a_row(lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     poison(monkeypatch, set(range(3, 100)))
     out = tmp_path / "run"
-    argv = [
-        *SMALL,
-        "--steps",
-        "20",
-        "--save-every",
-        "2",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--decoder",
-        "torchvision",
-    ]
+    argv = [*arguments(lookbook, out, 20), "--decoder", "torchvision"]
     for _ in range(2):  # started again without a change it stops again, and says the same
         with pytest.raises(
             UserError,
@@ -181,7 +156,7 @@ def test_a_run_stops_after_too_many_in_a_row(data: Path, tmp_path: Path, monkeyp
         assert file.get_tensor("pixels")[3].isnan().all()
         assert file.get_tensor("pixels")[2].isfinite().all()
         assert len(json.loads(file.metadata()["samples"])) == 16
-    assert [row["step"] for row in rows(out) if row.get("skipped")][:4] == [3, 4, 5, 6]
+    assert [row["step"] for row in run_rows(out) if row.get("skipped")][:4] == [3, 4, 5, 6]
     monkeypatch.undo()
     main([*argv, "--max-skipped-steps", "50"])  # the limit may be raised to go on
-    assert rows(out)[-1]["step"] == 20
+    assert run_rows(out)[-1]["step"] == 20

@@ -1,0 +1,68 @@
+"""Encoded images and small shards for tests of the loader and of what goes wrong under it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from syncmask_fast.data.augment import AugmentConfig
+from syncmask_fast.data.decode.dali import why_dali_unavailable
+from syncmask_fast.data.decode.transform import why_cpp_unavailable
+from syncmask_fast.data.loader import Batch, Loader
+from syncmask_fast.data.shards import ShardIndex
+from syncmask_fast.data.token_cache import TokenCache
+from syncmask_fast.data.tokenizer import train_tokenizer
+from tests.helpers import encoded_image
+
+needs_dali = pytest.mark.skipif(
+    why_dali_unavailable() is not None, reason=f"DALI cannot be imported: {why_dali_unavailable()}"
+)
+
+needs_native = pytest.mark.skipif(why_cpp_unavailable() is not None, reason=f"not built: {why_cpp_unavailable()}")
+
+every_backend = pytest.mark.parametrize(
+    "backend", ["torchvision", pytest.param("cpp", marks=needs_native), pytest.param("dali", marks=needs_dali)]
+)
+
+GOOD = encoded_image(0, 90, 120)
+
+
+def dataset(folder: Path, images: list[bytes]) -> tuple[ShardIndex, TokenCache]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i, image in enumerate(images):
+            text = f"a dress number {i // 2} " + "with stripes " * (i % 3)
+            for name, data in (
+                (f"s{i:03d}.jpg", image),
+                (f"s{i:03d}.json", json.dumps({"product_id": 100 + i // 2, "text": text}).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    index = ShardIndex.open(folder)
+    return index, TokenCache.open(folder, train_tokenizer(index.texts, 300), index.texts, 32)
+
+
+def open_loader(data: tuple[ShardIndex, TokenCache], **options) -> Loader:
+    defaults = {
+        "batch_size": 8,
+        "size": 32,
+        "augment": AugmentConfig(),
+        "seed": 7,
+        "threads": 2,
+        "backend": "torchvision",
+    }
+    return Loader(*data, **(defaults | options))
+
+
+def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:
+    return {
+        sample: pixels
+        for batch in batches
+        for sample, pixels in zip(batch.sample_ids.tolist(), batch.pixels, strict=True)
+    }

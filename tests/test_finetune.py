@@ -19,7 +19,7 @@ from syncmask_fast.model.pretrained import load_initial_weights
 from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.tasks.retrieval import search_products
 from syncmask_fast.utils.errors import UserError
-from tests.helpers import SPEED, small_config
+from tests.helpers import learned, small_config
 
 FOUR = [
     "--steps",
@@ -56,11 +56,6 @@ def tune(task: str, start: Path, lookbook: Path, out: Path, *more: str) -> dict[
     return json.loads((out / "results.json").read_text())
 
 
-def rows(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in SPEED} for row in lines]
-
-
 @pytest.mark.parametrize(
     ("task", "more", "metric"),
     [
@@ -75,7 +70,7 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, lookbo
     out = tmp_path / "run"
     results = tune(task, start, lookbook, out, *more)
     assert 0 <= results[metric] <= 100
-    found = rows(out)
+    found = learned(out)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     validated = [row for row in found if any(name.startswith("validation/") for name in row)]
     assert [row["step"] for row in validated] == [2, 4]
@@ -89,7 +84,7 @@ def test_every_task(task: str, more: list[str], metric: str, start: Path, lookbo
         shutil.rmtree(again / "model")
         (again / "best.json").unlink()
     assert tune(task, start, lookbook, again, *more) == pytest.approx(results)
-    assert rows(again) == found
+    assert learned(again) == found
 
     evaluate.main(
         [

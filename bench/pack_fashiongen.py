@@ -41,7 +41,7 @@ TEXTS = {
 }  # bytes
 
 
-def images(count: int, seed: int = 0) -> np.ndarray:
+def smooth_images(count: int, seed: int = 0) -> np.ndarray:
     """uint8 [count, 256, 256, 3]: smooth colors on white with the grain of a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 16, 16, 3)).astype(np.float32)
@@ -55,7 +55,7 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 def write_file(path: Path, rows: int, compression: str | None = None, seed: int = 0) -> None:
     """A file in the layout of fashiongen_256_256_train.h5."""
     rng = np.random.default_rng(seed)
-    pool = images(POOL, seed)
+    pool = smooth_images(POOL, seed)
     with h5py.File(path, "w") as file:
         chunks = (1, SIZE, SIZE, 3) if compression else None
         images = file.create_dataset(
@@ -87,7 +87,7 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
 
 def encode_many(seconds: float) -> tuple[int, float]:
     """Encodes images from memory for a while; returns how many, and the processor's time."""
-    pool, encoding, done = images(POOL), Encoding(), 0
+    pool, encoding, done = smooth_images(POOL), Encoding(), 0
     begin, end = time.process_time(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         encoding.encode(pool[done % POOL])

@@ -318,9 +318,9 @@ def test_styles(name):
                     x0, y0, x1, y1 = garment.bounds()
                     assert 0.3 < x1 - x0 < 2.2
                     assert 0.4 < y1 - y0 < 2.2
-                    assert any(part.panel for part in garment.parts)
+                    assert any(piece.panel for piece in garment.pieces)
                     if face == "front" and trim and trim not in ("cuffs", "sleeves", "hood"):
-                        assert any(part.fabric == "trim" for part in garment.parts), trim
+                        assert any(piece.fabric == "trim" for piece in garment.pieces), trim
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,9 @@ def test_faces_differ(name):
     sub = SUBCATEGORIES[name]
     style = Style(*(options[0] if options else None for options in (sub.sleeves, sub.necks)))
     faces = ("front", "back") if sub.category == "shoe" else ("front", "back", "side")
-    outlines = {np.concatenate([part.polygon for part in build(name, face, style).parts]).tobytes() for face in faces}
+    outlines = {
+        np.concatenate([piece.polygon for piece in build(name, face, style).pieces]).tobytes() for face in faces
+    }
     assert len(outlines) == len(faces)
 
 

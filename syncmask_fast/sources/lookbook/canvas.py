@@ -118,7 +118,7 @@ class Regions:
     """A map of numbers (L): the box around the pixels that carry given numbers, and how many there are."""
 
     def __init__(self, seen: Image.Image, within: tuple[int, int, int, int] | None = None) -> None:
-        """`within`: look at this part of the map alone."""
+        """`within`: only this part of the map."""
         self.all = within or seen.getbbox()
         self._at = self.all or (0, 0, 1, 1)
         self._cells = np.asarray(seen.crop(self._at))

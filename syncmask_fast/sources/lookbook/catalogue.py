@@ -33,9 +33,9 @@ _RIM = 0.47 * np.stack(np.meshgrid(np.linspace(-1, 1, 7), np.linspace(-1, 1, 7))
 _STREAMS = ("product", "text", "view")
 
 
-def stream(seed: int, split: str, number: int, use: str, part: int = 0) -> np.random.Generator:
+def stream(seed: int, split: str, number: int, use: str, index: int = 0) -> np.random.Generator:
     """The random numbers of one use of one product; independent of all others."""
-    key = (seed, SPLITS.index(split), number, _STREAMS.index(use), part)
+    key = (seed, SPLITS.index(split), number, _STREAMS.index(use), index)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
@@ -44,7 +44,7 @@ class Placement:
     """A detail on a face: its center, width and height in garment units (on the flap: in flap widths) and
     its turn."""
 
-    part: str
+    piece: str
     x: float
     y: float
     width: float
@@ -133,7 +133,7 @@ def contrasting(
 
 
 class PanelMap:
-    """Where details may lie on a garment: a coarse map of the part that is on top, and the circles
+    """Where details may lie on a garment: a coarse map of the piece that is on top, and the circles
     already taken."""
 
     CELLS = 176
@@ -147,27 +147,27 @@ class PanelMap:
         scale = (self.CELLS - 2) / self.side
         top = Image.new("L", (self.CELLS, self.CELLS), 0)
         draw = ImageDraw.Draw(top)
-        for i, part in enumerate(garment.parts):
-            points = ((part.polygon - self.origin) * scale + 1).ravel().tolist()
-            if part.clip is None:
+        for i, piece in enumerate(garment.pieces):
+            points = ((piece.polygon - self.origin) * scale + 1).ravel().tolist()
+            if piece.clip is None:
                 draw.polygon(points, fill=i + 1)
                 continue
             mask = Image.new("L", top.size, 0)
             ImageDraw.Draw(mask).polygon(points, fill=255)
-            below = [j + 1 for j, other in enumerate(garment.parts) if other.name == part.clip]
+            below = [j + 1 for j, other in enumerate(garment.pieces) if other.name == piece.clip]
             listed = np.zeros(256, np.uint8)
             listed[below] = 255
             on_it = ImageChops.multiply(mask, Image.fromarray(listed[np.asarray(top)]))
             top.paste(i + 1, (0, 0, *top.size), on_it)
         self.top = np.zeros((self.CELLS + 2, self.CELLS + 2), np.uint8)  # with a rim of zeros
         self.top[1:-1, 1:-1] = np.asarray(top)
-        self.panels = [i for i, part in enumerate(garment.parts) if part.panel]
-        self.spans = np.array([bounds([garment.parts[i].polygon]) for i in self.panels])
+        self.panels = [i for i, piece in enumerate(garment.pieces) if piece.panel]
+        self.spans = np.array([bounds([garment.pieces[i].polygon]) for i in self.panels])
         self.weights = (self.spans[:, 2] - self.spans[:, 0]) * (self.spans[:, 3] - self.spans[:, 1])
         self.weights /= self.weights.sum()
 
     def at(self, points: np.ndarray) -> np.ndarray:
-        """Number + 1 of the part on top at each of the points [..., 2]; 0 beside the garment."""
+        """Number + 1 of the piece on top at each of the points [..., 2]; 0 beside the garment."""
         cells = ((points - self.origin) * ((self.CELLS - 2) / self.side) + 1).astype(np.int64)
         np.maximum(cells, -1, out=cells)
         np.minimum(cells, self.CELLS, out=cells)
@@ -207,7 +207,7 @@ class PanelMap:
             return None
         i = int(whole[0])
         self.taken.append((float(center[i, 0]), float(center[i, 1]), float(radius[i])))
-        name = self.garment.parts[self.panels[int(panel[i])]].name
+        name = self.garment.pieces[self.panels[int(panel[i])]].name
         return Placement(
             name, float(center[i, 0]), float(center[i, 1]), float(width[i]), float(height[i]), float(degrees[i])
         )

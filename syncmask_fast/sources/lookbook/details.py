@@ -52,13 +52,8 @@ def _sun() -> list[tuple[np.ndarray, int]]:
 
 
 def _motifs() -> dict[str, list[tuple[np.ndarray, int]]]:
-    heart = outline(
-        (0, 0.48),
-        (-0.56, 0.06, -0.48, -0.22),
-        (-0.36, -0.52, 0, -0.22),
-        (0.36, -0.52, 0.48, -0.22),
-        (0.56, 0.06, 0, 0.48),
-    )
+    heart = outline((0, 0.48), (-0.56, 0.06, -0.48, -0.22), (-0.36, -0.52, 0, -0.22), (0.36, -0.52, 0.48, -0.22),
+        (0.56, 0.06, 0, 0.48))  # fmt: skip
     bolt = np.array(
         [(0.1, -0.5), (-0.34, 0.08), (-0.04, 0.08), (-0.16, 0.5), (0.34, -0.12), (0.04, -0.12), (0.28, -0.5)]
     )
@@ -134,26 +129,10 @@ def _motifs() -> dict[str, list[tuple[np.ndarray, int]]]:
         (np.array([(0, -0.28), (0.4, 0.26), (-0.4, 0.26)]), 0),
         (rectangle(-0.08, 0.26, 0.08, 0.5), 2),
     ]
-    return {
-        "star": [(_star(5, 0.42), 0)],
-        "heart": [(heart, 0)],
-        "moon": [(moon, 0)],
-        "flower": _flower(),
-        "lightning bolt": [(bolt, 0)],
-        "anchor": anchor,
-        "sun": _sun(),
-        "leaf": leaf,
-        "crown": [(crown, 0)],
-        "fish": fish,
-        "cloud": cloud,
-        "mountain": mountain,
-        "cherry": cherry,
-        "paw": paw,
-        "butterfly": butterfly,
-        "arrow": [(arrow, 0)],
-        "mushroom": mushroom,
-        "tree": tree,
-    }
+    return {"star": [(_star(5, 0.42), 0)], "heart": [(heart, 0)], "moon": [(moon, 0)], "flower": _flower(),
+        "lightning bolt": [(bolt, 0)], "anchor": anchor, "sun": _sun(), "leaf": leaf, "crown": [(crown, 0)],
+        "fish": fish, "cloud": cloud, "mountain": mountain, "cherry": cherry, "paw": paw, "butterfly": butterfly,
+        "arrow": [(arrow, 0)], "mushroom": mushroom, "tree": tree}  # fmt: skip
 
 
 MOTIFS = _motifs()

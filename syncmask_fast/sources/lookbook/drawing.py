@@ -17,7 +17,7 @@ from syncmask_fast.sources.lookbook.canvas import Box, Canvas, Regions, among, a
 from syncmask_fast.sources.lookbook.catalogue import INSIDE, Detail, Product, garment_of, stream
 from syncmask_fast.sources.lookbook.details import KINDS, Brush
 from syncmask_fast.sources.lookbook.fabric import COLORS, RGB, darker, draw_pattern, lighter, mix
-from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Part, affine, area, contains, outline, rectangle
+from syncmask_fast.sources.lookbook.geometry import Affine, Garment, Piece, affine, area, contains, outline, rectangle
 from syncmask_fast.sources.lookbook.light import crease, photograph
 
 VISIBLE_SHARE = 0.30  # less of a thing than this counts as hidden
@@ -55,7 +55,7 @@ def render(product: Product, index: int, size: int, seed: int, split: str, *, wi
     scene = _Scene(product, garment, canvas, place, face, close, without)
     if hanger and garment.hanger:
         scene.hang(*garment.hanger, (150, 106, 66) if g.random() < 0.6 else (70, 70, 74))
-    scene.paint_parts()
+    scene.paint_pieces()
     if flap is not None:
         scene.turn_over(affine(canvas.n).after(flap))
     scene.base = canvas.seen.copy()
@@ -90,7 +90,7 @@ def _fit(garment: Garment, n: int, g: np.random.Generator) -> Affine:
     """Garment units to canvas pixels in a full view: turned, leaning, its box 35 to 64 % of the picture,
     anywhere in it."""
     turn = affine(1.0, float(np.clip(g.normal(0, 5.5), -13, 13)), float(g.uniform(-0.06, 0.06)))
-    points = turn(np.concatenate([part.polygon for part in garment.parts if part.clip is None]))
+    points = turn(np.concatenate([piece.polygon for piece in garment.pieces if piece.clip is None]))
     low, high = points.min(axis=0), points.max(axis=0)
     extent = high - low
     scale = min(math.sqrt(g.uniform(0.40, 0.64) / float(extent.prod())), g.uniform(0.90, 0.965) / float(extent.max()))
@@ -107,7 +107,7 @@ def _zoom(
         spot = target.places[face]
         center, reach = np.array([spot.x, spot.y]), max(spot.width, spot.height)
     else:
-        panel = max((part.polygon for part in garment.parts if part.panel), key=area)
+        panel = max((piece.polygon for piece in garment.pieces if piece.panel), key=area)
         center, reach = panel.mean(axis=0) + g.uniform(-0.05, 0.05, 2), 0.25
     matrix = fit.matrix * float(np.clip(g.uniform(0.30, 0.46) * n / (reach * fit.scale), 1.5, 2.7))
     at = np.array([g.uniform(0.35, 0.65), 0.5]) if flapped else 0.5 + g.uniform(-0.12, 0.12, 2)
@@ -115,7 +115,7 @@ def _zoom(
 
 
 class _Scene:
-    """A garment on its canvas. First the parts (`base`: the map of numbers with them alone), then the
+    """A garment on its canvas. First the pieces (`base`: the map of numbers with them alone), then the
     details."""
 
     def __init__(
@@ -145,14 +145,9 @@ class _Scene:
         if fabric == "main" and p.pattern:
             if self._pattern is None:
                 x0, y0, x1, y1 = self.garment.bounds()
-                self._pattern = self._printed(
-                    p.pattern,
-                    p.rgb,
-                    mix(COLORS[p.pattern_color or "white"], p.rgb, 0.08),
-                    self.place,
-                    (x0 - 0.1, y0 - 0.1, x1 + 0.1, y1 + 0.1),
-                    p.pattern_scale * max(x1 - x0, y1 - y0) / 1.1,
-                )
+                self._pattern = self._printed(p.pattern, p.rgb, mix(COLORS[p.pattern_color or "white"], p.rgb, 0.08),
+                    self.place, (x0 - 0.1, y0 - 0.1, x1 + 0.1, y1 + 0.1), p.pattern_scale * max(x1 - x0,
+                    y1 - y0) / 1.1)  # fmt: skip
             return self._pattern
         sole = (236, 232, 226) if sum(p.rgb) < 560 else (176, 128, 84)
         return {
@@ -181,36 +176,36 @@ class _Scene:
         )
         return image
 
-    def paint_parts(self) -> None:
-        groups: list[list[Part]] = []
-        for part in self.garment.parts:
+    def paint_pieces(self) -> None:
+        groups: list[list[Piece]] = []
+        for piece in self.garment.pieces:
             if groups and (groups[-1][0].name, groups[-1][0].fabric, groups[-1][0].clip) == (
-                part.name,
-                part.fabric,
-                part.clip,
+                piece.name,
+                piece.fabric,
+                piece.clip,
             ):
-                groups[-1].append(part)
+                groups[-1].append(piece)
             else:
-                groups.append([part])
+                groups.append([piece])
         band = "behind"
         for group in groups:
-            part, polygons = group[0], [self.place(each.polygon) for each in group]
-            band = "body" if part.name == "body" else "front" if band != "behind" else band
-            volume = part.clip is None and part.name not in ("neckline", "neckband", "cuff")
-            on = self.canvas.numbers_of(f"part:{part.clip}:") if part.clip else None
+            piece, polygons = group[0], [self.place(each.polygon) for each in group]
+            band = "body" if piece.name == "body" else "front" if band != "behind" else band
+            volume = piece.clip is None and piece.name not in ("neckline", "neckband", "cuff")
+            on = self.canvas.numbers_of(f"piece:{piece.clip}:") if piece.clip else None
             self.canvas.polygons(
-                f"part:{part.name}:{part.fabric}",
+                f"piece:{piece.name}:{piece.fabric}",
                 polygons,
-                self._fill(part.fabric),
+                self._fill(piece.fabric),
                 on=on,
                 band=band if volume else None,
             )
-            line = self.edge if part.fabric in ("main", "plain") else (70, 66, 66)
+            line = self.edge if piece.fabric in ("main", "plain") else (70, 66, 66)
             for polygon in polygons:
-                if part.clip is None and part.fabric != "inner":
+                if piece.clip is None and piece.fabric != "inner":
                     self.canvas.stroke(np.concatenate([polygon, polygon[:1]]), line, self.thin)
-                elif part.clip and len(polygon) == 4:
-                    own = self.canvas.numbers_of(f"part:{part.name}:")
+                elif piece.clip and len(polygon) == 4:
+                    own = self.canvas.numbers_of(f"piece:{piece.name}:")
                     self._edge_on(polygon[:2], own | (on or set()))
                     self._edge_on(polygon[2:], own | (on or set()))
         for seam in self.garment.seams:
@@ -234,16 +229,8 @@ class _Scene:
         hook = outline(
             (0.0, -0.02), (0.0, -0.09), (0.05, -0.11, 0.05, -0.15), (0.05, -0.2, 0.0, -0.2), (-0.05, -0.2, -0.05, -0.15)
         )
-        bar = np.array(
-            [
-                (-half * 0.92, 0.07),
-                (0.0, -0.05),
-                (half * 0.92, 0.07),
-                (half * 0.9, 0.10),
-                (0.0, 0.0),
-                (-half * 0.9, 0.10),
-            ]
-        )
+        bar = np.array([(-half * 0.92, 0.07), (0.0, -0.05), (half * 0.92, 0.07), (half * 0.9, 0.10), (0.0, 0.0),
+            (-half * 0.9, 0.10)])  # fmt: skip
         canvas.props = canvas.blank()
         on_props = ImageDraw.Draw(canvas.props)
         for draw, metal, timber in ((canvas.on_paint, (150, 152, 158), wood), (on_props, 255, 255)):
@@ -291,8 +278,8 @@ class _Scene:
         if pattern:
             ink = lighter(ground, 0.55) if sum(ground) < 380 else darker(ground, 0.5)
             fill = self._printed(pattern, ground, ink, flap, (-0.4, -0.4, 1.1, 0.8), 0.10)
-        canvas.polygons("part:flap:plain", [flap(FLAP_OUTER)], darker(p.rgb, 0.12), band="front")
-        canvas.polygons("part:lining:lining", [flap(FLAP_INNER)], fill)
+        canvas.polygons("piece:flap:plain", [flap(FLAP_OUTER)], darker(p.rgb, 0.12), band="front")
+        canvas.polygons("piece:lining:lining", [flap(FLAP_INNER)], fill)
         canvas.stroke(flap(FLAP_INNER[2:]), darker(p.rgb, 0.5), self.thin)
         for step in range(3):  # the flap lies a little above the cloth
             rim = flap(FLAP_OUTER[2:]) + np.array([0.4, 1.0]) * (step + 1) * self.canvas.factor
@@ -305,10 +292,10 @@ class _Scene:
         for detail in p.details:
             for face, spot in detail.places.items():
                 if face == self.face:
-                    on = self.canvas.numbers_of(f"part:{spot.part}:")
+                    on = self.canvas.numbers_of(f"piece:{spot.piece}:")
                     self._detail(detail, self.place.after(spot.unit_map), spot.width / spot.height, on, p.rgb)
                 elif face == INSIDE and flap is not None:
-                    on = self.canvas.numbers_of("part:lining:")
+                    on = self.canvas.numbers_of("piece:lining:")
                     self._detail(detail, flap.after(spot.unit_map), spot.width / spot.height, on, COLORS[p.lining[0]])
 
     def _detail(self, detail: Detail, unit_map: Affine, aspect: float, on: set[int], ground: RGB) -> None:
@@ -340,7 +327,7 @@ class _Scene:
     # Ground truth
 
     def boxes(self, base: Regions) -> dict[str, Box | None]:
-        """The box of every attribute of the product. `base`: what is seen of the parts."""
+        """The box of every attribute of the product. `base`: what is seen of the pieces."""
         canvas, product = self.canvas, self.product
         least = SMALLEST * canvas.size / 96
 
@@ -352,7 +339,7 @@ class _Scene:
 
         sorts: dict[str, set[int]] = {}
         for name, number in canvas.numbers.items():
-            if name.startswith("part:"):
+            if name.startswith("piece:"):
                 sorts.setdefault(name.rsplit(":", 1)[1], set()).add(number)
         main = sorts.get("main", set())
         plain, trim = main | sorts.get("plain", set()), sorts.get("trim", set())
@@ -360,7 +347,7 @@ class _Scene:
         result: dict[str, Box | None] = {}
         for name in product.names():
             if name in ("category", "subcategory"):
-                result[name] = None if self.close else region(canvas.numbers_of("part:"), 0.0)
+                result[name] = None if self.close else region(canvas.numbers_of("piece:"), 0.0)
             elif name in ("color", "material"):
                 result[name] = region(plain | trim if name == "material" else plain, some)
             elif name == "pattern":
@@ -370,23 +357,24 @@ class _Scene:
                 box = region(canvas.numbers_of(f"detail:{name}"), full, Regions(canvas.seen, spot)) if spot else None
                 result[name] = box
             else:
-                result[name] = region(canvas.numbers_of(f"part:{name}:"), self._full_area(name))
+                result[name] = region(canvas.numbers_of(f"piece:{name}:"), self._full_area(name))
         return result
 
     def _full_area(self, name: str) -> float:
-        """Pixels that the part would take if the picture did not cut it; 0 in a full view, where nothing
+        """Pixels that the piece would take if the picture did not cut it; 0 in a full view, where nothing
         is cut."""
-        parts = [part for part in self.garment.parts if part.name == name]
-        if not self.close or not parts:
+        pieces = [piece for piece in self.garment.pieces if piece.name == name]
+        if not self.close or not pieces:
             return 0.0
         x0, y0, x1, y1 = self.garment.bounds()
         cells = np.linspace(x0, x1, 36), np.linspace(y0, y1, 36)
         own = np.zeros((36, 36), bool)
-        for part in parts:
-            within = contains(part.polygon, *cells)
-            if part.clip:
+        for piece in pieces:
+            within = contains(piece.polygon, *cells)
+            if piece.clip:
                 within &= np.any(
-                    [contains(other.polygon, *cells) for other in self.garment.parts if other.name == part.clip], axis=0
+                    [contains(other.polygon, *cells) for other in self.garment.pieces if other.name == piece.clip],
+                    axis=0,
                 )
             own |= within
         return float(own.mean()) * (x1 - x0) * (y1 - y0) * self.place.scale**2

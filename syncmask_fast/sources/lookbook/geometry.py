@@ -116,10 +116,10 @@ def affine(
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """A piece of the garment. Parts of the same name are one thing (both sleeves). `fabric` is "main" (with
     its pattern), "plain" (main color, no pattern), "inner" (main color in shadow), "trim" (the second
-    color) or "belt" (the belt's). `panel`: details may lie on it. `clip`: only what lies on the parts of
+    color) or "belt" (the belt's). `panel`: details may lie on it. `clip`: only what lies on the pieces of
     that name is seen."""
 
     name: str
@@ -151,7 +151,7 @@ class Style:
 
 @dataclass
 class Garment:
-    parts: list[Part] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     seams: list[Seam] = field(default_factory=list)
     waist: float | None = None  # y of a belt
     hem: float | None = None  # y of the lower edge
@@ -160,17 +160,17 @@ class Garment:
     def add(
         self, name: str, polygon: np.ndarray, fabric: str = "main", *, panel: bool = False, clip: str | None = None
     ) -> None:
-        self.parts.append(Part(name, polygon, fabric, panel, clip))
+        self.pieces.append(Piece(name, polygon, fabric, panel, clip))
 
     def seam(self, line: np.ndarray | list[tuple[float, float]], style: str = "seam") -> None:
         self.seams.append(Seam(np.asarray(line, dtype=np.float64), style))
 
     def stretched(self, wide: float, tall: float) -> Garment:
         factor = np.array([wide, tall])
-        parts = [Part(p.name, p.polygon * factor, p.fabric, p.panel, p.clip) for p in self.parts]
+        pieces = [Piece(p.name, p.polygon * factor, p.fabric, p.panel, p.clip) for p in self.pieces]
         seams = [Seam(s.line * factor, s.style) for s in self.seams]
         return Garment(
-            parts,
+            pieces,
             seams,
             None if self.waist is None else self.waist * tall,
             None if self.hem is None else self.hem * tall,
@@ -178,4 +178,4 @@ class Garment:
         )
 
     def bounds(self) -> tuple[float, float, float, float]:
-        return bounds([part.polygon for part in self.parts if part.clip is None])
+        return bounds([piece.polygon for piece in self.pieces if piece.clip is None])

@@ -122,7 +122,7 @@ FILLERS = (  # of things that no picture shows; where two are given, the second 
     ("Perfect for {o}.",),
     ("Made for {o}.",),
     ("Made for {o} and {o2}.",),
-    ("A favourite from {b}.", "Favourites from {b}."),
+    ("A favorite from {b}.", "Favorites from {b}."),
     ("By {b}.",),
     ("Designed by {b} for {o}.",),
     ("Easy to wear and easy to love.",),

@@ -1,4 +1,10 @@
-"""PLACE"""
+"""Which function draws a garment: its pieces as seen from the front, the back and the side.
+
+A garment is drawn in its own units (a shirt is about one unit wide), y down from the shoulder or the waist. `build`
+gives its pieces from the rearmost to the foremost. Position, size and light come later (drawing.py).
+
+A new garment is a function (face, style, **shape) -> Garment here, and a line in subcategories.csv.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,8 @@ import functools
 from collections.abc import Callable
 
 from syncmask_fast.sources.lookbook.garments.accessories import bag, hat, scarf, shoe
-from syncmask_fast.sources.lookbook.garments.lower import dungarees, jumpsuit, legs, poncho, skirt
-from syncmask_fast.sources.lookbook.garments.upper import torso
+from syncmask_fast.sources.lookbook.garments.lower import dungarees, jumpsuit, legs, skirt
+from syncmask_fast.sources.lookbook.garments.upper import poncho, torso
 from syncmask_fast.sources.lookbook.geometry import Garment, Style, rectangle
 from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
@@ -27,7 +33,7 @@ _FAMILIES: dict[str, Callable[..., Garment]] = dict(
 
 @functools.lru_cache(maxsize=64)
 def build(subcategory: str, face: str, style: Style) -> Garment:
-    """The garment of that subcategory seen from `face`; shared, not to be changed."""
+    """Return the garment of a subcategory seen from `face`. It is shared: do not change it."""
     sub = SUBCATEGORIES[subcategory]
     garment = _FAMILIES[sub.family](face, style, **sub.shape)
     if style.belt and garment.waist is not None:

@@ -8,7 +8,7 @@ from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellips
 
 
 def trimmed(style: Style, place: str) -> tuple[str, str]:
-    """Name and fabric of a part that may be the contrasting one."""
+    """Name and fabric of a piece that may be the contrasting one."""
     return ("trim", "trim") if style.trim == place else (place, "plain")
 
 
@@ -41,13 +41,8 @@ def bag(face: str, style: Style, *, kind: str) -> Garment:
             garment.add(
                 name, ribbon(outline((-0.2, 0.04), (-0.19, -0.24, 0.0, -0.24), (0.19, -0.24, 0.2, 0.04)), 0.055), fabric
             )
-        garment.add(
-            "body",
-            both(
-                (0.0, 0.0), (x - 0.05, 0.0), (x, 0.0, x, 0.06), (x + 0.02, 0.62), (x, 0.70, x - 0.06, 0.70), (0.0, 0.70)
-            ),
-            panel=True,
-        )
+        garment.add("body", both((0.0, 0.0), (x - 0.05, 0.0), (x, 0.0, x, 0.06), (x + 0.02, 0.62),
+            (x, 0.70, x - 0.06, 0.70), (0.0, 0.70)), panel=True)  # fmt: skip
         name, fabric = trimmed(style, "flap")
         if face == "front":
             garment.add(
@@ -99,17 +94,8 @@ def bag(face: str, style: Style, *, kind: str) -> Garment:
             fabric,
         )
         garment.add("inner", ellipse(0.0, 0.03, x * 0.93, 0.06), "inner")
-        garment.add(
-            "body",
-            both(
-                (0.0, 0.09),
-                (x * 0.6, 0.09, x * 0.94, 0.03),
-                (x * 0.8, 0.3),
-                (x, 0.6, x * 0.98, 0.74),
-                (x * 0.6, 0.83, 0.0, 0.83),
-            ),
-            panel=True,
-        )
+        garment.add("body", both((0.0, 0.09), (x * 0.6, 0.09, x * 0.94, 0.03), (x * 0.8, 0.3), (x, 0.6, x * 0.98, 0.74),
+            (x * 0.6, 0.83, 0.0, 0.83)), panel=True)  # fmt: skip
         garment.seam(outline((-x, 0.14), (0.0, 0.22, x, 0.14)), "cord")
     elif kind == "clutch":
         x = 0.22 if side else 0.54
@@ -169,40 +155,13 @@ def shoe(face: str, style: Style, *, kind: str) -> Garment:
             outline((-0.50, 0.05), (-0.30, 0.16, -0.12, 0.34), (0.02, 0.40), (-0.1, 0.42, -0.46, 0.16)),
             "inner",
         )
-        garment.add(
-            "body",
-            outline(
-                (-0.50, 0.04),
-                (-0.40, 0.24, -0.12, 0.36),
-                (0.02, 0.42, 0.14, 0.36),
-                (0.42, 0.42, 0.56, 0.63),
-                (0.55, 0.70, 0.46, 0.70),
-                (0.2, 0.70),
-                (-0.05, 0.60, -0.22, 0.46),
-                (-0.44, 0.36),
-                (-0.54, 0.2, -0.50, 0.04),
-            ),
-            panel=True,
-        )
-        garment.add(
-            sole,
-            outline(
-                (-0.50, 0.30), (-0.24, 0.46), (-0.36, 0.52, -0.405, 0.80), (-0.47, 0.80), (-0.47, 0.5, -0.50, 0.30)
-            ),
-            fabric,
-        )
-        garment.add(
-            sole,
-            outline(
-                (0.57, 0.66),
-                (0.54, 0.755, 0.42, 0.755),
-                (0.16, 0.755),
-                (-0.06, 0.64, -0.22, 0.47),
-                (-0.05, 0.60, 0.2, 0.70),
-                (0.46, 0.70),
-            ),
-            fabric,
-        )
+        garment.add("body", outline((-0.50, 0.04), (-0.40, 0.24, -0.12, 0.36), (0.02, 0.42, 0.14, 0.36),
+            (0.42, 0.42, 0.56, 0.63), (0.55, 0.70, 0.46, 0.70), (0.2, 0.70), (-0.05, 0.60, -0.22, 0.46), (-0.44, 0.36),
+            (-0.54, 0.2, -0.50, 0.04)), panel=True)  # fmt: skip
+        garment.add(sole, outline((-0.50, 0.30), (-0.24, 0.46), (-0.36, 0.52, -0.405, 0.80), (-0.47, 0.80),
+            (-0.47, 0.5, -0.50, 0.30)), fabric)  # fmt: skip
+        garment.add(sole, outline((0.57, 0.66), (0.54, 0.755, 0.42, 0.755), (0.16, 0.755), (-0.06, 0.64, -0.22, 0.47),
+            (-0.05, 0.60, 0.2, 0.70), (0.46, 0.70)), fabric)  # fmt: skip
         base = 0.76
     else:
         tall = dict(sneaker=0.46, ankle=0.66, tall=1.10, loafer=0.38)[kind]
@@ -214,31 +173,11 @@ def shoe(face: str, style: Style, *, kind: str) -> Garment:
                 outline((-0.48, 0.05), (-0.2, -0.06, 0.02, 0.02), (0.08, 0.10), (-0.2, 0.18, -0.48, 0.08)),
                 "inner",
             )
-            garment.add(
-                "body",
-                outline(
-                    (-0.50, 0.03),
-                    (-0.30, 0.14, -0.14, 0.10),
-                    (0.02, 0.0),
-                    (0.14, 0.16, 0.28, tongue - 0.02),
-                    (0.52, tall - 0.2, 0.56, tall - 0.04),
-                    (0.56, tall + 0.03),
-                    (-0.52, tall + 0.03),
-                    (-0.56, tall - 0.2, -0.50, 0.03),
-                ),
-                panel=True,
-            )
-            garment.add(
-                sole,
-                outline(
-                    (-0.54, tall),
-                    (0.57, tall),
-                    (0.61, tall + 0.05, 0.57, tall + 0.13),
-                    (-0.52, tall + 0.13),
-                    (-0.57, tall + 0.08, -0.54, tall),
-                ),
-                fabric,
-            )
+            garment.add("body", outline((-0.50, 0.03), (-0.30, 0.14, -0.14, 0.10), (0.02, 0.0),
+                (0.14, 0.16, 0.28, tongue - 0.02), (0.52, tall - 0.2, 0.56, tall - 0.04), (0.56, tall + 0.03),
+                (-0.52, tall + 0.03), (-0.56, tall - 0.2, -0.50, 0.03)), panel=True)  # fmt: skip
+            garment.add(sole, outline((-0.54, tall), (0.57, tall), (0.61, tall + 0.05, 0.57, tall + 0.13),
+                (-0.52, tall + 0.13), (-0.57, tall + 0.08, -0.54, tall)), fabric)  # fmt: skip
             garment.seam(
                 outline((0.26, tongue + 0.02), (0.30, tall - 0.04, 0.18, tall))
                 if kind == "sneaker"
@@ -246,34 +185,12 @@ def shoe(face: str, style: Style, *, kind: str) -> Garment:
             )
         else:
             garment.add("inner", ellipse(-0.25, 0.0, 0.22, 0.045), "inner")
-            garment.add(
-                "body",
-                outline(
-                    (-0.48, 0.0),
-                    (-0.25, 0.06, -0.02, 0.0),
-                    (0.0, tall - 0.36),
-                    (0.04, tall - 0.26, 0.22, tall - 0.22),
-                    (0.52, tall - 0.20, 0.56, tall - 0.03),
-                    (0.56, tall + 0.03),
-                    (-0.50, tall + 0.03),
-                    (-0.54, tall - 0.25, -0.46, tall - 0.4),
-                ),
-                panel=True,
-            )
-            garment.add(
-                sole,
-                outline(
-                    (-0.54, tall),
-                    (0.58, tall),
-                    (0.60, tall + 0.08, 0.54, tall + 0.12),
-                    (-0.1, tall + 0.12),
-                    (-0.2, tall + 0.10),
-                    (-0.22, base),
-                    (-0.52, base),
-                    (-0.56, tall + 0.06, -0.54, tall),
-                ),
-                fabric,
-            )
+            garment.add("body", outline((-0.48, 0.0), (-0.25, 0.06, -0.02, 0.0), (0.0, tall - 0.36),
+                (0.04, tall - 0.26, 0.22, tall - 0.22), (0.52, tall - 0.20, 0.56, tall - 0.03), (0.56, tall + 0.03),
+                (-0.50, tall + 0.03), (-0.54, tall - 0.25, -0.46, tall - 0.4)), panel=True)  # fmt: skip
+            garment.add(sole, outline((-0.54, tall), (0.58, tall), (0.60, tall + 0.08, 0.54, tall + 0.12),
+                (-0.1, tall + 0.12), (-0.2, tall + 0.10), (-0.22, base), (-0.52, base),
+                (-0.56, tall + 0.06, -0.54, tall)), fabric)  # fmt: skip
         garment.seam(outline((-0.30, 0.12), (-0.24, 0.25, -0.36, tall)))
     if style.trim == "toe cap":
         garment.add("trim", ellipse(0.62, base - 0.13, 0.30, 0.30), "trim", clip="body")
@@ -341,18 +258,8 @@ def hat(face: str, style: Style, *, kind: str) -> Garment:
         garment.add(band, both((0.0, 0.46), (0.2, 0.46, 0.345, 0.38), (0.36, 0.50), (0.2, 0.58, 0.0, 0.58)), fabric)
     else:
         tilt = 1.0 if face != "back" else -1.0
-        garment.add(
-            "body",
-            outline(
-                (-0.34, 0.46),
-                (-0.62, 0.44, -0.56, 0.22),
-                (-0.44, 0.0, 0.02, 0.02),
-                (0.46, 0.02, 0.56, 0.26),
-                (0.60, 0.50, 0.34, 0.50),
-            )
-            * [tilt, 1.0],
-            panel=True,
-        )
+        garment.add("body", outline((-0.34, 0.46), (-0.62, 0.44, -0.56, 0.22), (-0.44, 0.0, 0.02, 0.02),
+            (0.46, 0.02, 0.56, 0.26), (0.60, 0.50, 0.34, 0.50)) * [tilt, 1.0], panel=True)  # fmt: skip
         garment.add(name, both((0.0, 0.47), (0.2, 0.47, 0.35, 0.43), (0.36, 0.54), (0.2, 0.59, 0.0, 0.59)), fabric)
         garment.add("stalk", ribbon(outline((0.0, 0.03), (0.01, -0.02, 0.04, -0.05)), 0.035), "plain")
     return garment
@@ -367,19 +274,8 @@ def scarf(face: str, style: Style, *, kind: str) -> Garment:
         over = outline((0.20, 0.0), (-0.16, 0.04, -0.38, 0.82), (-0.04, 0.90), (0.10, 0.45, 0.34, 0.16))
         for piece in (under, over):
             garment.add("body", piece * flip, panel=True)
-        garment.add(
-            "neck",
-            outline(
-                (-0.34, 0.16),
-                (-0.28, -0.14, 0.0, -0.14),
-                (0.28, -0.14, 0.34, 0.16),
-                (0.22, 0.26),
-                (0.0, 0.02, 0.0, 0.02),
-                (-0.22, 0.26),
-            )
-            * flip,
-            "main",
-        )
+        garment.add("neck", outline((-0.34, 0.16), (-0.28, -0.14, 0.0, -0.14), (0.28, -0.14, 0.34, 0.16), (0.22, 0.26),
+            (0.0, 0.02, 0.0, 0.02), (-0.22, 0.26)) * flip, "main")  # fmt: skip
         trim = style.trim == "ends"
         for a, b, drop in (((-0.38, 0.82), (-0.04, 0.90), 0.12), ((0.02, 0.96), (0.34, 0.9), 0.12)):
             start, end = np.array(a), np.array(b)

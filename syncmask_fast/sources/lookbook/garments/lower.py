@@ -7,75 +7,12 @@ import numpy as np
 from syncmask_fast.sources.lookbook.garments.upper import (
     NECK_DEPTH,
     NECK_WIDTH,
+    Cut,
     add_arms,
-    add_collar,
     neckline_curve,
     torso_side,
 )
 from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellipse, mirror, outline, rectangle, ribbon
-
-
-def poncho(face: str, style: Style, *, length: float, collar: str | None = None, placket: bool = False) -> Garment:
-    """A poncho or cape: one bell-shaped piece."""
-    garment = Garment(hem=length)
-    neck = style.neck or "crew"
-    width, depth = 0.12, NECK_DEPTH[neck] if collar is None else 0.06
-    if face == "side":
-        garment.add(
-            "body",
-            outline(
-                (-0.1, 0.0),
-                (0.08, 0.0),
-                (0.26, 0.1, 0.34, length * 0.55),
-                (0.40, length - 0.06),
-                (0.0, length + 0.08, -0.42, length - 0.03),
-                (-0.36, length * 0.5),
-                (-0.26, 0.08, -0.1, 0.0),
-            ),
-            panel=True,
-        )
-        garment.seam(outline((0.0, 0.1), (0.05, length * 0.5, 0.02, length)), "fold")
-    else:
-        if face == "front":
-            garment.add(
-                "inner",
-                np.concatenate(
-                    [
-                        outline((-width, 0.0), (0.0, 0.05, width, 0.0)),
-                        outline((width, depth * 0.5), (0.0, depth + 0.09, -width, depth * 0.5)),
-                    ]
-                ),
-                "inner",
-            )
-        else:
-            depth, neck = 0.03, "crew"
-        low = length + (0.12 if collar is None else 0.02)
-        garment.add(
-            "body",
-            both(
-                (0.0, depth),
-                *neckline_curve(neck, width, depth),
-                (0.33, 0.04, 0.44, 0.35),
-                (0.58, length * 0.86),
-                (0.30, length + 0.05, 0.0, low),
-            ),
-            panel=True,
-        )
-        garment.hem = low - 0.04
-        for x in (-0.3, -0.12, 0.14, 0.32):
-            garment.seam([(x * 0.6, 0.25), (x * 1.35, length)], "fold")
-        if placket and face == "front":
-            garment.seam([(0.0, depth), (0.0, low)])
-        if collar is None:
-            edge = outline((0.0, depth), *neckline_curve(neck, width, depth))
-            garment.add(
-                "neckline" if face == "front" else "neckband",
-                ribbon(np.concatenate([mirror(edge)[:-1], edge]), 0.04),
-                "plain",
-            )
-        garment.hanger = (0.25, 0.0)
-    add_collar(garment, collar, face, width, style, depth)
-    return garment
 
 
 def _leg_half(
@@ -115,17 +52,10 @@ def legs(face: str, style: Style, *, length: float, knee: float, leg: float, rib
     spread = 0.02 + max(0.0, knee - 0.17) + style.arm * 0.003
     waistband = "trim" if style.trim == "waistband" else "plain"
     if face == "side":
-        body = outline(
-            (-0.20, 0.0),
-            (0.20, 0.0),
-            (0.25, 0.15, 0.24, 0.26),
-            (knee + 0.04, crotch + (length - crotch) * 0.5),
-            (leg + 0.04, length),
-            (0.0, length + 0.02, -leg - 0.03, length),
-            (-knee - 0.03, crotch + (length - crotch) * 0.5),
-            (-0.30, 0.32, -0.28, 0.2),
-            (-0.26, 0.1, -0.20, 0.0),
-        )
+        body = outline((-0.20, 0.0), (0.20, 0.0), (0.25, 0.15, 0.24, 0.26),
+            (knee + 0.04, crotch + (length - crotch) * 0.5), (leg + 0.04, length),
+            (0.0, length + 0.02, -leg - 0.03, length), (-knee - 0.03, crotch + (length - crotch) * 0.5),
+            (-0.30, 0.32, -0.28, 0.2), (-0.26, 0.1, -0.20, 0.0))  # fmt: skip
         garment.add("body", body, panel=True)
         garment.seam(outline((0.0, 0.08), (0.0, length)))
         garment.seam(outline((0.13, 0.07), (0.11, 0.24, -0.01, 0.26)))
@@ -157,13 +87,8 @@ def skirt(
     waist = 0.23
     hip = hip or waist + (hem - waist) * 0.5 + 0.02
     top = 0.025 if face == "front" else 0.0
-    body = both(
-        (0.0, top),
-        (waist * 0.6, 0.0, waist, 0.0),
-        (hip, 0.12, hip, 0.32 * min(1.0, length / 0.7)),
-        (hem, length - 0.03),
-        (hem * 0.5, length + 0.045, 0.0, length + 0.04),
-    )
+    body = both((0.0, top), (waist * 0.6, 0.0, waist, 0.0), (hip, 0.12, hip, 0.32 * min(1.0, length / 0.7)),
+        (hem, length - 0.03), (hem * 0.5, length + 0.045, 0.0, length + 0.04))  # fmt: skip
     garment.add("body", body * [factor, 1.0], panel=True)
     waistband = "trim" if style.trim == "waistband" else "plain"
     garment.add(
@@ -193,53 +118,28 @@ def jumpsuit(face: str, style: Style, *, length: float, leg: float) -> Garment:
     shoulder = 0.30 if sleeves != "none" else 0.25
     crotch = 0.86 if length > 1.2 else 0.80
     if face == "side":
-        torso_side(
-            garment, style, 0.80, sleeves, neck, None, False, False, width, 0.25, 0.28, 0.29, 0.53, 0.68, 0.0, None
-        )
-        lower = outline(
-            (-0.20, 0.52),
-            (0.20, 0.52),
-            (0.25, 0.64, 0.235, 0.75),
-            (leg + 0.03, length),
-            (0.0, length + 0.02, -leg - 0.03, length),
-            (-0.29, 0.84, -0.27, 0.72),
-            (-0.24, 0.6, -0.20, 0.52),
-        )
-        first = garment.parts.index(next(part for part in garment.parts if part.name == "body"))
-        body = garment.parts[first]
+        torso_side(garment, style, Cut(length=0.80, waist=0.25, hip=0.28, hem=0.29), width, 0.53, 0.68)
+        lower = outline((-0.20, 0.52), (0.20, 0.52), (0.25, 0.64, 0.235, 0.75), (leg + 0.03, length),
+            (0.0, length + 0.02, -leg - 0.03, length), (-0.29, 0.84, -0.27, 0.72),
+            (-0.24, 0.6, -0.20, 0.52))  # fmt: skip
+        first = garment.pieces.index(next(piece for piece in garment.pieces if piece.name == "body"))
+        body = garment.pieces[first]
         upper = body.polygon[body.polygon[:, 1] < 0.56]
-        garment.parts[first] = type(body)("body", upper, "main", True)
-        garment.parts.insert(first, type(body)("body", lower, "main", True))
+        garment.pieces[first] = type(body)("body", upper, "main", True)
+        garment.pieces.insert(first, type(body)("body", lower, "main", True))
         garment.seam([(-0.2, 0.53), (0.2, 0.53)])
         return garment
     if sleeves != "none":
         add_arms(garment, sleeves, shoulder, 0.30, style.arm, style, False, False)
     if face == "front":
-        garment.add(
-            "inner",
-            np.concatenate(
-                [
-                    outline((-width, 0.0), (0.0, 0.05, width, 0.0)),
-                    outline((width, depth * 0.5), (0.0, depth + 0.09, -width, depth * 0.5)),
-                ]
-            ),
-            "inner",
-        )
+        garment.add("inner", np.concatenate([outline((-width, 0.0), (0.0, 0.05, width, 0.0)),
+            outline((width, depth * 0.5), (0.0, depth + 0.09, -width, depth * 0.5))]), "inner")  # fmt: skip
     else:
         depth, neck = 0.03, "crew"
     spread = 0.02 + max(0.0, leg - 0.17) + style.arm * 0.003
-    garment.add(
-        "body",
-        both(
-            (0.0, depth),
-            *neckline_curve(neck, width, depth),
-            (shoulder, 0.05),
-            (shoulder - 0.03, 0.2, 0.29, 0.31),
-            (0.25, 0.42, 0.24, 0.53),
-            *_leg_half(0.53, 0.31, crotch, leg, leg, length, spread),
-        ),
-        panel=True,
-    )
+    garment.add("body", both((0.0, depth), *neckline_curve(neck, width, depth), (shoulder, 0.05),
+        (shoulder - 0.03, 0.2, 0.29, 0.31), (0.25, 0.42, 0.24, 0.53), *_leg_half(0.53, 0.31, crotch, leg, leg, length,
+        spread)), panel=True)  # fmt: skip
     _trouser_seams(garment, face, 0.5, crotch, length, spread + 0.17)
     garment.seam([(-0.24, 0.53), (0.24, 0.53)])
     edge = outline((0.0, depth), *neckline_curve(neck, width, depth))
@@ -261,22 +161,9 @@ def dungarees(face: str, style: Style, *, length: float) -> Garment:
         garment.add(
             name, ribbon(outline((-0.12, 0.42), (-0.1, 0.02, 0.02, 0.0), (0.12, 0.02, 0.15, 0.2)), 0.06), straps
         )
-        garment.add(
-            "body",
-            outline(
-                (0.02, 0.2),
-                (0.19, 0.16),
-                (0.20, 0.5),
-                (0.25, 0.62, 0.235, 0.72),
-                (leg + 0.04, length),
-                (0.0, length + 0.02, -leg - 0.03, length),
-                (-0.29, 0.84, -0.27, 0.70),
-                (-0.22, 0.55),
-                (-0.19, 0.40),
-                (-0.05, 0.44, 0.02, 0.2),
-            ),
-            panel=True,
-        )
+        garment.add("body", outline((0.02, 0.2), (0.19, 0.16), (0.20, 0.5), (0.25, 0.62, 0.235, 0.72),
+            (leg + 0.04, length), (0.0, length + 0.02, -leg - 0.03, length), (-0.29, 0.84, -0.27, 0.70), (-0.22, 0.55),
+            (-0.19, 0.40), (-0.05, 0.44, 0.02, 0.2)), panel=True)  # fmt: skip
         garment.seam([(0.0, 0.5), (0.0, length)])
         return garment
     lower = _leg_half(0.50, 0.31, crotch, leg, leg, length, spread)

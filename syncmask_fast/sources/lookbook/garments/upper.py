@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -92,16 +94,8 @@ def add_collar(garment: Garment, kind: str | None, face: str, width: float, styl
             flap = outline(
                 (0.005, 0.05), (w * 0.55, 0.02, w * 0.95, -0.035), (w + 0.075, 0.035), (w + 0.03, 0.165), (0.07, 0.10)
             )
-            garment.add(
-                "collar",
-                np.concatenate(
-                    [
-                        outline((-w * 0.95, -0.035), (0.0, -0.075, w * 0.95, -0.035)),
-                        outline((w * 0.8, 0.02), (0.0, 0.03, -w * 0.8, 0.02)),
-                    ]
-                ),
-                "inner",
-            )
+            garment.add("collar", np.concatenate([outline((-w * 0.95, -0.035), (0.0, -0.075, w * 0.95, -0.035)),
+                outline((w * 0.8, 0.02), (0.0, 0.03, -w * 0.8, 0.02))]), "inner")  # fmt: skip
             garment.add("collar", flap, fabric)
             garment.add("collar", mirror(flap), fabric)
         elif face == "back":
@@ -111,13 +105,8 @@ def add_collar(garment: Garment, kind: str | None, face: str, width: float, styl
                 fabric,
             )
         else:
-            garment.add(
-                "collar",
-                outline(
-                    (-0.15, -0.06), (0.0, -0.06, 0.11, 0.03), (0.20, 0.16), (0.12, 0.19), (0.02, 0.12, -0.16, 0.06)
-                ),
-                fabric,
-            )
+            garment.add("collar", outline((-0.15, -0.06), (0.0, -0.06, 0.11, 0.03), (0.20, 0.16), (0.12, 0.19),
+                (0.02, 0.12, -0.16, 0.06)), fabric)  # fmt: skip
     elif kind == "roll":
         roll = both((0, -0.15), (w, -0.155, w * 1.05, -0.14), (w * 1.16, -0.04, w * 1.1, 0.05), (0.05, 0.09, 0, 0.09))
         garment.add("collar", roll * ([0.85, 1] if face == "side" else [1, 1]), fabric)
@@ -149,15 +138,8 @@ def add_collar(garment: Garment, kind: str | None, face: str, width: float, styl
             garment.add("collar", mirror(flap), fabric)
     elif kind == "lapel":
         if face == "front":
-            lapel = outline(
-                (0.0, 0.42),
-                (0.05, 0.2, w * 0.8, -0.03),
-                (w + 0.05, 0.03),
-                (w + 0.11, 0.13),
-                (w + 0.05, 0.155),
-                (w + 0.10, 0.19),
-                (w * 0.9, 0.32, 0.0, 0.42),
-            )
+            lapel = outline((0.0, 0.42), (0.05, 0.2, w * 0.8, -0.03), (w + 0.05, 0.03), (w + 0.11, 0.13),
+                (w + 0.05, 0.155), (w + 0.10, 0.19), (w * 0.9, 0.32, 0.0, 0.42))  # fmt: skip
             garment.add("collar", lapel, fabric)
             garment.add("collar", mirror(lapel), fabric)
         elif face == "back":
@@ -165,13 +147,8 @@ def add_collar(garment: Garment, kind: str | None, face: str, width: float, styl
                 "collar", both((0, -0.055), (w, -0.05, w * 1.02, -0.02), (w + 0.07, 0.06), (0, 0.075, 0, 0.075)), fabric
             )
         else:
-            garment.add(
-                "collar",
-                outline(
-                    (-0.15, -0.05), (0.0, -0.05, 0.10, 0.03), (0.21, 0.18), (0.20, 0.36), (0.08, 0.12, -0.16, 0.06)
-                ),
-                fabric,
-            )
+            garment.add("collar", outline((-0.15, -0.05), (0.0, -0.05, 0.10, 0.03), (0.21, 0.18), (0.20, 0.36),
+                (0.08, 0.12, -0.16, 0.06)), fabric)  # fmt: skip
     elif kind == "hood":
         if face == "front":
             ring = both((0, 0.14), (w * 0.75, 0.12, w * 0.8, 0.0), (w * 0.85, -0.13, 0, -0.13))
@@ -191,76 +168,64 @@ def add_collar(garment: Garment, kind: str | None, face: str, width: float, styl
             )
             garment.seam([(0, -0.09), (0, 0.31)])
         else:
-            garment.add(
-                "hood",
-                outline(
-                    (0.10, 0.06), (0.16, -0.16, -0.06, -0.19), (-0.26, -0.18, -0.28, 0.05), (-0.2, 0.16, -0.08, 0.13)
-                ),
-                fabric,
-            )
+            garment.add("hood", outline((0.10, 0.06), (0.16, -0.16, -0.06, -0.19), (-0.26, -0.18, -0.28, 0.05),
+                (-0.2, 0.16, -0.08, 0.13)), fabric)  # fmt: skip
 
 
-def torso(
-    face: str,
-    style: Style,
-    *,
-    length: float,
-    shoulder: float = 0.30,
-    chest: float = 0.30,
-    waist: float = 0.28,
-    hip: float | None = None,
-    hem: float = 0.29,
-    strap: float = 0.0,
-    neck_width: float | None = None,
-    collar: str | None = None,
-    placket: bool | str = False,
-    deep: bool = False,
-    rib: bool = False,
-    quilt: bool = False,
-    yoke: bool = False,
-    tail: float = 0.0,
-    seam: float | None = None,
-) -> Garment:
-    """Shirts, knitwear, jackets, coats and dresses. Lengths in shirt widths: `seam` is the y of a waist
-    seam, `tail` how far a shirt tail hangs in the middle, `strap` the width of a shoulder strap (0: a full
-    shoulder)."""
+@dataclass(frozen=True)
+class Cut:
+    """How a garment of the upper body is cut. Lengths in shirt widths; half widths for shoulder to hem.
+
+    hip: None: between waist and hem. seam: y of a waist seam. tail: how far a shirt tail hangs in the middle.
+    strap: width of a shoulder strap; 0: a full shoulder. placket: "short" ends at the chest.
+    """
+
+    length: float
+    shoulder: float = 0.30
+    chest: float = 0.30
+    waist: float = 0.28
+    hip: float | None = None
+    hem: float = 0.29
+    strap: float = 0.0
+    neck_width: float | None = None
+    collar: str | None = None
+    placket: bool | str = False
+    deep: bool = False
+    rib: bool = False
+    quilt: bool = False
+    yoke: bool = False
+    tail: float = 0.0
+    seam: float | None = None
+
+    @property
+    def hips(self) -> float:
+        return self.hip or (self.waist + self.hem) / 2 + (0.015 if self.hem > self.waist else 0)
+
+
+def torso(face: str, style: Style, **shape: Any) -> Garment:
+    """Shirts, knitwear, jackets, coats and dresses. `shape` holds the fields of a `Cut`."""
+    cut = Cut(**shape)
+    length, collar, waist, hem, seam, strap = cut.length, cut.collar, cut.waist, cut.hem, cut.seam, cut.strap
+    shoulder, chest, hips, tail = cut.shoulder, cut.chest, cut.hips, cut.tail
     garment = Garment(waist=(seam or 0.56) if length > 0.9 else None, hem=length)
     neck = style.neck or ("v" if collar == "lapel" else "crew")
     sleeves = style.sleeves or "none"
-    width = neck_width or NECK_WIDTH[neck]
+    width = cut.neck_width or NECK_WIDTH[neck]
     depth = NECK_DEPTH[neck] if collar is None else dict(shirt=0.09, lapel=0.40, hood=0.12).get(collar, 0.06)
-    if deep:
+    if cut.deep:
         depth = 0.36
     if sleeves == "none" and not strap:
         shoulder -= 0.05
-    hips = hip or (waist + hem) / 2 + (0.015 if hem > waist else 0)
     waist_y = seam or 0.55
     hip_y = waist_y + (length - waist_y) * 0.4
 
     if face == "side":
-        return torso_side(
-            garment,
-            style,
-            length,
-            sleeves,
-            neck,
-            collar,
-            rib,
-            quilt,
-            width,
-            waist,
-            hips,
-            hem,
-            waist_y,
-            hip_y,
-            tail,
-            seam,
-        )
+        return torso_side(garment, style, cut, width, waist_y, hip_y)
 
     if face == "back":
         depth = min(depth, 0.03) if not strap else 0.14
     if sleeves != "none":
-        add_arms(garment, sleeves, shoulder, chest, style.arm, style, rib, quilt)
+        add_arms(garment, sleeves, shoulder, chest, style.arm, style, cut.rib, cut.quilt)
     if strap:
         top = [(width + strap, 0.0), (width + strap * 0.9 + 0.02, 0.2, chest, 0.30)]
     else:
@@ -279,20 +244,20 @@ def torso(
     neckline = [(0.0, depth), *neckline_curve(neck if face == "front" else "crew", width, depth)]
     garment.add("body", both(*neckline, *top, *sides), panel=True)
 
-    if rib and style.trim != "hem":
+    if cut.rib and style.trim != "hem":
         garment.add("rib", rectangle(-1, length - 0.085, 1, length + 0.2), "plain", clip="body")
-    if placket:
-        end = depth + 0.3 if placket == "short" else length + tail + 0.02
+    if cut.placket:
+        end = depth + 0.3 if cut.placket == "short" else length + tail + 0.02
         if face == "front":
             garment.seam([(0.02, depth), (0.02, end)])
-            if placket is True:
+            if cut.placket is True:
                 garment.seam([(-0.02, depth), (-0.02, end)], "stitch")
-    if yoke:
+    if cut.yoke:
         garment.seam([(-shoulder, 0.2), (0, 0.22), (shoulder, 0.2)])
     if face == "back" and (collar == "shirt" or collar == "lapel"):
         garment.seam([(-shoulder + 0.02, 0.15), (0.0, 0.16), (shoulder - 0.02, 0.15)])
         garment.seam([(0.0, 0.16), (0.0, length)] if collar == "lapel" else [(0.0, 0.16), (0.0, 0.16)])
-    if quilt:
+    if cut.quilt:
         for y in np.arange(0.17, length, 0.115):
             garment.seam(outline((-0.4, y), (0.0, y + 0.03, 0.4, y)), "quilt")
     if seam:
@@ -310,54 +275,27 @@ def torso(
     return garment
 
 
-def torso_side(
-    garment: Garment,
-    style: Style,
-    length: float,
-    sleeves: str,
-    neck: str,
-    collar: str | None,
-    rib: bool,
-    quilt: bool,
-    width: float,
-    waist: float,
-    hips: float,
-    hem: float,
-    waist_y: float,
-    hip_y: float,
-    tail: float,
-    seam: float | None,
-) -> Garment:
-    """The same from the side, the front towards the right."""
-    w, h, e = waist * 0.76, hips * 0.78, hem * 0.82
-    if collar not in ("hood", "roll"):
+def torso_side(garment: Garment, style: Style, cut: Cut, neck_width: float, waist_y: float, hip_y: float) -> Garment:
+    """Add the same from the side, with the front at the right."""
+    length, seam, sleeves = cut.length, cut.seam, style.sleeves or "none"
+    w, h, e = cut.waist * 0.76, cut.hips * 0.78, cut.hem * 0.82
+    if cut.collar not in ("hood", "roll"):
         garment.add("inner", ellipse(-0.01, 0.008, 0.115, 0.036), "inner")
-    body = outline(
-        (-0.125, 0.0),
-        (-0.01, 0.075, 0.105, 0.01),
-        (0.145, 0.055),
-        (0.19, 0.12, 0.215, 0.26),
-        (0.235, 0.36, w + 0.01, waist_y - 0.08),
-        (w, waist_y),
-        (h + 0.01, hip_y),
-        (e + 0.01, length - 0.02),
-        (0.0, length + tail * 0.3 + 0.03, -e, length - 0.01),
-        (-h - 0.02, hip_y),
-        (-w, waist_y),
-        (-0.24, 0.36, -0.225, 0.24),
-        (-0.205, 0.10, -0.155, 0.045),
-    )
+    body = outline((-0.125, 0.0), (-0.01, 0.075, 0.105, 0.01), (0.145, 0.055), (0.19, 0.12, 0.215, 0.26),
+        (0.235, 0.36, w + 0.01, waist_y - 0.08), (w, waist_y), (h + 0.01, hip_y), (e + 0.01, length - 0.02),
+        (0.0, length + cut.tail * 0.3 + 0.03, -e, length - 0.01), (-h - 0.02, hip_y), (-w, waist_y),
+        (-0.24, 0.36, -0.225, 0.24), (-0.205, 0.10, -0.155, 0.045))  # fmt: skip
     garment.add("body", body, panel=True)
-    if rib and style.trim != "hem":
+    if cut.rib and style.trim != "hem":
         garment.add("rib", rectangle(-1, length - 0.085, 1, length + 0.2), "plain", clip="body")
-    if quilt:
+    if cut.quilt:
         for y in np.arange(0.17, length, 0.115):
             garment.seam(outline((-0.4, y), (0.0, y + 0.03, 0.4, y)), "quilt")
     if seam:
         garment.seam([(-w, seam), (w, seam)])
         for x in np.linspace(-0.7, 0.7, 5):
             garment.seam([(x * w, seam + 0.03), (x * e, length)], "fold")
-    add_collar(garment, collar, "side", width, style, 0.1)
+    add_collar(garment, cut.collar, "side", neck_width, style, 0.1)
     if sleeves == "none":
         hole = ellipse(-0.015, 0.20, 0.085, 0.115)
         garment.add("armhole", hole, "inner")
@@ -367,27 +305,55 @@ def torso_side(
     swing = 0.03 + style.arm * 0.002 + (0.03 if sleeves in ("long", "bell") else 0.0)
     fabric = "trim" if style.trim == "sleeves" else "main"
     cap = outline((-top_w, 0.28), (-top_w * 1.05, 0.085, -0.02, 0.075), (top_w * 1.0, 0.08, top_w, 0.28))
-    sleeve = np.concatenate(
-        [
-            cap,
-            outline(
-                (top_w, 0.28),
-                (top_w * 0.9 + swing * 0.3, reach * 0.65, cuff_w + swing, reach),
-                (-cuff_w + swing, reach),
-                (-top_w * 0.95 + swing * 0.2, reach * 0.65, -top_w, 0.28),
-            )[1:],
-        ]
-    )
+    sleeve = np.concatenate([cap, outline((top_w, 0.28),
+        (top_w * 0.9 + swing * 0.3, reach * 0.65, cuff_w + swing, reach), (-cuff_w + swing, reach),
+        (-top_w * 0.95 + swing * 0.2, reach * 0.65, -top_w, 0.28))[1:]])  # fmt: skip
     garment.add("sleeves", sleeve, fabric, panel=True)
     garment.seam(cap * [0.96, 1.0] + [0.0, 0.012])
-    if sleeves != "short" and (rib or style.trim == "cuffs"):
+    if sleeves != "short" and (cut.rib or style.trim == "cuffs"):
         trim = style.trim == "cuffs"
         garment.add(
             "trim" if trim else "cuff",
             rectangle(-cuff_w + swing - 0.012, reach - 0.1, cuff_w + swing + 0.012, reach + 0.003),
             "trim" if trim else "plain",
         )
-    if quilt:
+    if cut.quilt:
         for y in np.arange(0.17, reach, 0.115):
             garment.seam(outline((-0.15, y), (0.0, y + 0.03, 0.15, y)), "quilt")
+    return garment
+
+
+def poncho(face: str, style: Style, *, length: float, collar: str | None = None, placket: bool = False) -> Garment:
+    """A poncho or cape: one bell-shaped piece."""
+    garment = Garment(hem=length)
+    neck = style.neck or "crew"
+    width, depth = 0.12, NECK_DEPTH[neck] if collar is None else 0.06
+    if face == "side":
+        garment.add("body", outline((-0.1, 0.0), (0.08, 0.0), (0.26, 0.1, 0.34, length * 0.55), (0.40, length - 0.06),
+            (0.0, length + 0.08, -0.42, length - 0.03), (-0.36, length * 0.5), (-0.26, 0.08, -0.1, 0.0)),
+            panel=True)  # fmt: skip
+        garment.seam(outline((0.0, 0.1), (0.05, length * 0.5, 0.02, length)), "fold")
+    else:
+        if face == "front":
+            garment.add("inner", np.concatenate([outline((-width, 0.0), (0.0, 0.05, width, 0.0)),
+                outline((width, depth * 0.5), (0.0, depth + 0.09, -width, depth * 0.5))]), "inner")  # fmt: skip
+        else:
+            depth, neck = 0.03, "crew"
+        low = length + (0.12 if collar is None else 0.02)
+        garment.add("body", both((0.0, depth), *neckline_curve(neck, width, depth), (0.33, 0.04, 0.44, 0.35),
+            (0.58, length * 0.86), (0.30, length + 0.05, 0.0, low)), panel=True)  # fmt: skip
+        garment.hem = low - 0.04
+        for x in (-0.3, -0.12, 0.14, 0.32):
+            garment.seam([(x * 0.6, 0.25), (x * 1.35, length)], "fold")
+        if placket and face == "front":
+            garment.seam([(0.0, depth), (0.0, low)])
+        if collar is None:
+            edge = outline((0.0, depth), *neckline_curve(neck, width, depth))
+            garment.add(
+                "neckline" if face == "front" else "neckband",
+                ribbon(np.concatenate([mirror(edge)[:-1], edge]), 0.04),
+                "plain",
+            )
+        garment.hanger = (0.25, 0.0)
+    add_collar(garment, collar, face, width, style, depth)
     return garment

@@ -158,7 +158,7 @@ def test_a_killed_rank_is_started_again(data: Path, two: Path, tmp_path: Path):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_going_on_with_another_number_of_ranks(data: Path, one: Path, tmp_path: Path):
+def test_resume_with_another_number_of_ranks(data: Path, one: Path, tmp_path: Path):
     """SIGTERM saves and ends a run of two; one process and three (16 pairs: 5, 5 and 6) take it to its end."""
     out = tmp_path / "stopped"
     run = start_until_saved(data, out)
@@ -176,7 +176,7 @@ def test_going_on_with_another_number_of_ranks(data: Path, one: Path, tmp_path: 
     assert_close(out, one)
 
 
-# What users get wrong -------------------------------------------------------------------------------------------------------------------
+# What users get wrong
 
 
 @pytest.mark.parametrize(("total", "ranks"), [(16, 1), (16, 3), (2, 4), (0, 2)])

@@ -181,16 +181,16 @@ def test_saved_model_answers_as_before(tmp_path):
     model = SyncMaskModel(small_config(), small_tokenizer()).eval()
     model.save_pretrained(tmp_path / "model")
     again = SyncMaskModel.from_pretrained(tmp_path / "model")
-    pictures = [Image.new("RGB", (40, 60), colour) for colour in ("red", "navy", "green")]
+    images = [Image.new("RGB", (40, 60), color) for color in ("red", "navy", "green")]
     texts = ["a red dress", "a navy coat with a star", "green"]
-    assert torch.equal(model.encode_image(pictures), again.encode_image(pictures))
+    assert torch.equal(model.encode_image(images), again.encode_image(images))
     assert torch.equal(model.encode_text(texts), again.encode_text(texts))
-    match = again.match(pictures, texts)
+    match = again.match(images, texts)
     assert match.shape == (3,)
     assert ((match > 0) & (match < 1)).all()
     # Each answer is that of its pair alone, so that a batch mixes nothing up.
     for n in range(3):
-        assert close(again.match(pictures[n : n + 1], texts[n : n + 1]), match[n : n + 1])
+        assert close(again.match(images[n : n + 1], texts[n : n + 1]), match[n : n + 1])
         assert close(again.encode_text(texts[n : n + 1]), again.encode_text(texts)[n : n + 1])
-    norms = again.encode_image(pictures).norm(dim=-1)
+    norms = again.encode_image(images).norm(dim=-1)
     assert close(norms, torch.ones(3))

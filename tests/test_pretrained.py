@@ -123,7 +123,7 @@ def test_a_bert_that_does_not_fit(tmp_path: Path):
 
 
 def test_timm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Weights of a smaller picture: position embeddings are interpolated, all else is taken over."""
+    """Weights for smaller images: position embeddings are interpolated, all else is taken over."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     theirs = vit(36)
     arguments = dict(img_size=36, patch_size=12, embed_dim=32, depth=2, num_heads=2, num_classes=0)
@@ -143,7 +143,7 @@ def test_timm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, value in theirs.state_dict().items():
         if name != "pos_embed":
             assert torch.equal(ours[name], value)
-    assert torch.equal(ours["pos_embed"][:, 0], theirs.pos_embed[:, 0])  # [CLS] is no place in the picture
+    assert torch.equal(ours["pos_embed"][:, 0], theirs.pos_embed[:, 0])  # [CLS] has no place in the image
     with pytest.raises(UserError, match="timm has no weights"):
         load_timm(model, f"local-dir:{tmp_path}/nothing")
 
@@ -195,7 +195,7 @@ def test_albef_checkpoint(kind: str, tmp_path: Path):
 
 
 def test_a_model_of_ours(tmp_path: Path):
-    """Another seed's model, for pictures of another size and shorter texts."""
+    """Another seed's model, for images of another size and shorter texts."""
     torch.manual_seed(1)
     tokenizer = small_tokenizer()
     base = config(weights=str(tmp_path), text=dataclasses.replace(TEXT, vocab_size=tokenizer.get_vocab_size()))

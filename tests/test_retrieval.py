@@ -168,7 +168,7 @@ def test_too_few_products():
     recall_101(gallery(8, products=101), queries=3, draws=1)
 
 
-# Re-ranking --------------------------------------------------------------------------------------------------------
+# Re-ranking
 
 
 def plain_reranked_rank(

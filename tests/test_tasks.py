@@ -17,7 +17,7 @@ from syncmask_fast.tasks.composed import ClassQueries, composed_recall
 from syncmask_fast.tasks.recognition import recognition_metrics
 from syncmask_fast.utils.errors import UserError
 
-# Composed retrieval ------------------------------------------------------------------------------------------------
+# Composed retrieval
 
 
 @pytest.mark.parametrize("whole_numbers", [False, True])
@@ -66,7 +66,7 @@ def test_composed_chance():
     assert np.mean(hits) == pytest.approx(found["mean/R@10/chance"], abs=2.5)
 
 
-# Recognition -------------------------------------------------------------------------------------------------------
+# Recognition
 
 
 def test_recognition():
@@ -94,7 +94,7 @@ def test_unseen_label():
     assert found["accuracy"] == found["macro-F1/truth-or-predicted"] == found["macro-F1/seen-in-truth"] == 0
 
 
-# The lookbook's triplets -------------------------------------------------------------------------------------------
+# The lookbook's triplets
 
 
 def test_triplets(lookbook: Path):

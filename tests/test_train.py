@@ -1,4 +1,4 @@
-"""The main job from end to end, on drawn pictures: a run's folder, stopping and going on, every mode, and what users get wrong."""
+"""Training from end to end on drawn images: a run's folder, stop and resume, every mode, and user errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_same_model(a: Path, b: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-# A whole run ----------------------------------------------------------------------------------------------------------------------------
+# A whole run
 
 
 def test_folder_of_a_run(run: Path, lookbook: Path):
@@ -106,10 +106,10 @@ def test_results(run: Path):
         assert 0 <= results[f"sync/{name}"] <= 100
 
 
-# Stopping and going on ------------------------------------------------------------------------------------------------------------------
+# Stop and resume
 
 
-def test_going_on_from_the_third_step_is_as_if_never_stopped(run: Path, lookbook: Path, tmp_path: Path):
+def test_resume_equals_an_uninterrupted_run(run: Path, lookbook: Path, tmp_path: Path):
     """As after a crash: metrics beyond the checkpoint, one of them half written, are there and must go."""
     out = tmp_path / "run"
     shutil.copytree(run, out)
@@ -133,10 +133,10 @@ def test_finished_run_is_evaluated_again_and_no_more(run: Path, lookbook: Path, 
     assert json.loads((out / "results.json").read_text()) == json.loads((run / "results.json").read_text())
 
 
-def test_ctrl_c_saves_and_a_named_checkpoint_goes_on(
+def test_ctrl_c_saves_and_a_named_checkpoint_resumes(
     run: Path, lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run goes on to what it would have been."""
+    """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run resumes exactly."""
     out = tmp_path / "run"
     flags = ["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)]
     step = train.train_step
@@ -172,7 +172,7 @@ def test_resume_of_another_run(run: Path, lookbook: Path, tmp_path: Path):
         main([*again, str(tmp_path / "step-00000003")])
 
 
-# Every mode -----------------------------------------------------------------------------------------------------------------------------
+# Every mode
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_plain_webdataset(pairs: Path, tmp_path: Path):
     assert (out / "report.html").is_file()
 
 
-def test_damaged_picture_is_left_out(tmp_path: Path):
+def test_damaged_image_is_left_out(tmp_path: Path):
     write_plain(tmp_path / "shards", 40)
     tar = tmp_path / "shards" / "00000.tar"
     content = bytearray(tar.read_bytes())
@@ -265,7 +265,7 @@ def test_damaged_picture_is_left_out(tmp_path: Path):
     assert len(run_rows(out)) == 3
 
 
-# What users get wrong -------------------------------------------------------------------------------------------------------------------
+# What users get wrong
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_one_sentence_for_a_mistake(
     assert named in str(error.value)
 
 
-def test_a_mended_mistake_may_use_the_same_folder(lookbook: Path, tmp_path: Path):
+def test_a_corrected_mistake_may_use_the_same_folder(lookbook: Path, tmp_path: Path):
     """A run that never began leaves nothing in the way of the next one."""
     flags = ["tiny", *FLAGS, "--steps", "1", "--data", str(lookbook), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--batch-size"):

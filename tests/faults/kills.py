@@ -89,7 +89,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished runs do not share, to the last bit: metrics, checkpoints (weights, teacher, optimiser, queue, bank, plan), model, results."""
+    """Return what differs between two finished runs, to the last bit: metrics, checkpoints, model, results."""
     found = []
     if learned(one) != learned(other):
         found.append("metrics.jsonl")

@@ -75,7 +75,7 @@ def test_sigterm_saves_and_leaves(launcher: Launcher, data: Path, whole: Path, t
 
 
 def test_disk_full_during_a_checkpoint(launcher: Launcher, data: Path, whole: Path, tmp_path: Path):
-    """No file may grow beyond 100 KB, which optimizer.safetensors does: training goes on without a checkpoint, and says so."""
+    """No file may grow beyond 100 KB, as optimizer.safetensors does. Training continues without a checkpoint and warns."""
     out, log = tmp_path / "run", tmp_path / "run.log"
     argv = arguments(data, out, STEPS, save_every=4)
     assert launcher.run(argv, log, file_limit=100_000) == 2

@@ -139,7 +139,7 @@ def test_find_resume_path(two: Path, tmp_path: Path):
     assert find_resume_path(config, tmp_path) is None
 
 
-# metrics.jsonl --------------------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
 
 
 def new_log(folder: Path, start: int) -> MetricsLog:

@@ -44,11 +44,11 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(
     masking: str, presence: float, stem: str, mim_input: str, bad: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Not finite from the picture on, or in the gradient alone; the way that CUDA takes, without asking the device."""
+    """Not finite from the image on, or only in the gradient; as on CUDA, without a host sync."""
     monkeypatch.setattr(step, "uses_varlen", lambda device: True)
     config = step_config(masking, presence, stem, mim_input)
     state = small_state(config)
-    take_step(config, state, iter([small_batch(config, seed=3)]))  # so that the optimiser has a state
+    take_step(config, state, iter([small_batch(config, seed=3)]))  # the optimizer gets a state
     poisoned = small_batch(config, seed=4)
     poisoned.pixels[1] *= {"nan": torch.nan, "inf": torch.inf, "huge": 1e38}[bad]
     before = tensors_of(state)
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 
 def test_the_first_step_of_all():
-    """There is no state of the optimiser to go back to: it is as if the run began one step later."""
+    """The optimizer has no earlier state: it is as if the run began one step later."""
     config = step_config("random", 0.0, "patch", "mask-tokens")
     skipped, clean = (small_state(config) for _ in range(2))
     poisoned = small_batch(config, seed=4)
@@ -73,7 +73,7 @@ def test_the_first_step_of_all():
     for state in (skipped, clean):
         take_step(config, state, iter([small_batch(config, seed=5)]))
     clean_tensors, found = tensors_of(clean), tensors_of(skipped)
-    moved = {name for name in found if name.startswith("queue")}  # whose clock went on
+    moved = {name for name in found if name.startswith("queue")}  # whose counter advanced
     assert_same(
         *({name: value for name, value in each.items() if name not in moved} for each in (clean_tensors, found))
     )
@@ -92,7 +92,7 @@ def test_one_bad_part_of_an_accumulated_step_skips_it_all():
     assert_same(before, {name: after[name] for name in before})
     assert all(
         (value == 0).all() for name, value in after.items() if name not in before
-    )  # the optimiser's state begins at zero
+    )  # the optimizer's state begins at zero
 
 
 def test_a_good_step_is_the_one_of_before():
@@ -112,11 +112,11 @@ def test_a_good_step_is_the_one_of_before():
     assert_same(tensors_of(plain), tensors_of(guarded))
 
 
-# Whole runs -----------------------------------------------------------------------------------------------------------------------------
+# Whole runs
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Batches of these steps, counted from 1, get a picture that is not a number."""
+    """Batches of these steps, counted from 1, get an image of NaN."""
     real = train.epoch_batches
 
     def batches(config, state, *more):
@@ -158,5 +158,5 @@ def test_a_run_stops_after_too_many_in_a_row(lookbook: Path, tmp_path: Path, mon
         assert len(json.loads(file.metadata()["samples"])) == 16
     assert [row["step"] for row in run_rows(out) if row.get("skipped")][:4] == [3, 4, 5, 6]
     monkeypatch.undo()
-    main([*argv, "--max-skipped-steps", "50"])  # the limit may be raised to go on
+    main([*argv, "--max-skipped-steps", "50"])  # a higher limit lets the run continue
     assert run_rows(out)[-1]["step"] == 20

@@ -14,7 +14,7 @@ from syncmask_fast import ops
 
 WIDTH = 256
 CASES = {"cpu": [64, 16_384], "cuda": [64, 65_536]}  # anchors, and as many candidates
-FAISS_K = 32  # neighbours that are searched for, of which the eligible stay: too few of them may be
+FAISS_K = 32  # neighbors to search for; those that are not eligible are dropped
 
 
 def eager(
@@ -50,16 +50,16 @@ def product(anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor,
 def with_faiss(
     anchors: Tensor, candidates: Tensor, ids: Tensor, other_ids: Tensor, positive: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Not exact: an anchor with fewer than k eligible among its first FAISS_K neighbours gets fewer."""
+    """Not exact: an anchor with fewer than k eligible among its first FAISS_K neighbors gets fewer."""
     import faiss
 
     index = faiss.IndexFlatIP(WIDTH)
     index.add(candidates.numpy())
-    score, neighbour = map(torch.from_numpy, index.search(anchors.numpy(), min(FAISS_K, len(candidates))))
-    eligible = (other_ids[neighbour] != ids[:, None]) & (score < positive[:, None])
+    score, neighbor = map(torch.from_numpy, index.search(anchors.numpy(), min(FAISS_K, len(candidates))))
+    eligible = (other_ids[neighbor] != ids[:, None]) & (score < positive[:, None])
     first = eligible.int().argsort(dim=1, descending=True, stable=True)[:, :k]
     kept = eligible.gather(1, first)
-    return neighbour.gather(1, first).masked_fill(~kept, -1), score.gather(1, first).masked_fill(~kept, -math.inf)
+    return neighbor.gather(1, first).masked_fill(~kept, -1), score.gather(1, first).masked_fill(~kept, -math.inf)
 
 
 def ours(

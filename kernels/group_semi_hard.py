@@ -42,9 +42,9 @@ def group_semi_hard_reference(
     start: int = 0,
     search_space: int | None = None,
 ) -> Tensor:
-    """The definition of `group_semi_hard` in plain PyTorch; computes in float64 for float64 features.
+    """Return `group_semi_hard` by its definition in plain PyTorch; float64 for float64 features.
 
-    One matrix-vector product a step; nothing is copied to the host, so that on a GPU the steps queue up.
+    One matrix-vector product a step. Nothing is copied to the host: on a GPU the steps are queued.
     """
     _check(image_feats, text_feats, ids, batch_size, margin, start, search_space, checks.FLOATS_AND_DOUBLE)
     items = image_feats.shape[0]
@@ -62,7 +62,7 @@ def group_semi_hard_reference(
 
 
 def _walk(image_feats: Tensor, text_feats: Tensor, codes: Tensor, batch_size: int, margin: float, start: int) -> Tensor:
-    """One run: features [n, D] in the working dtype, codes int64 [n] -> order int64 [n]."""
+    """Walk one run: features [n, D] in the working dtype, codes int64 [n] -> order int64 [n]."""
     items = image_feats.shape[0]
     device = image_feats.device
     unvisited = torch.ones(items, dtype=torch.bool, device=device)
@@ -87,7 +87,7 @@ def _walk(image_feats: Tensor, text_feats: Tensor, codes: Tensor, batch_size: in
 
 
 def _first_highest(similarity: Tensor, levels: Tensor) -> Tensor:
-    """Index [1] of the highest similarity [n] (no NaN) in the last row of levels bool [3, n] that marks any."""
+    """Return the index [1] of the highest similarity [n] (no NaN) in the last row with marks of levels bool [3, n]."""
     level = levels.sum(0)  # each level is part of the one before it
     best_level = level == level.max()
     similarity = similarity.masked_fill(~best_level, -math.inf)
@@ -113,7 +113,7 @@ def _group_cuda(image_feats, text_feats, ids, batch_size, margin, start, search_
 def _walk_cuda(
     images: Tensor, texts: Tensor, codes: Tensor, batch_size: int, margin: float, start: int, neighbors: int
 ) -> Tensor:
-    """One run: makes the lists of the items that are left, walks until new lists pay, and so on to the end."""
+    """Walk one run: make lists of the items that are left, walk until new lists are worth their time, repeat."""
     items = len(codes)
     order, item = torch.empty_like(codes), torch.arange(items, device=codes.device)
     unvisited = torch.ones(items, dtype=torch.bool, device=codes.device)
@@ -173,9 +173,9 @@ def group_semi_hard(
     search_space: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Orders samples so that neighbors are near misses and batches hold no product twice if possible.
+    """Return an order of samples in which neighbors are near misses and a batch holds no product twice if possible.
 
-    image_feats:  [N, D] float32, bfloat16 or float16, any strides; finite, normalised by the caller.
+    image_feats:  [N, D] float32, bfloat16 or float16, any strides; finite, normalized by the caller.
     text_feats:   [N, D], dtype of image_feats.
     ids:          int64 [N] product ids.
     batch_size:   positions per batch; a product does not come twice in a batch while another choice exists.
@@ -188,11 +188,11 @@ def group_semi_hard(
                   nothing left the step looks at every unvisited item of its run.
     ties:         to the lowest index.      grad: none, inputs are detached.
     memory:       for runs of n on the CPU a copy of n features and lists of 24 to 128 neighbors, 16 bytes
-                  each: 1.1 GB for n = 260,000 and D = 256; no [n, n] tensor. On CUDA likewise, with lists of 32.
-    time:         O(N n D) for runs of n, most of it in one blocked product, a third more as lists run dry. More
-                  where all lists are dry: when one product is all that is left.
+                  each: 1.1 GB for n = 260,000 and D = 256; no [n, n] tensor. On CUDA the same, with lists of 32.
+    time:         O(N n D) for runs of n, most of it in one blocked product, a third more as lists become empty. More
+                  where all lists are empty: when only one product is left.
     errors:       ValueError for shape, dtype or device mismatch, batch_size or search_space < 1, start out of
-                  range, margin NaN, a backend not built.
+                  range, margin NaN, a backend that is not built.
     runs:         C++ on CPU and CUDA; the reference, with one warning, where the extension is not built.
     source:       GRIT-VLP's grouping, SyncMask's semi-hard rule (module docstring).
     """

@@ -6,8 +6,7 @@
     s / temperature + g[i, j] with Gumbel noise g, which is k draws without replacement with probability
     proportional to exp(s / temperature).
 
-The noise is a function of (seed, i, j) alone, in 32-bit unsigned arithmetic, so that every backend draws the
-same:
+The noise depends only on (seed, i, j), in 32-bit unsigned arithmetic, so that every backend draws the same:
 
     mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16      ("lowbias32")
     row(i)    = mix(i ^ mix(seed_low ^ mix(seed_high ^ 0x9e3779b9)))         the halves of the 64-bit seed
@@ -19,7 +18,7 @@ same:
 The bits of h agree everywhere; log and log1p may differ in the last place between backends, which only near
 ties can show.
 
-Letters: N anchors, M candidates, D features. Source: own.
+Letters: N anchors, M candidates, D features. Source: our own.
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ def mine_semi_hard_reference(
     temperature: float | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of `mine_semi_hard` in plain PyTorch; computes in float64 for float64 features.
+    """Return `mine_semi_hard` by its definition in plain PyTorch; float64 for float64 features.
 
-    Goes over tiles of anchors, so that never more than about two million similarities (or one anchor's, where
-    these are more) exist at a time.
+    Computes tiles of anchors: about two million similarities exist at a time, or one anchor's where these are more.
     """
     dtypes = checks.FLOATS_AND_DOUBLE
     _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)
@@ -83,8 +81,10 @@ def mine_semi_hard_reference(
 
 
 def _highest_indices(rank: Tensor, k: int) -> Tensor:
-    """Columns of the k highest entries of each row of rank [R, M] without NaN, k <= M: descending, ties to
-    the lowest column. (`topk` alone returns any of several equal entries; sorting whole rows is slow.)"""
+    """Return the columns of the k highest entries of each row of rank [R, M], k <= M, without NaN.
+
+    Descending, ties to the lowest column. `topk` returns any of several equal entries, and sorting whole rows is slow.
+    """
     if k == 1:
         return rank.argmax(1, keepdim=True)  # documented to return the first maximum
     last = rank.topk(k, dim=1).values[:, -1:]
@@ -98,7 +98,7 @@ def _highest_indices(rank: Tensor, k: int) -> Tensor:
 def gumbel_noise(
     seed: int, begin: int, end: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The noise g (module docstring) of anchors begin..end-1 with all candidates, [end - begin, columns]."""
+    """Return the noise g (module docstring) of anchors begin..end-1 with all candidates, [end - begin, columns]."""
     row = _mix(torch.arange(begin, end, device=device) ^ (seed_key(seed) & _WORD))
     column = _mix(torch.arange(columns, device=device) ^ 0x85EBCA6B)
     bits = _mix((row[:, None] + column) & _WORD)
@@ -107,7 +107,7 @@ def gumbel_noise(
 
 
 def seed_key(seed: int) -> int:
-    """mix(seed_low ^ mix(seed_high ^ 0x9e3779b9)) as a signed 32-bit integer."""
+    """Return mix(seed_low ^ mix(seed_high ^ 0x9e3779b9)) as a signed 32-bit integer."""
     key = _mix_int((seed & _WORD) ^ _mix_int((seed >> 32 & _WORD) ^ 0x9E3779B9))
     return key - 2**32 if key >= 2**31 else key
 
@@ -159,9 +159,9 @@ def mine_semi_hard(
     seed: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """For each anchor k semi-hard negatives among the candidates: the highest, or k draws.
+    """Return for each anchor k semi-hard negatives among the candidates: the highest, or k draws.
 
-    anchors:        [N, D] float32, bfloat16 or float16, any strides; normalised by the caller.
+    anchors:        [N, D] float32, bfloat16 or float16, any strides; normalized by the caller.
     candidates:     [M, D], dtype of anchors.
     anchor_ids:     int64 [N] product ids; candidate_ids: int64 [M].
     positive_score: float32 [N], the similarity of each anchor to its own positive.
@@ -175,11 +175,11 @@ def mine_semi_hard(
                     not eligible.
     ties:           to the lowest index.      grad: none, inputs are detached.
     memory:         O(N k) and a tile of similarities for each thread or program; never [N, M].
-    errors:         ValueError for shape, dtype or device mismatch, k < 1, temperature <= 0, a backend not
-                    built.
+    errors:         ValueError for shape, dtype or device mismatch, k < 1, temperature <= 0, a backend that
+                    is not built.
     runs:           C++ on CPU, Triton on CUDA for k <= 64 (and on the CPU for backend="triton" under
                     TRITON_INTERPRET=1); the reference otherwise, with one warning where one of these is missing.
-    source:         own.
+    source:         our own.
     """
     dtypes = checks.FLOATS
     _check(anchors, candidates, anchor_ids, candidate_ids, positive_score, k, margin, temperature, seed, dtypes)

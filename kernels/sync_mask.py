@@ -1,4 +1,4 @@
-"""Synchronised masks: the words and the patches that a teacher's cross-attention ties together.
+"""Synchronized masks: the words and the patches that a teacher's cross-attention ties together.
 
     A[h, i, j]  = softmax over the 1+P keys j of scale * q[h, i] . k[h, j]     (key 0 is the image's [CLS])
     peak[h, i]  = max over patches j of A[h, i, 1+j]
@@ -45,10 +45,10 @@ def sync_mask_reference(
     patch_score: str = "max",
     scale: float | None = None,
 ) -> SyncMask:
-    """The definition of `sync_mask` in plain PyTorch; computes in float64 for float64 inputs.
+    """Return `sync_mask` by its definition in plain PyTorch; float64 for float64 inputs.
 
-    Goes over tiles of samples and over heads, so that never more than about a million attention weights (or
-    those of one sample and head, where these are more) exist at a time.
+    Computes tiles of samples and single heads: about a million attention weights exist at a time, or those of one
+    sample and head where these are more.
     """
     _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, checks.FLOATS_AND_DOUBLE)
     batch, heads, tokens, width = q.shape
@@ -83,7 +83,7 @@ def sync_mask_reference(
 
 
 def masked_patches(patches: int, patch_ratio: float) -> int:
-    """How many of `patches` patches `sync_mask` masks: the same for every sample."""
+    """Return how many of `patches` patches `sync_mask` masks: the same for every sample."""
     return 0 if patch_ratio == 0 else max(1, math.floor(patch_ratio * patches + 0.5))
 
 
@@ -117,7 +117,7 @@ def _patch_score_of_head(attention: Tensor, maskable: Tensor, rule: str) -> Tens
 
 
 def _highest(score: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
-    """Marks the count[b] highest eligible entries of score [B, N]; NaN below numbers, ties to the lowest."""
+    """Mark the count[b] highest eligible entries of score [B, N]; NaN below numbers, ties to the lowest."""
     # Ranked by eligibility, then by score, then by index: stable sorts, the less important key first.
     # No eligible entry scores -inf, so that -inf can stand for NaN.
     by_score = score.masked_fill(score.isnan(), -math.inf).argsort(dim=1, descending=True, stable=True)
@@ -157,7 +157,7 @@ def sync_mask(
     scale: float | None = None,
     backend: str = "auto",
 ) -> SyncMask:
-    """Masks the words and patches that one cross-attention layer of the teacher ties together most.
+    """Return masks of the words and patches that one cross-attention layer of the teacher ties together most.
 
     q:         [B, H, T, D] queries of the text tokens; float32, bfloat16 or float16, any strides.
     k:         [B, H, 1+P, D] keys of the image [CLS] (index 0), then of the P patches; dtype of q.
@@ -178,11 +178,11 @@ def sync_mask(
     ties:      to the lowest index; NaN ranks below every number (and above tokens that are not maskable).
     grad:      none, inputs are detached.
     errors:    ValueError for shape, dtype or device mismatch, ratios outside [0, 1], unknown names, a backend
-               not built.
+               that is not built.
     memory:    O(B (T + P)), and a tile of the attention map for each thread.
     runs:      C++ on CPU, Triton on CUDA (and on the CPU for backend="triton" under TRITON_INTERPRET=1); the
                reference, with one warning, where these are missing.
-    source:    own rules for the idea of SyncMask (module docstring).
+    source:    our own rules for the idea of SyncMask (module docstring).
     """
     _check(q, k, maskable, v, token_ratio, patch_ratio, token_score, patch_score, scale, checks.FLOATS)
     op = OPS.pick(backend, q.device)
@@ -203,7 +203,7 @@ def attention_summary(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The scores of `sync_mask` without masks: a summary of an attention map that never exists.
+    """Return the scores of `sync_mask` without masks: a summary of an attention map that is never stored.
 
     q, k, v, maskable, token_score, patch_score, scale, backend: as of `sync_mask`.
     returns: token_score float32 [B, T], -inf where not maskable, and patch_score float32 [B, P].

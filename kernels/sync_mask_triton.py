@@ -78,7 +78,7 @@ def _token_score(rule, peak, mass, cls):
 
 @triton.jit
 def _share(rule, from_cls, words, inverse, peak):
-    # What a token's unnormalised weights are multiplied by before they are summed, or their maximum taken.
+    # What a token's unnormalized weights are multiplied by before they are summed, or their maximum taken.
     weighted = tl.where((rule == 2) & ~from_cls, inverse * peak, inverse)
     return tl.where((rule == 3) | from_cls, weighted, weighted / tl.maximum(words, 1).to(tl.float32))
 
@@ -153,7 +153,7 @@ def _one_pass_kernel(
     k_ptr,  # [B, H, 1+P, D]
     maskable_ptr,  # [B, T]
     token_sum_ptr,  # [B, H, T] float32, one head each; written if the heads of a sample are split
-    patch_sum_ptr,  # [B, H, P] float32, likewise
+    patch_sum_ptr,  # [B, H, P] float32, the same
     token_score_ptr,  # [B, T], written if they are not
     patch_score_ptr,  # [B, P]
     token_mask_ptr,  # [B, T]
@@ -284,9 +284,9 @@ def _two_pass_kernel(
     v_ptr,  # [B, H, 1+P, D], read if OUTPUT
     maskable_ptr,  # [B, T]
     token_sum_ptr,  # [B, H, T] float32, one head each
-    patch_sum_ptr,  # [B, H, P] float32, likewise
+    patch_sum_ptr,  # [B, H, P] float32, the same
     top_ptr,  # [B, H, T] float32, the highest logit of each token
-    share_ptr,  # [B, H, T] float32, what a token's unnormalised weights are multiplied by
+    share_ptr,  # [B, H, T] float32, what a token's unnormalized weights are multiplied by
     q_stride_b, q_stride_h, q_stride_t, q_stride_d,  # strides of q
     k_stride_b, k_stride_h, k_stride_p, k_stride_d,  # strides of k
     v_stride_b, v_stride_h, v_stride_p, v_stride_d,  # strides of v

@@ -201,13 +201,13 @@ def test_alternates_and_returns_to_every_level(backend):
     texts = torch.tensor([[2.0, 0, 0], [0.1, 1, 0], [0.9, 0.9, 0], [0, 0.1, 0.2]])
     distinct = torch.arange(4)
     assert ops.group_semi_hard(images, texts, distinct, margin=-math.inf, backend=backend).tolist() == [0, 2, 1, 3]
-    # One product only: nothing is allowed, the walk goes on all the same, to the highest whatever its id.
+    # One product only: nothing is allowed, the walk continues to the highest, whatever its id.
     one = torch.zeros(4, dtype=torch.int64)
     assert ops.group_semi_hard(images, texts, one, batch_size=4, backend=backend).tolist() == [0, 2, 1, 3]
     # 2 is of 0's product: from 0 it goes to another one although less similar, and to 2 from there.
     ids = torch.tensor([7, 8, 7, 9])
     assert ops.group_semi_hard(images, texts, ids, margin=-math.inf, backend=backend).tolist() == [0, 1, 2, 3]
-    # Everything lies above the threshold: the highest allowed.
+    # Everything is above the threshold: the highest allowed.
     assert ops.group_semi_hard(images, texts, distinct, margin=100.0, backend=backend).tolist() == [0, 2, 1, 3]
 
 

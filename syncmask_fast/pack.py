@@ -1,7 +1,6 @@
 """`python -m syncmask_fast.pack SOURCE ...`: pack a source of images and texts into shards, or inspect shards.
 
-Run the same command again to resume after a kill. OUT gets its shards when all are written, and report.json with the
-fate of every row. Each source is one function, and its parameters are the flags.
+Run the same command again to resume after a kill. OUT/report.json has the fate of every row.
 """
 
 from __future__ import annotations
@@ -20,17 +19,15 @@ from syncmask_fast.sources.packing import pack
 from syncmask_fast.sources.table import TableSource
 from syncmask_fast.utils.errors import run_command
 
-_NO_REDUCTION = "Reduce larger images to this shorter side, 16 to 8000 pixels. Default: store images unchanged."
-_MAY_DROP = "Fraction of the rows that may be dropped, such as rows without text or with a damaged image. 0 to 1."
-
 Input = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="Output folder.")]
 Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+Seed = Annotated[int, tyro.conf.arg(help="Another seed gives other products, or chooses other samples.")]
 Quality = Annotated[int, tyro.conf.arg(help="JPEG quality of images that are not stored unchanged, 1 to 100.")]
-Size = Annotated[int | None, tyro.conf.arg(help=_NO_REDUCTION)]
+Size = Annotated[int | None, tyro.conf.arg(help="Shorter side that larger images are reduced to, 16 to 8000.")]
 Workers = Annotated[int | None, tyro.conf.arg(help="Worker processes. Default: one per core.")]
 RowsPerShard = Annotated[int, tyro.conf.arg(help="Rows of the source in one shard.")]
-AllowDropped = Annotated[float, tyro.conf.arg(help=_MAY_DROP)]
+AllowDropped = Annotated[float, tyro.conf.arg(help="Fraction of rows that may lack a text or a usable image, 0 to 1.")]
 
 
 def lookbook(
@@ -38,7 +35,7 @@ def lookbook(
     products: int = 2000,
     eval_products: int = 400,
     size: int = 96,
-    seed: int = 0,
+    seed: Seed = 0,
     workers: Workers = None,
     quality: Quality = 90,
 ) -> None:
@@ -48,7 +45,6 @@ def lookbook(
         products: Train products, each with 3 to 5 images.
         eval_products: Eval products.
         size: Width and height of the images, 32 to 1024 pixels.
-        seed: Another seed gives other products.
     """
     draw_lookbook(out, products, eval_products, size, seed, quality, workers)
 
@@ -119,28 +115,17 @@ def table(
     pack(data, out, Encoding(quality, size), rows_per_shard, workers, allow_dropped)
 
 
-def inspect(data: Data, sheet: Path = Path("contact_sheet.jpg"), samples: int = 24, seed: int = 0) -> None:
+def inspect(data: Data, sheet: Path = Path("contact_sheet.jpg"), samples: int = 24, seed: Seed = 0) -> None:
     """Inspect shards from any source: print a table of their contents and write a contact sheet.
 
     Args:
         data: Folder of shards, or one with train and eval inside, or its address.
         sheet: The contact sheet to write.
         samples: Samples on it, 1 to 1000.
-        seed: Another seed chooses other samples.
     """
-    # Here, because workers import this module and need no fonts
-    from syncmask_fast.report.contact_sheet import Cell, Segment, contact_sheet, frames, marked, save_sheet
+    from syncmask_fast.report.contact_sheet import samples_sheet, save_sheet  # here: workers need no fonts
 
-    cells = []
-    for item in draw_samples(inspect_shards(data), samples, seed):
-        if item.image is None:
-            cells.append(Cell(None, item.title, text=[Segment(item.problem)]))
-            continue
-        height, width = item.image.shape[:2]
-        boxes = [(attribute["name"], attribute["box"]) for attribute in item.attributes if attribute.get("box")]
-        text = marked(item.text, item.attributes)
-        cells.append(Cell(item.image, item.title, text=text, frames=frames(boxes, width, height)))
-    save_sheet(contact_sheet(cells, columns=8), sheet, "--sheet")
+    save_sheet(samples_sheet(draw_samples(inspect_shards(data), samples, seed)), sheet, "--sheet")
     print(f"contact sheet: {sheet}")
 
 

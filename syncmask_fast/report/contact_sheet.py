@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
+from syncmask_fast.sources.inspect import SheetSample
 from syncmask_fast.utils.errors import UserError
 
 Box = tuple[float, float, float, float]
@@ -138,6 +139,20 @@ def contact_sheet(
             ink = INK if number < len(texts[place]) else MUTED
             _draw_line(draw, shown, (x, y + side + size // 2 + number * line), body, ink, cell.tint)
     return sheet
+
+
+def samples_sheet(samples: Sequence[SheetSample]) -> Image.Image:
+    """Return the contact sheet of samples of shards: attributes marked in the text, their boxes framed."""
+    cells = []
+    for sample in samples:
+        if sample.image is None:
+            cells.append(Cell(None, sample.title, text=[Segment(sample.problem)]))
+            continue
+        height, width = sample.image.shape[:2]
+        boxes = [(attribute["name"], attribute["box"]) for attribute in sample.attributes if attribute.get("box")]
+        text = marked(sample.text, sample.attributes)
+        cells.append(Cell(sample.image, sample.title, text=text, frames=frames(boxes, width, height)))
+    return contact_sheet(cells, columns=8)
 
 
 def _paint(cell: Cell, side: int) -> tuple[Image.Image, Image.Image]:

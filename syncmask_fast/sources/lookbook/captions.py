@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from syncmask_fast.sources.lookbook.catalogue import INSIDE, Detail, Product
+from syncmask_fast.sources.lookbook.details import KINDS
 from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 from syncmask_fast.sources.lookbook.vocabulary import (
     BRANDS,
@@ -30,8 +31,6 @@ from syncmask_fast.sources.lookbook.vocabulary import (
 )
 
 PLACE_SAID = 0.05  # share of the mentions of details that tell the face
-
-
 MENTION = dict(
     color=0.97,
     material=0.72,
@@ -44,14 +43,8 @@ MENTION = dict(
     belt=0.68,
     lining=0.68,
 )
-
-
 MENTION_DETAIL = 0.70
-
-
 MIN_WORDS, MAX_WORDS = 10, 60
-
-
 _MARK = re.compile(r"\[\[([^|\]]+)\|([^\]]+)\]\]")
 
 
@@ -65,30 +58,10 @@ def _article(phrase: str) -> str:
 
 
 def _detail_words(detail: Detail) -> tuple[str, bool]:
-    """The plain value of a detail ("yellow star print") and whether it takes an article."""
-    c, what = detail.color, detail.what
-    return {
-        "print": (f"{c} {what} print", True),
-        "embroidery": (f"{c} {what} embroidery", False),
-        "patch": (f"{what} {c} patch", True),
-        "pocket": (f"{c} {what}", True),
-        "zip": (f"{c} zip", True),
-        "buttons": (f"{what} {c} buttons", False),
-        "bow": (f"{c} bow", True),
-        "lacing": (f"{c} lacing", False),
-        "band": (f"{c} stripe" if what == "single" else f"{c} double stripe", True),
-        "studs": (f"{c} studs", False),
-        "fringe": (f"{c} fringe", True),
-        "lace": (f"{c} lace insert", True),
-        "ruffle": (f"{c} ruffle", True),
-        "lettering": (f'{c} "{what}" lettering', False),
-        "strap": (f"{c} buckled strap", True),
-        "tassel": (f"{c} tassel", True),
-        "pompoms": (f"{c} pompoms", False),
-        "label": (f"{c} label", True),
-        "cut-out": (f"{what} cut-out", True),
-        "quilting": (f"{c} quilted panel", True),
-    }[detail.kind]
+    """Return the plain value of a detail ("yellow star print") and whether it takes an article."""
+    kind = KINDS[detail.kind]
+    words = kind.words.format(color=detail.color, what=detail.what)
+    return words.replace(" single stripe", " stripe"), kind.article
 
 
 def facts(product: Product) -> dict[str, str]:
@@ -129,26 +102,20 @@ def _phrase(product: Product, name: str, g: np.random.Generator) -> str:
     """A marked-up noun phrase with its article for a sewn-in attribute or a local detail."""
 
     if name in ("sleeves", "neckline", "collar", "hood"):
-        sub = SUBCATEGORIES[product.subcategory]
-        words = _choose(
-            g,
-            SLEEVES[product.style.sleeves]
-            if name == "sleeves"
-            else NECKS[product.style.neck]
-            if name == "neckline"
-            else COLLARS[sub.shape["collar"]],
-        )
+        if name == "sleeves":
+            words = _choose(g, SLEEVES[product.style.sleeves])
+        elif name == "neckline":
+            words = _choose(g, NECKS[product.style.neck])
+        else:
+            words = _choose(g, COLLARS[SUBCATEGORIES[product.subcategory].shape["collar"]])
         article, rest = ("a ", words[2:]) if words.startswith("a ") else ("", words)
         return f"{article}[[{name}|{rest}]]"
     value = value_of(product, name)
     if name == "trim":
         if g.random() < 0.3:
             value = value.replace(" ", " contrast ", 1)
-        return (
-            f"[[trim|{value}]]"
-            if product.trim in PLURAL_TRIMS or product.trim == "edge"
-            else _article(f"[[trim|{value}]]")
-        )
+        without_article = product.trim in PLURAL_TRIMS or product.trim == "edge"
+        return f"[[trim|{value}]]" if without_article else _article(f"[[trim|{value}]]")
     if name in ("belt", "lining"):
         return _article(f"[[{name}|{value}]]")
     detail = next(d for d in product.details if d.kind == name)

@@ -446,11 +446,17 @@ def draw_quilting(brush: Brush, what: str, color: RGB) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of local detail. `size`: its height as a share of the garment's larger side, from and to;
-    `aspect`: width over height, from and to; `tilt`: degrees either way; `metal`: its colors are metals;
-    `inside`: may lie on the lining."""
+    """A kind of local detail. A new kind is a draw function and a line in `KINDS`.
+
+    draw:   draws a variant in a color on a brush.
+    words:  what a text calls it, with {color} and {what}, its variant. article: whether "a" stands before it.
+    size:   its height as a fraction of the garment's larger side, from and to.
+    aspect: width over height, from and to. tilt: degrees to either side.
+    metal:  its colors are metals. inside: it may be on the lining. only: categories; empty: all.
+    """
 
     draw: Callable[[Brush, str, RGB], None]
+    words: str
     variants: tuple[str, ...]
     size: tuple[float, float]
     aspect: tuple[float, float] = (1.0, 1.0)
@@ -458,59 +464,43 @@ class Kind:
     metal: bool = False
     inside: bool = True
     weight: float = 1.0
-    only: tuple[str, ...] = ()  # categories; empty: all
+    only: tuple[str, ...] = ()
+    article: bool = True
 
 
 CLOTHES = ("top", "knitwear", "jacket", "coat", "dress", "jumpsuit", "trousers", "shorts", "skirt")
+_EMBROIDERIES = ("flower", "leaf", "butterfly", "star", "heart", "sun", "moon", "cherry")
+_PATCHES = ("round", "square", "oval", "shield-shaped", "diamond-shaped")
+_POCKETS = ("patch pocket", "flap pocket", "zip pocket", "round pocket", "kangaroo pocket")
+_WORDS = ("LOVE", "OXO", "HALO", "MOTEL", "VELO", "TAKE", "747", "1471")
+_WITH_LACE = (*CLOTHES, "scarf")
+_WITH_HOLES = ("top", "knitwear", "dress", "jumpsuit")
 
-
+# fmt: off
 KINDS: dict[str, Kind] = {
-    "print": Kind(draw_print, tuple(MOTIFS), (0.20, 0.31), weight=2.2, tilt=15),
-    "embroidery": Kind(
-        draw_embroidery,
-        ("flower", "leaf", "butterfly", "star", "heart", "sun", "moon", "cherry"),
-        (0.19, 0.28),
-        tilt=15,
-        weight=1.3,
-    ),
-    "patch": Kind(draw_patch, ("round", "square", "oval", "shield-shaped", "diamond-shaped"), (0.16, 0.24), weight=1.3),
-    "pocket": Kind(
-        draw_pocket,
-        ("patch pocket", "flap pocket", "zip pocket", "round pocket", "kangaroo pocket"),
-        (0.19, 0.28),
-        (0.9, 1.15),
-        tilt=4,
-        weight=2.0,
-    ),
-    "zip": Kind(draw_zip, ("straight",), (0.28, 0.46), (0.19, 0.25), tilt=25, inside=True, weight=1.3),
-    "buttons": Kind(draw_buttons, ("three", "four", "five"), (0.26, 0.42), (0.24, 0.3), tilt=12, weight=1.3),
-    "bow": Kind(draw_bow, ("bow",), (0.15, 0.23), (1.25, 1.5), tilt=14),
-    "lacing": Kind(draw_lacing, ("lacing",), (0.22, 0.34), (0.5, 0.65), tilt=5),
-    "band": Kind(draw_band, ("single", "double"), (0.32, 0.52), (0.13, 0.2), tilt=35, weight=1.0),
-    "studs": Kind(draw_studs, ("studs",), (0.14, 0.2), (1.2, 1.5), tilt=10, metal=True),
-    "fringe": Kind(draw_fringe, ("fringe",), (0.13, 0.19), (1.4, 2.0), tilt=6),
-    "lace": Kind(draw_lace, ("lace",), (0.18, 0.26), (0.9, 1.2), tilt=6, only=CLOTHES + ("scarf",)),
-    "ruffle": Kind(draw_ruffle, ("ruffle",), (0.12, 0.17), (1.6, 2.2), tilt=8),
-    "lettering": Kind(
-        draw_lettering,
-        ("LOVE", "OXO", "HALO", "MOTEL", "VELO", "TAKE", "747", "1471"),
-        (0.12, 0.17),
-        (1.9, 2.5),
-        tilt=10,
-        weight=1.3,
-    ),
-    "strap": Kind(draw_strap, ("strap",), (0.10, 0.14), (2.2, 3.0), tilt=20),
-    "tassel": Kind(draw_tassel, ("tassel",), (0.20, 0.28), (0.5, 0.65), tilt=8),
-    "pompoms": Kind(draw_pompoms, ("pompoms",), (0.10, 0.14), (2.2, 2.8), tilt=12),
-    "label": Kind(draw_label, ("label",), (0.10, 0.15), (1.5, 2.2), tilt=8, weight=1.2),
-    "cut-out": Kind(
-        draw_cutout,
-        ("keyhole", "round"),
-        (0.15, 0.22),
-        tilt=8,
-        inside=False,
-        only=("top", "knitwear", "dress", "jumpsuit"),
-        weight=0.7,
-    ),
-    "quilting": Kind(draw_quilting, ("quilted panel",), (0.18, 0.26), (0.9, 1.2), tilt=8),
+    "print": Kind(draw_print, "{color} {what} print", tuple(MOTIFS), (0.20, 0.31), weight=2.2, tilt=15),
+    "embroidery": Kind(draw_embroidery, "{color} {what} embroidery", _EMBROIDERIES, (0.19, 0.28), tilt=15, weight=1.3,
+                       article=False),
+    "patch": Kind(draw_patch, "{what} {color} patch", _PATCHES, (0.16, 0.24), weight=1.3),
+    "pocket": Kind(draw_pocket, "{color} {what}", _POCKETS, (0.19, 0.28), (0.9, 1.15), tilt=4, weight=2.0),
+    "zip": Kind(draw_zip, "{color} zip", ("straight",), (0.28, 0.46), (0.19, 0.25), tilt=25, weight=1.3),
+    "buttons": Kind(draw_buttons, "{what} {color} buttons", ("three", "four", "five"), (0.26, 0.42), (0.24, 0.3),
+                    tilt=12, weight=1.3, article=False),
+    "bow": Kind(draw_bow, "{color} bow", ("bow",), (0.15, 0.23), (1.25, 1.5), tilt=14),
+    "lacing": Kind(draw_lacing, "{color} lacing", ("lacing",), (0.22, 0.34), (0.5, 0.65), tilt=5, article=False),
+    "band": Kind(draw_band, "{color} {what} stripe", ("single", "double"), (0.32, 0.52), (0.13, 0.2), tilt=35),
+    "studs": Kind(draw_studs, "{color} studs", ("studs",), (0.14, 0.2), (1.2, 1.5), tilt=10, metal=True, article=False),
+    "fringe": Kind(draw_fringe, "{color} fringe", ("fringe",), (0.13, 0.19), (1.4, 2.0), tilt=6),
+    "lace": Kind(draw_lace, "{color} lace insert", ("lace",), (0.18, 0.26), (0.9, 1.2), tilt=6, only=_WITH_LACE),
+    "ruffle": Kind(draw_ruffle, "{color} ruffle", ("ruffle",), (0.12, 0.17), (1.6, 2.2)),
+    "lettering": Kind(draw_lettering, '{color} "{what}" lettering', _WORDS, (0.12, 0.17), (1.9, 2.5), tilt=10,
+                      weight=1.3, article=False),
+    "strap": Kind(draw_strap, "{color} buckled strap", ("strap",), (0.10, 0.14), (2.2, 3.0), tilt=20),
+    "tassel": Kind(draw_tassel, "{color} tassel", ("tassel",), (0.20, 0.28), (0.5, 0.65)),
+    "pompoms": Kind(draw_pompoms, "{color} pompoms", ("pompoms",), (0.10, 0.14), (2.2, 2.8), tilt=12, article=False),
+    "label": Kind(draw_label, "{color} label", ("label",), (0.10, 0.15), (1.5, 2.2), weight=1.2),
+    "cut-out": Kind(draw_cutout, "{what} cut-out", ("keyhole", "round"), (0.15, 0.22), inside=False, only=_WITH_HOLES,
+                    weight=0.7),
+    "quilting": Kind(draw_quilting, "{color} quilted panel", ("quilted panel",), (0.18, 0.26), (0.9, 1.2)),
 }
+# fmt: on

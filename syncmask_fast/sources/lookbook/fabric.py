@@ -37,11 +37,7 @@ COLORS: dict[str, RGB] = {
     "silver": (196, 200, 208),
     "gold": (214, 172, 62),
 }
-
-
 CLOTH = tuple(name for name in COLORS if name not in ("silver", "gold"))
-
-
 METALS = ("silver", "gold")
 
 
@@ -144,8 +140,6 @@ MATERIALS = (
     "leather",
     "suede",
 )
-
-
 GLOSS = dict(satin=0.55, leather=0.5, velvet=0.25, suede=0.1)
 
 

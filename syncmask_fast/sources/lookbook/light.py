@@ -57,8 +57,6 @@ PASTELS: tuple[RGB, ...] = (
     (250, 228, 204),
     (212, 234, 232),
 )
-
-
 MUTED: tuple[RGB, ...] = (
     (226, 206, 198),
     (198, 210, 220),
@@ -77,8 +75,6 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 SURFACES = dict(wood=(200, 158, 120), marble=(232, 231, 232), plaster=(190, 186, 180), cloth=(206, 196, 180))
-
-
 BACKGROUNDS = ("white", "grey", "pastel", "gradient", "gradient", "room", "room", "wood", "marble", "plaster", "cloth")
 
 

@@ -10,7 +10,6 @@ SLEEVES = dict(
     none=("no sleeves",),
 )
 
-
 NECKS = dict(
     crew=("a round neck", "a crew neck"),
     v=("a V-neck", "a plunging V-neck"),
@@ -18,7 +17,6 @@ NECKS = dict(
     square=("a square neck", "a square neckline"),
     boat=("a boat neck", "a wide boat neckline"),
 )
-
 
 COLLARS = dict(
     shirt=("a pointed collar", "a shirt collar"),
@@ -28,7 +26,6 @@ COLLARS = dict(
     round=("a round collar", "a peter pan collar"),
     hood=("a hood", "a roomy hood"),
 )
-
 
 PATTERN_NOUN = {
     "stripes": ("stripes", "horizontal stripes"),
@@ -44,7 +41,6 @@ PATTERN_NOUN = {
     "diamonds": ("diamonds", "harlequin diamonds"),
 }
 
-
 PATTERN_ADJECTIVE = {
     "stripes": "striped",
     "pinstripes": "pinstriped",
@@ -58,7 +54,6 @@ PATTERN_ADJECTIVE = {
     "zigzags": "zigzag",
     "diamonds": "diamond",
 }
-
 
 TRIMS = dict(
     cuffs="cuffs",
@@ -79,9 +74,7 @@ TRIMS = dict(
     **{"toe cap": "toe caps", "top band": "top band"},
 )
 
-
 PLURAL_TRIMS = ("cuffs", "sleeves", "straps", "handles", "ends", "sole", "toe cap")
-
 
 BRANDS = (
     "Alder Row",
@@ -101,7 +94,6 @@ BRANDS = (
     "Velda",
 )
 
-
 OCCASIONS = (
     "weekends in town",
     "long lunches",
@@ -116,7 +108,6 @@ OCCASIONS = (
     "evenings out",
     "garden parties",
 )
-
 
 FILLERS = (  # of things that no picture shows; where two are given, the second is for plural nouns
     ("Perfect for {o}.",),
@@ -144,14 +135,12 @@ FILLERS = (  # of things that no picture shows; where two are given, the second 
     ("From the latest collection by {b}.",),
 )
 
-
 LAST_FILLERS = (  # these speak of the product as it or them: only after it was named
     ("Wear it with confidence.", "Wear them with confidence."),
     ("Our buyers love it for {o}.", "Our buyers love them for {o}."),
     ("It never goes out of fashion.", "They never go out of fashion."),
     ("Take it along for {o}.", "Take them along for {o}."),
 )
-
 
 SYNONYMS = {
     "print": (" print", " motif", " graphic"),

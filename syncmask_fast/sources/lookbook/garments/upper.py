@@ -11,11 +11,7 @@ import numpy as np
 from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellipse, mirror, outline, rectangle, ribbon
 
 NECK_DEPTH = dict(crew=0.085, v=0.25, scoop=0.20, square=0.17, boat=0.05)
-
-
 NECK_WIDTH = dict(crew=0.125, v=0.125, scoop=0.15, square=0.15, boat=0.21)
-
-
 SLEEVE_SHAPES = dict(  # length, width at the cuff, outward bulge at the shoulder, flare before the cuff
     long=(0.66, 0.125, 0.0, 0.0),
     short=(0.28, 0.19, 0.0, 0.0),

@@ -49,10 +49,10 @@ class FashionGen(Source):
             self._check(file)
             images = file[IMAGES]
             row_bytes = math.prod(images.shape[1:])
-            chunk = images.chunks[0] if images.chunks else 1
+            stored = images.chunks[0] if images.chunks else 1
             step = max(1, BLOCK_BYTES // row_bytes)
-            if chunk * row_bytes <= CHUNK_BYTES:
-                step = -(-step // chunk) * chunk  # whole chunks, so that none is decompressed twice
+            if stored * row_bytes <= CHUNK_BYTES:
+                step = -(-step // stored) * stored  # complete chunks, so none is decompressed twice
             texts = {name: file[f"input_{name}"] for name in (*self.text, *FACTS) if f"input_{name}" in file}
             labels = {name: file[key] for name, key in LABELS.items() if key in file}
             start = shard.start

@@ -1,4 +1,4 @@
-"""The canvas of one picture: what is painted, and beside it which thing is on top at every pixel."""
+"""The canvas of one image: the paint, and which thing is on top at every pixel."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ BANDS = ("behind", "body", "front")
 
 @dataclass
 class Canvas:
-    """Square images of size * factor pixels. `paint` RGB: colors without light. `seen` L: number of the
-    thing on top, 0 for none. `bands` L: outlines of what lies behind the body, of the body and of what lies
-    on it (for light and shadow). `details` L: where details were laid on, None without any. `props` L: hangers
-    and the like. `lines` L: creases (128: none, darker or
-    lighter)."""
+    """Square images of size * factor pixels.
+
+    paint:   RGB, colors without light.
+    seen:    L, number of the thing on top, 0 for none.
+    bands:   L, outlines behind the body, of the body and in front of it, for light and shadow.
+    details: L, where details are; None without any. props: L, hangers. lines: L, creases; 128 is none.
+    """
 
     size: int
     factor: int
@@ -53,8 +55,10 @@ class Canvas:
         on: set[int] | None = None,
         band: str | None = None,
     ) -> None:
-        """Paints polygons (in pixels) as the thing `name`, in a color or with a picture of the canvas's
-        size. `on`: only where one of these numbers is on top. `band`: for light and shadow."""
+        """Paint polygons (in pixels) as the thing `name`, in a color or with an image of the canvas's size.
+
+        on: only where one of these numbers is on top. band: for light and shadow.
+        """
         flat = [polygon.ravel().tolist() for polygon in polygons]
         number = self.number(name)
         if band:
@@ -82,24 +86,24 @@ class Canvas:
         self.seen.paste(number, box, mask)
 
     def stroke(self, points: np.ndarray, fill: RGB, width: int) -> None:
-        """A line on `paint` alone."""
+        """Draw a line on `paint` only."""
         self.on_paint.line([tuple(p) for p in points.tolist()], fill=fill, width=width)
 
     def cover(self) -> Image.Image:
-        """255 where anything was painted."""
+        """Return L, 255 where anything was painted."""
         found = (np.asarray(self.seen) > 0).view(np.uint8)
         cover = as_image(np.negative(found, out=found))
         return ImageChops.lighter(cover, self.props) if self.props else cover
 
 
 def where(seen: Image.Image, numbers: set[int]) -> Image.Image:
-    """L, 255 where `seen` is one of `numbers`."""
+    """Return L, 255 where `seen` is one of `numbers`."""
     found = among(np.asarray(seen), numbers).view(np.uint8)
     return as_image(np.negative(found, out=found))
 
 
 def among(cells: np.ndarray, numbers: set[int]) -> np.ndarray:
-    """bool: where `cells` is one of `numbers`."""
+    """Return bool: where `cells` is one of `numbers`."""
     if not numbers:
         return np.zeros(cells.shape, bool)
     first, *others = numbers
@@ -110,7 +114,7 @@ def among(cells: np.ndarray, numbers: set[int]) -> np.ndarray:
 
 
 def as_image(cells: np.ndarray) -> Image.Image:
-    """The array (uint8 or bool) as an L image, without a copy."""
+    """Return the array (uint8 or bool) as an L image, without a copy."""
     return Image.frombuffer("L", cells.shape[::-1], cells, "raw", "L", 0, 1)
 
 
@@ -118,14 +122,13 @@ class Regions:
     """A map of numbers (L): the box around the pixels that carry given numbers, and how many there are."""
 
     def __init__(self, seen: Image.Image, within: tuple[int, int, int, int] | None = None) -> None:
-        """`within`: only this part of the map."""
+        """Read the map, or only the part `within`."""
         self.all = within or seen.getbbox()
         self._at = self.all or (0, 0, 1, 1)
         self._cells = np.asarray(seen.crop(self._at))
 
     def box(self, numbers: set[int], factor: int) -> tuple[Box | None, int]:
-        """The tight box around all pixels that carry one of `numbers`, in pixels of the reduced picture,
-        and the number of those pixels."""
+        """Return the tight box, in pixels of the reduced image, around the pixels with `numbers`, and their count."""
         if not numbers:
             return None, 0
         own = among(self._cells, numbers)

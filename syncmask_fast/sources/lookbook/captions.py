@@ -65,12 +65,12 @@ def _detail_words(detail: Detail) -> tuple[str, bool]:
 
 
 def facts(product: Product) -> dict[str, str]:
-    """The structured product, flat: attribute name -> value."""
+    """Return the product as a flat dict: attribute name to value."""
     return {name: value_of(product, name) for name in product.names()}
 
 
 def value_of(product: Product, name: str) -> str:
-    """The value of an attribute as `facts` gives it."""
+    """Return the value of an attribute as `facts` gives it."""
     sub = SUBCATEGORIES[product.subcategory]
     simple = {
         "category": product.category,
@@ -99,7 +99,7 @@ def value_of(product: Product, name: str) -> str:
 
 
 def _phrase(product: Product, name: str, g: np.random.Generator) -> str:
-    """A marked-up noun phrase with its article for a sewn-in attribute or a local detail."""
+    """Return a marked-up noun phrase with its article for a sewn-in attribute or a local detail."""
 
     if name in ("sleeves", "neckline", "collar", "hood"):
         if name == "sleeves":
@@ -156,7 +156,7 @@ class Mention:
 
 
 def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
-    """ "red cotton midi dress in white dots", without an article."""
+    """Return the product in words without an article, such as "red cotton midi dress in white dots"."""
     sub = SUBCATEGORIES[product.subcategory]
     noun = sub.nouns[int(g.integers(len(sub.nouns)))] if g.random() < 0.3 else sub.nouns[0]
     color = f"[[color|{product.color}]] " if "color" in told else ""
@@ -174,7 +174,7 @@ def _head(product: Product, told: set[str], g: np.random.Generator) -> str:
 
 
 def describe(product: Product, g: np.random.Generator) -> tuple[str, list[Mention]]:
-    """The text and, in order of their place in it, the attributes that it mentions."""
+    """Return the text and the attributes that it mentions, in their order in the text."""
     sub = SUBCATEGORIES[product.subcategory]
     kinds = {d.kind for d in product.details}
     told = {
@@ -198,7 +198,7 @@ def describe(product: Product, g: np.random.Generator) -> tuple[str, list[Mentio
 
 
 def _compose(product: Product, plural: bool, told: set[str], extra: list[str], g: np.random.Generator) -> str:
-    """Marked-up sentences that tell what is in `told` and `extra`, in the order of `extra`."""
+    """Return marked-up sentences that mention `told` and `extra`, in the order of `extra`."""
     phrases = [_phrase(product, name, g) for name in extra]
     head = _head(product, told, g)
     named = ("a pair of " if g.random() < 0.35 else "") + head if plural else _article(head)
@@ -239,8 +239,10 @@ _FOLLOW_ON = (
 
 
 def _opening(named: str, this: str, plural: bool, first: list[str], g: np.random.Generator) -> str:
-    """The sentence that names the product, with the details `first`. `named` has an article ("a red
-    dress"), `this` "this"."""
+    """Return the sentence that names the product, with the details `first`.
+
+    named: with an article ("a red dress"). this: with "this".
+    """
     if not first:
         return _choose(
             g,
@@ -276,8 +278,7 @@ def _filler(forms: tuple[str, ...], plural: bool, g: np.random.Generator) -> str
 
 
 def _is_plural(phrase: str) -> bool:
-    """Whether a verb after this phrase is in the plural: "white buttons", but not "a row of white
-    buttons" nor "red lacing"."""
+    """Return whether a verb after this phrase is plural: "white buttons", but not "a row of white buttons"."""
     if phrase.startswith(("a ", "an ")):
         return False
     match = _MARK.search(phrase)

@@ -1,5 +1,4 @@
-"""Which product is number i: its kind, colors, cloth and details, and where they sit. No pictures and no
-words yet.
+"""Which product is number i: its kind, colors, cloth and details, and where they are. No images or words yet.
 
 Product i of a split is a pure function of (seed, split, i). In every group of four the last is a sibling of
 one of the three before: the same but for one attribute.
@@ -20,11 +19,11 @@ from syncmask_fast.sources.lookbook.subcategories import SUBCATEGORIES
 
 SPLITS = ("train", "eval")
 GROUP = 4  # one product in so many is a sibling
-CONTRAST = 42.0  # color difference between a detail and what it lies on
+CONTRAST = 42.0  # color difference between a detail and the cloth below
 MIN_DETAILS, MAX_DETAILS = 2, 5  # of a product, with what is sewn in (trim, belt, lining)
 MAX_LOCAL = 4
 STUDS = (*METALS, "black")
-COLORLESS = ("cut-out",)  # kinds whose color nobody mentions
+COLORLESS = ("cut-out",)  # kinds whose color no text mentions
 SIDELESS = ("scarf", "shoe")  # categories without a side view
 INSIDE = "inside"  # on the turned-over flap of a close-up: lining, label, hidden pocket
 SECOND_FACE = 0.14  # share of details that are on two faces
@@ -34,15 +33,14 @@ _STREAMS = ("product", "text", "view")
 
 
 def stream(seed: int, split: str, number: int, use: str, index: int = 0) -> np.random.Generator:
-    """The random numbers of one use of one product; independent of all others."""
+    """Return the random numbers of one use of one product, independent of all others."""
     key = (seed, SPLITS.index(split), number, _STREAMS.index(use), index)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A detail on a face: its center, width and height in garment units (on the flap: in flap widths) and
-    its turn."""
+    """A detail on a face: its center, width and height in garment units (on the flap: in flap widths), its turn."""
 
     piece: str
     x: float
@@ -53,15 +51,14 @@ class Placement:
 
     @property
     def unit_map(self) -> Affine:
-        """From the detail's unit square to the garment."""
+        """The map from the detail's unit square to the garment."""
         turn = affine(1.0, self.degrees, offset=(self.x, self.y))
         return turn.after(affine((self.width, self.height)))
 
 
 @dataclass(frozen=True)
 class Detail:
-    """`kind` is unique in a product; `what` is its variant; `faces` where it is ("front", "back", "side",
-    "inside")."""
+    """A local detail. `kind` is unique in a product, `what` its variant. `places`: face ("inside" too) to place."""
 
     kind: str
     what: str
@@ -95,7 +92,7 @@ class Product:
         return SUBCATEGORIES[self.subcategory].category
 
     def names(self) -> list[str]:
-        """Names of all its attributes: whole-garment ones first, then sewn-in ones, then local details."""
+        """Return the names of all its attributes: whole-garment ones first, then sewn-in ones, then local details."""
         names = ["category", "subcategory", "color", "material", "pattern"]
         sub = SUBCATEGORIES[self.subcategory]
         names += ["sleeves"] if sub.sleeves else []
@@ -126,15 +123,14 @@ def _tinted(g: np.random.Generator, color: str) -> RGB:
 def contrasting(
     g: np.random.Generator, grounds: list[str], options: tuple[str, ...] = CLOTH, least: float = CONTRAST
 ) -> str:
-    """A color that stands out from all `grounds` by `least`, or else the one that stands out most."""
+    """Choose a color that differs from all `grounds` by `least`, or else the one that differs most."""
     gap = {name: min(distance(COLORS[name], COLORS[ground]) for ground in grounds) for name in options}
     fit = [name for name in options if gap[name] >= least]
     return _pick(g, fit) if fit else max(gap, key=lambda name: gap[name])
 
 
 class PanelMap:
-    """Where details may lie on a garment: a coarse map of the piece that is on top, and the circles
-    already taken."""
+    """Where details may be on a garment: a coarse map of the piece on top, and the circles already taken."""
 
     CELLS = 176
 
@@ -167,7 +163,7 @@ class PanelMap:
         self.weights /= self.weights.sum()
 
     def at(self, points: np.ndarray) -> np.ndarray:
-        """Number + 1 of the piece on top at each of the points [..., 2]; 0 beside the garment."""
+        """Return number + 1 of the piece on top at points [..., 2]; 0 outside the garment."""
         cells = ((points - self.origin) * ((self.CELLS - 2) / self.side) + 1).astype(np.int64)
         np.maximum(cells, -1, out=cells)
         np.minimum(cells, self.CELLS, out=cells)
@@ -175,8 +171,7 @@ class PanelMap:
         return self.top[cells[..., 1], cells[..., 0]]
 
     def place(self, g: np.random.Generator, kind: str) -> Placement | None:
-        """A free random place for a detail of this kind, a little smaller where there is little room;
-        None without any."""
+        """Choose a free place for a detail of this kind, smaller if there is little room; None if there is none."""
         rule = KINDS[kind]
         tries = 48
         height = g.uniform(*rule.size) * self.side * (0.9 ** np.repeat(np.arange(6), 8))
@@ -214,7 +209,7 @@ class PanelMap:
 
 
 def _place_inside(g: np.random.Generator, taken: list[tuple[float, float, float]], kind: str) -> Placement | None:
-    """A place on the flap, which is one unit wide and 0.62 high."""
+    """Choose a place on the flap, which is one unit wide and 0.62 high."""
     rule = KINDS[kind]
     aspect = g.uniform(*rule.aspect)
     height = min(0.34, 0.62 / aspect) * g.uniform(0.85, 1.1)
@@ -240,7 +235,7 @@ def _sample_views(g: np.random.Generator, category: str) -> tuple[str, ...]:
 
 
 def _sample_details(g: np.random.Generator, product: Product, count: int) -> list[Detail]:
-    """`count` new local details beside those that `product` has, each on a face that some view shows."""
+    """Choose `count` local details in addition to those of `product`, each on a face that some view shows."""
     maps = {face: PanelMap(garment_of(product, face)) for face in product.views if face != "detail"}
     flap: list[tuple[float, float, float]] = []
     for detail in product.details:
@@ -329,7 +324,7 @@ def _sample_base(seed: int, split: str, number: int) -> Product:
 
 
 def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
-    """`base` but for exactly one attribute."""
+    """Return `base` with exactly one attribute changed."""
     clean = replace(base, number=number, sibling_of=base.number)
     grounds = [base.color] + ([base.pattern_color] if base.pattern_color else [])
     worn = [d.color for d in base.details] + [c for c in (base.trim_color, base.belt_color, base.pattern_color) if c]
@@ -375,7 +370,7 @@ def _changed(g: np.random.Generator, base: Product, number: int) -> Product:
 
 
 def sample_product(seed: int, split: str, number: int) -> Product:
-    """Product `number` (from 0) of `split` ("train" or "eval") of the lookbook of `seed`."""
+    """Return product `number` (from 0) of `split` ("train" or "eval") of the lookbook of `seed`."""
     if number % GROUP != GROUP - 1:
         return _sample_base(seed, split, number)
     g = stream(seed, split, number, "product")

@@ -163,7 +163,7 @@ _DISC = ellipse(0.0, 0.0, 1.0, 1.0, 20)
 
 @dataclass
 class Brush:
-    """Draws shapes given in unit coordinates on `image` (RGBA, opaque where painted)."""
+    """Draws shapes in unit coordinates on `image` (RGBA, opaque where painted)."""
 
     size: tuple[int, int]  # of `image`
     place: Affine  # unit square -> pixels of `image`
@@ -184,13 +184,13 @@ class Brush:
         self._draw.polygon(flat.ravel().tolist(), fill=fill)
 
     def line(self, points: np.ndarray | list[tuple[float, float]], fill: RGB, width: float) -> None:
-        """`width` as a share of the detail's height."""
+        """Draw a line; `width` is a fraction of the detail's height."""
         pixels = max(1, round(width * self._high))
         flat = self.place(np.asarray(points, dtype=np.float64))
         self._draw.line([tuple(p) for p in flat.tolist()], fill=fill, width=pixels, joint="curve")
 
     def disc(self, x: float, y: float, radius: float, fill: RGB) -> None:
-        """A round spot: `radius` as a share of the detail's height."""
+        """Draw a round spot; `radius` is a fraction of the detail's height."""
         (a, b), (c, d) = self._rows
         flat = self._disc * radius
         flat += (a * x + b * y + self._at[0], c * x + d * y + self._at[1])
@@ -208,7 +208,7 @@ def draw_print(brush: Brush, what: str, color: RGB) -> None:
 
 
 def draw_embroidery(brush: Brush, what: str, color: RGB) -> None:
-    """The motif as an open outline of thread with a hatched filling."""
+    """Draw the motif as an open outline of thread with a hatched filling."""
     light, dark = lighter(color, 0.35), darker(color, 0.35)
     tones = (color, brush.ground, dark)
     for polygon, tone in MOTIFS[what]:
@@ -263,7 +263,7 @@ def draw_pocket(brush: Brush, what: str, color: RGB) -> None:
 
 
 def draw_zip(brush: Brush, what: str, color: RGB) -> None:
-    """A colored tape with metal teeth; a metal zip has a dark tape."""
+    """Draw a colored tape with metal teeth; a metal zip has a dark tape."""
     metal = color in (COLORS["silver"], COLORS["gold"])
     tape, teeth = ((52, 50, 56), color) if metal else (color, METAL)
     brush.polygon(rectangle(-0.5, -0.5, 0.5, 0.5), darker(tape, 0.3))
@@ -449,7 +449,7 @@ class Kind:
     """A kind of local detail. A new kind is a draw function and a line in `KINDS`.
 
     draw:   draws a variant in a color on a brush.
-    words:  what a text calls it, with {color} and {what}, its variant. article: whether "a" stands before it.
+    words:  what a text calls it, with {color} and {what}, its variant. article: whether it takes "a".
     size:   its height as a fraction of the garment's larger side, from and to.
     aspect: width over height, from and to. tilt: degrees to either side.
     metal:  its colors are metals. inside: it may be on the lining. only: categories; empty: all.

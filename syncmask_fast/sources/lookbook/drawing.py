@@ -1,8 +1,7 @@
-"""A view of a product: its picture, with the box of every attribute that it shows.
+"""A view of a product: its image, with the box of every attribute that it shows.
 
-Shapes are painted flat on a canvas a few times as large, each also on a map of numbers (which thing is seen
-at which pixel), so that boxes and visible shares follow from what was painted, whatever turned, covered or
-cut it. Light comes after (light.py).
+Shapes are painted flat on a larger canvas, and also on a map of numbers: which thing is visible at which pixel. Boxes
+and visible fractions are counted on that map, after turning, covering and cropping. Light comes after (light.py).
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ FLAP_INNER = outline(
 
 @dataclass
 class View:
-    """One photograph before it is encoded. `boxes` has every attribute of the product: [x0, y0, x1, y1]
-    in pixels, or None."""
+    """One image before it is encoded. `boxes` has every attribute: [x0, y0, x1, y1] in pixels, or None if hidden."""
 
     image: Image.Image
     boxes: dict[str, Box | None]
@@ -42,8 +40,7 @@ class View:
 
 
 def render(product: Product, index: int, size: int, seed: int, split: str, *, without: str | None = None) -> View:
-    """View `index` of `product.views` at `size` x `size` pixels. `without` leaves one local detail
-    unpainted (for tests)."""
+    """Draw view `index` of `product.views` at `size` x `size` pixels. `without`: skip one kind of detail, for tests."""
     g = stream(seed, split, product.number, "view", index)
     close = product.views[index] == "detail"
     face, target, flap = _subject(product, index, g)
@@ -68,8 +65,10 @@ def render(product: Product, index: int, size: int, seed: int, split: str, *, wi
 
 
 def _subject(product: Product, index: int, g: np.random.Generator) -> tuple[str, Detail | None, Affine | None]:
-    """Which face a view looks at; for a close-up also the detail that it is about, and where a flap is
-    turned over (a map from the flap's units to the picture's, which is one unit wide) or None."""
+    """Return the face of a view, and for a close-up its detail and its turned-over flap, or None.
+
+    The flap is a map from its units to the image's, which is one unit wide.
+    """
     view = product.views[index]
     if view != "detail":
         return view, None, None
@@ -87,8 +86,7 @@ def _subject(product: Product, index: int, g: np.random.Generator) -> tuple[str,
 
 
 def _fit(garment: Garment, n: int, g: np.random.Generator) -> Affine:
-    """Garment units to canvas pixels in a full view: turned, leaning, its box 35 to 64 % of the picture,
-    anywhere in it."""
+    """Map garment units to pixels in a full view: turned, leaning, its box 35 to 64 % of the image, anywhere."""
     turn = affine(1.0, float(np.clip(g.normal(0, 5.5), -13, 13)), float(g.uniform(-0.06, 0.06)))
     points = turn(np.concatenate([piece.polygon for piece in garment.pieces if piece.clip is None]))
     low, high = points.min(axis=0), points.max(axis=0)
@@ -101,8 +99,10 @@ def _fit(garment: Garment, n: int, g: np.random.Generator) -> Affine:
 def _zoom(
     garment: Garment, fit: Affine, face: str, target: Detail | None, flapped: bool, n: int, g: np.random.Generator
 ) -> Affine:
-    """A close-up: 1.5 to 2.7 times as large as `fit`, with the target (or the middle of the garment) not
-    far from the middle."""
+    """Map garment units to pixels in a close-up, 1.5 to 2.7 times as large as `fit`.
+
+    The target, or else the middle of the garment, is near the middle.
+    """
     if target is not None:
         spot = target.places[face]
         center, reach = np.array([spot.x, spot.y]), max(spot.width, spot.height)
@@ -115,8 +115,7 @@ def _zoom(
 
 
 class _Scene:
-    """A garment on its canvas. First the pieces (`base`: the map of numbers with them alone), then the
-    details."""
+    """A garment on its canvas: first the pieces (`base` is their map of numbers), then the details."""
 
     def __init__(
         self,
@@ -212,7 +211,7 @@ class _Scene:
             self._seam(self.place(seam.line), seam.style)
 
     def _edge_on(self, pair: np.ndarray, on: set[int]) -> None:
-        """A dark line from one point to another where it lies on the garment."""
+        """Draw a dark line between two points where it is on the garment."""
         rim = self.thin + 1
         x0, y0 = (max(0, math.floor(v) - rim) for v in pair.min(axis=0))
         x1, y1 = (min(self.canvas.n, math.ceil(v) + rim) for v in pair.max(axis=0))
@@ -224,7 +223,7 @@ class _Scene:
         self.canvas.paint.paste(self.edge, box, ImageChops.multiply(mask, on_it))
 
     def hang(self, half: float, top: float, wood: RGB) -> None:
-        """A hanger behind the garment."""
+        """Draw a hanger behind the garment."""
         canvas = self.canvas
         hook = outline(
             (0.0, -0.02), (0.0, -0.09), (0.05, -0.11, 0.05, -0.15), (0.05, -0.2, 0.0, -0.2), (-0.05, -0.2, -0.05, -0.15)
@@ -270,7 +269,7 @@ class _Scene:
             draw.line([tuple(p) for p in line.tolist()], fill=dark, width=round(narrow * unit))
 
     def turn_over(self, flap: Affine) -> None:
-        """Lays a turned-over piece of the garment on a close-up; its inside is the lining."""
+        """Draw a turned-over piece of the garment on a close-up. Its inside is the lining."""
         canvas, p = self.canvas, self.product
         color, pattern = p.lining
         ground = COLORS[color]
@@ -281,7 +280,7 @@ class _Scene:
         canvas.polygons("piece:flap:plain", [flap(FLAP_OUTER)], darker(p.rgb, 0.12), band="front")
         canvas.polygons("piece:lining:lining", [flap(FLAP_INNER)], fill)
         canvas.stroke(flap(FLAP_INNER[2:]), darker(p.rgb, 0.5), self.thin)
-        for step in range(3):  # the flap lies a little above the cloth
+        for step in range(3):  # the flap is a little above the cloth
             rim = flap(FLAP_OUTER[2:]) + np.array([0.4, 1.0]) * (step + 1) * self.canvas.factor
             canvas.on_lines.line([tuple(q) for q in rim.tolist()], fill=40 + 25 * step, width=2 * canvas.factor)
 
@@ -327,7 +326,7 @@ class _Scene:
     # Ground truth
 
     def boxes(self, base: Regions) -> dict[str, Box | None]:
-        """The box of every attribute of the product. `base`: what is seen of the pieces."""
+        """Return the box of every attribute of the product. `base`: what is visible of the pieces."""
         canvas, product = self.canvas, self.product
         least = SMALLEST * canvas.size / 96
 
@@ -361,8 +360,7 @@ class _Scene:
         return result
 
     def _full_area(self, name: str) -> float:
-        """Pixels that the piece would take if the picture did not cut it; 0 in a full view, where nothing
-        is cut."""
+        """Return the pixels that the piece would take if the image did not crop it; 0 in a full view."""
         pieces = [piece for piece in self.garment.pieces if piece.name == name]
         if not self.close or not pieces:
             return 0.0

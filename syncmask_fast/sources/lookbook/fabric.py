@@ -1,5 +1,4 @@
-"""Colors, patterns, fabric textures and studio backgrounds. All sizes scale with the picture (`unit` =
-picture size / 96)."""
+"""Colors, patterns and fabric textures. All sizes scale with the image: `unit` is image size / 96."""
 
 from __future__ import annotations
 
@@ -55,12 +54,12 @@ def _lab(rgb: RGB) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def distance(a: RGB, b: RGB) -> float:
-    """CIE76 color difference: about 2 is just visible, 40 is a clear contrast."""
+    """Return the CIE76 color difference: about 2 is just visible, 40 is a clear contrast."""
     return float(np.linalg.norm(_lab(a) - _lab(b)))
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
-    """`share` of b in a."""
+    """Mix a fraction `share` of b into a."""
     return tuple(int(round(x + (y - x) * share)) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
@@ -73,7 +72,7 @@ def lighter(a: RGB, share: float) -> RGB:
 
 
 def noise(generator: np.random.Generator, height: int, width: int, blur: float) -> np.ndarray:
-    """Smooth noise with zero mean and unit deviation; `blur` in pixels."""
+    """Return smooth noise with zero mean and unit deviation; `blur` in pixels."""
     raw = generator.standard_normal((height, width)).astype(np.float32)
     if blur > 0.3:
         spectrum = np.fft.rfft2(raw)
@@ -145,7 +144,7 @@ GLOSS = dict(satin=0.55, leather=0.5, velvet=0.25, suede=0.1)
 
 @functools.lru_cache(maxsize=64)
 def texture(material: str, size: int, close: bool) -> np.ndarray:
-    """float32 [2 * size, 2 * size]; `close`: as a close-up sees it, 2.2 times as large."""
+    """Return float32 [2 * size, 2 * size]; `close`: as a close-up sees it, 2.2 times as large."""
     generator = np.random.Generator(np.random.Philox(zlib.crc32(f"{material}/{close}".encode())))
     return np.clip(_texture(material, 2 * size, size / 96 * (2.2 if close else 1.0), generator), 0.45, 1.6).astype(
         np.float32
@@ -179,7 +178,7 @@ def _spots(g: np.random.Generator, box: tuple[float, float, float, float], step:
 
 
 def _near(points: np.ndarray, image: Image.Image, reach: float) -> np.ndarray:
-    """bool [n]: which of `points` [n, 2] lie on the image or less than `reach` beside it."""
+    """Return bool [n]: which of `points` [n, 2] are in the image or less than `reach` outside."""
     return ((points > -reach) & (points < reach + np.array(image.size))).all(axis=1)
 
 
@@ -193,8 +192,7 @@ def draw_pattern(
     scale: float,
     generator: np.random.Generator,
 ) -> None:
-    """Fills `image` (mode RGB) with the pattern. `box`: what must be covered, in garment units; `scale`:
-    about the period."""
+    """Fill an RGB image with the pattern. `box`: what to cover, in garment units; `scale`: about the period."""
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 0, *image.size), fill=ground)
     x0, y0, x1, y1 = box

@@ -14,8 +14,7 @@ _CURVE = np.stack([(1 - _T) ** 2, 2 * _T * (1 - _T), _T**2], axis=1)  # of start
 
 
 def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
-    """A polyline [n, 2] from `start`: (x, y) draws a line to it, (cx, cy, x, y) a quadratic curve with
-    control point c."""
+    """Return a polyline [n, 2] from `start`: (x, y) is a line to it, (cx, cy, x, y) a quadratic curve by c."""
     points = [np.array([start], dtype=np.float64)]
     for segment in segments:
         if len(segment) == 2:
@@ -26,12 +25,12 @@ def outline(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndar
 
 
 def mirror(half: np.ndarray) -> np.ndarray:
-    """The same outline on the other side of x = 0, walked backwards."""
+    """Return the same outline on the other side of x = 0, walked backwards."""
     return half[::-1] * np.array([-1.0, 1.0])
 
 
 def both(start: tuple[float, float], *segments: tuple[float, ...]) -> np.ndarray:
-    """The closed outline made of a right half (given as in `outline`) and its mirror image."""
+    """Return the closed outline of a right half (given as in `outline`) and its mirror image."""
     half = outline(start, *segments)
     return np.concatenate([half, mirror(half)])
 
@@ -51,8 +50,7 @@ def _circle(steps: int) -> np.ndarray:
 
 
 def ribbon(line: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """The closed outline of a band of `width` (one number, or one per point) along an open polyline [n,
-    2]."""
+    """Return the closed outline of a band of `width` (a number, or one per point) along an open polyline [n, 2]."""
     step = np.gradient(line, axis=0)
     normal = np.stack([-step[:, 1], step[:, 0]], axis=1)
     normal /= np.maximum(np.hypot(normal[:, 0], normal[:, 1]), 1e-9)[:, None]
@@ -66,15 +64,14 @@ def area(polygon: np.ndarray) -> float:
 
 
 def bounds(polygons: list[np.ndarray]) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) around all points."""
+    """Return (x0, y0, x1, y1) around all points."""
     points = np.concatenate(polygons)
     (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
     return float(x0), float(y0), float(x1), float(y1)
 
 
 def contains(polygon: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """bool [h, w]: which points of the grid `x` [w] by `y` [h] lie inside the closed polygon [n, 2]
-    (even-odd rule)."""
+    """Return bool [h, w]: which points of the grid `x` [w], `y` [h] are in the polygon [n, 2] (even-odd rule)."""
     x0, y0 = polygon[:, :1], polygon[:, 1:]
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
     height = np.where(y1 == y0, 1.0, y1 - y0)
@@ -93,7 +90,7 @@ class Affine:
         return points @ self.matrix.T + self.offset
 
     def after(self, first: Affine) -> Affine:
-        """The map that applies `first`, then this one."""
+        """Return the map that applies `first`, then this one."""
         return Affine(self.matrix @ first.matrix, self(first.offset[None])[0])
 
     @property
@@ -117,10 +114,12 @@ def affine(
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of the garment. Parts of the same name are one thing (both sleeves). `fabric` is "main" (with
-    its pattern), "plain" (main color, no pattern), "inner" (main color in shadow), "trim" (the second
-    color) or "belt" (the belt's). `panel`: details may lie on it. `clip`: only what lies on the pieces of
-    that name is seen."""
+    """A piece of a garment. Pieces of the same name are one thing, such as both sleeves.
+
+    fabric: "main" (with its pattern), "plain" (main color, no pattern), "inner" (main color in shadow), "trim" (the
+            second color), "belt", "metal" or "sole".
+    panel:  details may be on it. clip: it is visible only on the pieces of that name.
+    """
 
     name: str
     polygon: np.ndarray
@@ -139,7 +138,7 @@ class Seam:
 
 @dataclass(frozen=True)
 class Style:
-    """How one product's garment is cut; what does not apply to it is None."""
+    """How one product's garment is sewn; None if it does not apply."""
 
     sleeves: str | None = None  # long, short, puff, bell, none
     neck: str | None = None  # crew, v, scoop, square, boat

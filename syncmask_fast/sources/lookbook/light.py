@@ -16,7 +16,7 @@ from syncmask_fast.sources.lookbook.geometry import Affine, outline
 
 @functools.lru_cache(maxsize=16)
 def _surface(kind: str, size: int) -> np.ndarray:
-    """float32 [3, 2 * size, 2 * size]: a plank floor, a marble top, a plastered wall or a cloth."""
+    """Return float32 [3, 2 * size, 2 * size]: a plank floor, a marble top, a plastered wall or a cloth."""
     g = np.random.Generator(np.random.Philox(zlib.crc32(kind.encode())))
     n, unit = 2 * size, size / 96
     y, x = np.mgrid[0:n, 0:n].astype(np.float32) / unit
@@ -79,7 +79,7 @@ BACKGROUNDS = ("white", "grey", "pastel", "gradient", "gradient", "room", "room"
 
 
 def background(size: int, main: RGB, g: np.random.Generator) -> np.ndarray:
-    """A background that sets off a garment of color `main`: float32 [3, size, size], 0 to 255."""
+    """Return a background that contrasts with a garment of color `main`: float32 [3, size, size], 0 to 255."""
     y, x = _grid(size)
     for _ in range(12):
         kind = BACKGROUNDS[int(g.integers(len(BACKGROUNDS)))]
@@ -146,7 +146,7 @@ def crease(
     unit: float,
     g: np.random.Generator,
 ) -> None:
-    """Draws a few soft creases in the garment's `bounds` (its own units, `place` maps them to pixels)."""
+    """Draw a few soft creases in the garment's `bounds` (its own units, `place` maps them to pixels)."""
     draw = canvas.on_lines
     x0, y0, x1, y1 = bounds
     count = SUPPLE.get(material, 4)
@@ -164,7 +164,7 @@ def crease(
 
 
 def photograph(canvas: Canvas, color: RGB, material: str, close: bool, g: np.random.Generator) -> Image.Image:
-    """The finished RGB picture of `canvas.size`. `color`: the garment's."""
+    """Return the finished RGB image of `canvas.size`. `color`: the garment's."""
     size, factor = canvas.size, canvas.factor
     pixel = size / 96
     unit = pixel * (1.7 if close else 1.0)
@@ -219,7 +219,7 @@ def photograph(canvas: Canvas, color: RGB, material: str, close: bool, g: np.ran
 
 @functools.lru_cache(maxsize=2)
 def _sensor(size: int) -> np.ndarray:
-    """The noise of a camera: float32 [2 * size, 2 * size]."""
+    """Return the noise of a camera: float32 [2 * size, 2 * size]."""
     g = np.random.Generator(np.random.Philox(1))
     return g.standard_normal((2 * size, 2 * size), np.float32) * np.float32(1.6)
 
@@ -227,8 +227,7 @@ def _sensor(size: int) -> np.ndarray:
 def _volume(
     sharp: np.ndarray, narrow: np.ndarray, wide: np.ndarray, light: np.ndarray, unit: float, gloss: float
 ) -> np.ndarray:
-    """Brightness [size, size] of a garment whose bands (the first planes) swell towards their middle and
-    shade one another."""
+    """Return the brightness [size, size] of a garment whose bands swell towards their middle and shade one another."""
     sx, sy = (int(round(v * 5 * unit)) for v in light)
     shade = np.ones(sharp.shape[1:], np.float32)
     for i in range(len(BANDS)):
@@ -256,19 +255,19 @@ def _volume(
 
 
 def _planes(image: Image.Image) -> np.ndarray:
-    """float32 [channels, h, w], 0 to 255."""
+    """Return float32 [channels, h, w], 0 to 255."""
     return np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
 
 
 def _floats(image: Image.Image) -> np.ndarray:
-    """float32 from 0 to 1: [h, w], or [channels, h, w]."""
+    """Return float32 from 0 to 1: [h, w], or [channels, h, w]."""
     values = _planes(image) if len(image.getbands()) > 1 else np.asarray(image, np.float32)
     values *= np.float32(1 / 255)
     return values
 
 
 def shifted(values: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """A copy of the array [h, w] moved by whole pixels; its rim repeats."""
+    """Return a copy of the array [h, w] moved by whole pixels; its rim repeats."""
     h, w = values.shape
     return values.take(_from(h, dy), axis=0).take(_from(w, dx), axis=1)
 

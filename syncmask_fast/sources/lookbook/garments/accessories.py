@@ -8,7 +8,7 @@ from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellips
 
 
 def trimmed(style: Style, place: str) -> tuple[str, str]:
-    """Name and fabric of a piece that may be the contrasting one."""
+    """Return name and fabric of a piece that may be the contrasting one."""
     return ("trim", "trim") if style.trim == place else (place, "plain")
 
 
@@ -142,8 +142,7 @@ def bag(face: str, style: Style, *, kind: str) -> Garment:
 
 
 def shoe(face: str, style: Style, *, kind: str) -> Garment:
-    """One shoe. As shops name its photos: "front" is its outer side, toe to the right, "back" its inner
-    side. No side view."""
+    """Sew one shoe. "front" is its outer side with the toe to the right, "back" its inner side; no side view."""
     if face == "back":
         return shoe("front", style, kind=kind).stretched(-1.0, 1.0)
     garment = Garment()
@@ -266,7 +265,7 @@ def hat(face: str, style: Style, *, kind: str) -> Garment:
 
 
 def scarf(face: str, style: Style, *, kind: str) -> Garment:
-    """Scarves lie flat; they have no side view."""
+    """Sew a scarf. It is flat and has no side view."""
     garment = Garment()
     flip = np.array([1.0 if face == "front" else -1.0, 1.0])
     if kind == "long":

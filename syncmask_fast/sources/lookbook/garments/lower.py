@@ -18,7 +18,7 @@ from syncmask_fast.sources.lookbook.geometry import Garment, Style, both, ellips
 def _leg_half(
     top: float, hip: float, crotch: float, knee: float, leg: float, length: float, spread: float
 ) -> list[tuple[float, ...]]:
-    """Segments of the right leg from the hip's outside down, around the hem and up to the crotch."""
+    """Return segments of the right leg from the hip's outside down, around the hem and up to the crotch."""
     middle = spread + 0.17
     knee_y = crotch + (length - crotch) * 0.5
     return [
@@ -46,7 +46,7 @@ def _trouser_seams(garment: Garment, face: str, top: float, crotch: float, lengt
 
 
 def legs(face: str, style: Style, *, length: float, knee: float, leg: float, rib: bool = False) -> Garment:
-    """Trousers and shorts: half widths of the leg at the knee and at the hem."""
+    """Sew trousers and shorts. `knee`, `leg`: half widths of the leg at the knee and at the hem."""
     garment = Garment(waist=0.045, hem=length)
     crotch = 0.42 if length > 0.7 else 0.38
     spread = 0.02 + max(0.0, knee - 0.17) + style.arm * 0.003
@@ -111,7 +111,7 @@ def skirt(
 
 
 def jumpsuit(face: str, style: Style, *, length: float, leg: float) -> Garment:
-    """A bodice with trouser legs."""
+    """Sew a bodice with trouser legs."""
     garment = Garment(waist=0.53, hem=length)
     neck, sleeves = style.neck or "crew", style.sleeves or "none"
     width, depth = NECK_WIDTH[neck], NECK_DEPTH[neck]

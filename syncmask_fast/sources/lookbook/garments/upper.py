@@ -21,7 +21,7 @@ SLEEVE_SHAPES = dict(  # length, width at the cuff, outward bulge at the shoulde
 
 
 def neckline_curve(neck: str, width: float, depth: float) -> list[tuple[float, ...]]:
-    """The right half of a neckline as segments from (0, depth) up to (width, 0)."""
+    """Return the right half of a neckline as segments from (0, depth) up to (width, 0)."""
     if neck == "v":
         return [(width, 0.0)]
     if neck == "square":
@@ -40,7 +40,7 @@ def add_arms(
     quilt: bool,
     drop: float = 0.05,
 ) -> None:
-    """Both sleeves of a front or back view, behind the body."""
+    """Add both sleeves of a front or back view, behind the body."""
     length, cuff, bulge, flare = SLEEVE_SHAPES[kind]
     top, pit = np.array([shoulder - 0.02, drop]), np.array([chest - 0.02, 0.31])
     middle = (top + pit) / 2
@@ -80,7 +80,7 @@ def add_arms(
 
 
 def add_collar(garment: Garment, kind: str | None, face: str, width: float, style: Style, depth: float) -> None:
-    """The collar in front of (or, for a hood seen from the front, around) the neck; added after the body."""
+    """Add the collar in front of the neck, or a hood around it. Call it after the body."""
     fabric = "trim" if style.trim in ("collar", "hood") else "plain"
     if kind is None:
         return
@@ -199,7 +199,7 @@ class Cut:
 
 
 def torso(face: str, style: Style, **shape: Any) -> Garment:
-    """Shirts, knitwear, jackets, coats and dresses. `shape` holds the fields of a `Cut`."""
+    """Sew shirts, knitwear, jackets, coats and dresses. `shape` holds the fields of a `Cut`."""
     cut = Cut(**shape)
     length, collar, waist, hem, seam, strap = cut.length, cut.collar, cut.waist, cut.hem, cut.seam, cut.strap
     shoulder, chest, hips, tail = cut.shoulder, cut.chest, cut.hips, cut.tail
@@ -320,7 +320,7 @@ def torso_side(garment: Garment, style: Style, cut: Cut, neck_width: float, wais
 
 
 def poncho(face: str, style: Style, *, length: float, collar: str | None = None, placket: bool = False) -> Garment:
-    """A poncho or cape: one bell-shaped piece."""
+    """Sew a poncho or cape: one bell-shaped piece."""
     garment = Garment(hem=length)
     neck = style.neck or "crew"
     width, depth = 0.12, NECK_DEPTH[neck] if collar is None else 0.06

@@ -1,9 +1,10 @@
-"""`pack fashiongen` against JPEG encoding alone: rows/s, the share of the encoding rate (by the clock and by the processor's time), and peak memory.
+"""Compare `pack fashiongen` with bare JPEG encoding: rows/s, fraction of the encoding rate, and peak memory.
 
-    python bench/pack_fashiongen.py [--rows 20000] [--workers N] [--file FILE.h5] [--compression gzip]
+    python -m bench.pack_fashiongen [--rows 20000] [--workers N] [--file FILE.h5] [--compression gzip]
 
-Writes a file in FashionGen's layout (256 px; smooth images with noise, about 20 kB as JPEG), packs it, and encodes the same images from
-memory on as many processes, with nothing else to do. The result goes to bench/results/pack_fashiongen.json, or to $OUT.
+Writes a file in FashionGen's layout (256 px; smooth images with noise, about 20 kB as JPEG), packs it, and encodes the
+same images from memory on as many processes. Rates are by the clock and by processor time. The result goes to
+bench/results/pack_fashiongen.json, or to $OUT.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from syncmask_fast.sources.base import Encoding
 
-from syncmask_fast.sources.base import Encoding  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SIZE, POOL = 256, 64
 TEXTS = {
@@ -110,8 +110,10 @@ def processor_time() -> float:
 
 
 def pack(source: Path, out: Path, workers: int) -> tuple[float, float, float]:
-    """Seconds, the processor's seconds (start of the processes included), and the most memory in MB that the command and its workers had together
-    (private pages, looked at five times a second)."""
+    """Return seconds, processor seconds (start of the processes included), and peak memory in MB.
+
+    Memory: private pages of the command and its workers together, sampled five times a second.
+    """
     command = [
         sys.executable,
         "-m",

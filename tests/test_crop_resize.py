@@ -107,9 +107,9 @@ def test_colors(factors, backend):
     assert changed.min() >= 0
     assert changed.max() <= 255
     scale, shift = torch.tensor([0.1, 2.0, 0.5]), torch.tensor([-3.0, 0.0, 7.0])
-    normalised = run(image, crop, size, backend, factors=factors, scale=scale, shift=shift)
+    normalized = run(image, crop, size, backend, factors=factors, scale=scale, shift=shift)
     np.testing.assert_allclose(
-        normalised, changed * scale.numpy()[:, None, None] + shift.numpy()[:, None, None], rtol=1e-5, atol=1e-4
+        normalized, changed * scale.numpy()[:, None, None] + shift.numpy()[:, None, None], rtol=1e-5, atol=1e-4
     )
 
 
@@ -184,9 +184,9 @@ def test_other_threads_run_meanwhile():
     assert during > 20, during
 
 
-def params(width: int, height: int, flip: bool = False, colours=(1.0, 1.0, 1.0)) -> AugmentParams:
+def params(width: int, height: int, flip: bool = False, factors=(1.0, 1.0, 1.0)) -> AugmentParams:
     whole = (np.array([n], np.int32) for n in (0, 0, width, height))
-    return AugmentParams(*whole, np.array([flip]), *(np.array([n], np.float32) for n in colours))
+    return AugmentParams(*whole, np.array([flip]), *(np.array([n], np.float32) for n in factors))
 
 
 def jpeg(width: int, height: int, mode: str = "RGB", **options: object) -> bytes:
@@ -247,8 +247,8 @@ def test_damaged_jpegs_are_judged_by_pillow():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("colours", [(1, 1, 1), (1.2, 0.9, 0.8)])
-def test_the_ways_agree(flip, colours):
+@pytest.mark.parametrize("factors", [(1, 1, 1), (1.2, 0.9, 0.8)])
+def test_transforms_agree(flip, factors):
     """torchvision rounds between its two directions, the compiled way does not.
 
     Measured: a mean of up to 0.17 levels of 255, at most 1 level, after a change of colors 2.
@@ -258,9 +258,9 @@ def test_the_ways_agree(flip, colours):
         height, width = decode_image(JPEGS[name]).shape[:2]
         pixels = torch.empty(2, 3, 32, 32)
         for row, way in enumerate((TorchvisionTransform(mean, std), CppTransform(mean, std))):
-            way(JPEGS[name], params(width, height, flip, colours), 0, pixels[row])
+            way(JPEGS[name], params(width, height, flip, factors), 0, pixels[row])
         levels = (pixels[0] - pixels[1]).abs() * 255 * torch.tensor(std)[:, None, None]
-        assert levels.max() < (1.001 if colours == (1, 1, 1) else 2.001), name
+        assert levels.max() < (1.001 if factors == (1, 1, 1) else 2.001), name
         assert levels.mean() < 0.2, name
 
 

@@ -1,4 +1,4 @@
-"""mine_semi_hard against a float64 oracle of plain loops, written from the contract alone."""
+"""mine_semi_hard against a float64 oracle of plain loops, written from the contract only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sync_mask against a float64 oracle of plain loops, written from the contract alone."""
+"""sync_mask against a float64 oracle of plain loops, written from the contract only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: fetched once, fetched anew when they change, and one sentence when they cannot be."""
+"""Remote shards: fetched once, fetched again when they change, and an error when they cannot be."""
 
 from __future__ import annotations
 

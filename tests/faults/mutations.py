@@ -34,7 +34,7 @@ from syncmask_fast.training.log import MetricsLog
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import encoded_image, small_config, small_tokenizer
 
-READ, MENDED, REFUSED = "read", "put right", "refused with a sentence"
+READ, REPAIRED, REFUSED = "read", "repaired", "refused"
 Edit = tuple[str, float, bytes]
 """What is done to bytes: "flip", "insert", "delete", "cut", "zero" or "repeat", where (0 to 1), and with which bytes."""
 KINDS_OF_EDIT = ("flip", "insert", "delete", "cut", "zero", "repeat")
@@ -202,7 +202,7 @@ class Tar(Kind):
         self.folder.mkdir()
         (self.folder / "0.tar").write_bytes(data)
         index = use_index(self.folder)
-        return MENDED if index.warnings else READ
+        return REPAIRED if index.warnings else READ
 
 
 class JsonMember(Tar):
@@ -271,7 +271,7 @@ class IndexCache(Kind):
         self.cache.write_bytes(data)
         index = use_index(self.folder)
         assert index.fingerprint() == self.mark, "a damaged index was believed"
-        return MENDED if self.cache.read_bytes() != data else READ
+        return REPAIRED if self.cache.read_bytes() != data else READ
 
 
 class IndexArrays(IndexCache):
@@ -299,7 +299,7 @@ class IndexArrays(IndexCache):
     def outcome(self, data: bytes) -> str:
         self.cache.write_bytes(data)
         use_index(self.folder)
-        return MENDED if self.cache.read_bytes() != data else "believed: it fits the shards"
+        return REPAIRED if self.cache.read_bytes() != data else "accepted: it fits the shards"
 
 
 class Tokens(Kind):
@@ -324,7 +324,7 @@ class Tokens(Kind):
         (self.place / name.decode()).write_bytes(data)
         found = TokenCache.open(self.folder, small_tokenizer(), self.texts, 24).pack(np.arange(3))
         assert all(np.array_equal(a, b) for a, b in zip(found, self.known, strict=True)), "damaged tokens were believed"
-        return MENDED if (self.place / name.decode()).read_bytes() != data else READ
+        return REPAIRED if (self.place / name.decode()).read_bytes() != data else READ
 
 
 class Config(Kind):
@@ -430,7 +430,7 @@ class Checkpoint(Kind):
 
 
 class Metrics(Kind):
-    """metrics.jsonl of a run that goes on at step 5."""
+    """metrics.jsonl of a run that resumes at step 5."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

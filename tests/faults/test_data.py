@@ -1,4 +1,4 @@
-"""Shards that vanish, change or cannot be read under a run, workers and DALI pipelines that die, and pictures that are out of all bounds."""
+"""Shards that vanish, change or cannot be read, dying workers and DALI pipelines, and oversized images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shard_that_vanishes(data, tmp_path: Path):
 
 @pytest.mark.parametrize("change", ["rewritten in place", "cut", "grown"])
 def test_shard_that_changes_under_the_run(data, tmp_path: Path, change: str):
-    """The same length, but other pictures under the old captions, is the change that nothing else would ever notice."""
+    """The same length, but other images under the old captions: only this check notices it."""
     shard = tmp_path / "0.tar"
     with open_loader(data, batch_size=4) as loader:
         assert len(list(loader.epoch(np.arange(12), 0))) == 3
@@ -61,7 +61,7 @@ def test_shard_that_is_replaced_by_a_new_one_is_read_to_its_end(data, tmp_path: 
 
 
 def test_disk_that_fails_once_and_for_good(data, monkeypatch: pytest.MonkeyPatch):
-    """Once is met by opening the file anew; for good costs the sample, and says so."""
+    """One failure reopens the file; a lasting one skips the sample with a warning."""
     before, _ = all_batches(data)
     real, failed = os.pread, []
     index = data[0]
@@ -153,8 +153,8 @@ def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path
 
 
 @every_backend
-def test_pictures_of_20_000_pixels(tmp_path: Path, backend: str):
-    """A strip of 20,000 is a picture like others; a square would take 1.2 GB and is left out before it is decoded."""
+def test_images_of_20_000_pixels(tmp_path: Path, backend: str):
+    """A strip of 20,000 is read; a square would take 1.2 GB and is skipped before it is decoded."""
     images = [GOOD, encoded_image(0, 20_000, 30), huge_square(), GOOD]
     pixels, skipped = all_batches(dataset(tmp_path, images), backend=backend)
     assert sorted(pixels) == [0, 1, 3]
@@ -170,7 +170,7 @@ def huge_square() -> bytes:
 
 
 @every_backend
-def test_picture_that_is_smaller_than_its_header_says(tmp_path: Path, backend: str):
+def test_image_smaller_than_its_header(tmp_path: Path, backend: str):
     """A second frame header: the crop is drawn for the first size, the decoder gives the other."""
     small = encoded_image(0, 40, 30)
     frame = bytearray(small[small.index(b"\xff\xc0") :][:19])

@@ -1,4 +1,4 @@
-"""Files that others may have written, changed at random, and what becomes of each: read, put right, or refused with one sentence."""
+"""Files that others may have written, changed at random, and the outcome of each: read, repaired or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that others may have written, changed by hypothesis: read, put right, or refused with a sentence, and nothing else."""
+"""Files that others may have written, changed by hypothesis: each is read, repaired or refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_is_whole_is_read(kind: Kind):
     """Else the kind would test refusals alone."""
     if hasattr(kind, "whole"):
         with watched(kind.folder.parent):
-            assert feed(kind, kind.whole) in (READ, "believed: it fits the shards")
+            assert feed(kind, kind.whole) in (READ, "accepted: it fits the shards")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
-"""Compare `pack fashiongen` with bare JPEG encoding: rows/s, fraction of the encoding rate, and peak memory.
+"""`pack fashiongen` against JPEG encoding by itself: rows per second, ratio to the encoding rate, peak memory.
 
     python -m bench.pack_fashiongen [--rows 20000] [--workers N] [--file FILE.h5] [--compression gzip]
 
-Writes a file in FashionGen's layout (256 px; smooth images with noise, about 20 kB as JPEG), packs it, and encodes the
-same images from memory on as many processes. Rates are by the clock and by processor time. The result goes to
-bench/results/pack_fashiongen.json, or to $OUT.
+Writes a file in FashionGen's layout (256 px; smooth images with noise, about 20 kB as JPEG) and packs it. Then as many
+processes encode the same images from memory. The row goes to bench/results/pack_fashiongen.csv, or to $OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -27,7 +27,6 @@ import numpy as np
 from syncmask_fast.sources.base import Encoding
 
 ROOT = Path(__file__).resolve().parents[1]
-
 SIZE, POOL = 256, 64
 TEXTS = {
     "name": 100,
@@ -41,8 +40,8 @@ TEXTS = {
 }  # bytes
 
 
-def smooth_images(count: int, seed: int = 0) -> np.ndarray:
-    """uint8 [count, 256, 256, 3]: smooth colors on white with the grain of a photo."""
+def product_images(count: int, seed: int = 0) -> np.ndarray:
+    """Return uint8 [count, 256, 256, 3]: smooth colors on white with the grain of a photo."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 16, 16, 3)).astype(np.float32)
     smooth = coarse.repeat(SIZE // 16, 1).repeat(SIZE // 16, 2)
@@ -53,9 +52,9 @@ def smooth_images(count: int, seed: int = 0) -> np.ndarray:
 
 
 def write_file(path: Path, rows: int, compression: str | None = None, seed: int = 0) -> None:
-    """A file in the layout of fashiongen_256_256_train.h5."""
+    """Write a file in the layout of fashiongen_256_256_train.h5."""
     rng = np.random.default_rng(seed)
-    pool = smooth_images(POOL, seed)
+    pool = product_images(POOL, seed)
     with h5py.File(path, "w") as file:
         chunks = (1, SIZE, SIZE, 3) if compression else None
         images = file.create_dataset(
@@ -63,20 +62,8 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
         )
         for start in range(0, rows, POOL):
             images[start : start + POOL] = np.roll(pool, start // POOL * 7, 2)[: min(POOL, rows - start)]
-        words = [
-            "SLIM",
-            "COTTON",
-            "navy",
-            "trousers",
-            "with",
-            "zip",
-            "pocket<br>",
-            "tonal",
-            "stitching",
-            "crewneck",
-            "&amp;",
-            "caf\xe9",
-        ]
+        words = ["SLIM", "COTTON", "navy", "trousers", "with", "zip", "pocket<br>", "tonal", "stitching"]
+        words += ["crewneck", "&amp;", "caf\xe9"]
         for name, width in TEXTS.items():
             data = file.create_dataset(f"input_{name}", (rows, 1), f"S{width}")
             texts = [" ".join(rng.choice(words, max(1, width // 9)))[:width].encode("iso-8859-1") for _ in range(997)]
@@ -86,8 +73,8 @@ def write_file(path: Path, rows: int, compression: str | None = None, seed: int 
 
 
 def encode_many(seconds: float) -> tuple[int, float]:
-    """Encodes images from memory for a while; returns how many, and the processor's time."""
-    pool, encoding, done = smooth_images(POOL), Encoding(), 0
+    """Encode images from memory for some seconds; return how many, and the processor time in seconds."""
+    pool, encoding, done = product_images(POOL), Encoding(), 0
     begin, end = time.process_time(), time.perf_counter() + seconds
     while time.perf_counter() < end:
         encoding.encode(pool[done % POOL])
@@ -96,7 +83,7 @@ def encode_many(seconds: float) -> tuple[int, float]:
 
 
 def encoding_rate(workers: int, seconds: float = 10.0) -> tuple[float, float]:
-    """Images a second on `workers` processes, and the processor's time for one in microseconds."""
+    """Return images per second on `workers` processes, and the processor time of one in microseconds."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(encode_many, [0.1] * workers, chunksize=1)  # started, imported, warm
         counts, cpu = zip(*pool.map(encode_many, [seconds] * workers, chunksize=1), strict=True)
@@ -104,26 +91,18 @@ def encoding_rate(workers: int, seconds: float = 10.0) -> tuple[float, float]:
 
 
 def processor_time() -> float:
-    """Of all processes that this one waited for, and theirs."""
+    """Return the processor seconds of all ended child processes and theirs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def pack(source: Path, out: Path, workers: int) -> tuple[float, float, float]:
-    """Return seconds, processor seconds (start of the processes included), and peak memory in MB.
+    """Pack; return seconds, processor seconds and the peak memory in MB of the command and its workers together.
 
-    Memory: private pages of the command and its workers together, sampled five times a second.
+    Processor time includes the start of the processes. Memory is private pages, sampled five times per second.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "syncmask_fast.pack",
-        "fashiongen",
-        str(source),
-        str(out),
-        "--workers",
-        str(workers),
-    ]
+    command = [sys.executable, "-m", "syncmask_fast.pack", "fashiongen", str(source), str(out)]
+    command += ["--workers", str(workers)]
     begin, before = time.perf_counter(), processor_time()
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     peak, ended = 0.0, threading.Event()
@@ -144,6 +123,7 @@ def pack(source: Path, out: Path, workers: int) -> tuple[float, float, float]:
 
 
 def processes_of(parent: int) -> list[int]:
+    """Return a process and all that it has started."""
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     except OSError:
@@ -152,6 +132,7 @@ def processes_of(parent: int) -> list[int]:
 
 
 def private_megabytes(pid: int) -> float:
+    """Return the private memory of a process; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -160,6 +141,7 @@ def private_megabytes(pid: int) -> float:
 
 
 def main() -> None:
+    """Measure, print and write the row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -172,11 +154,14 @@ def main() -> None:
             write_file(source, options.rows, options.compression)
         with h5py.File(source) as file:
             rows = len(file["input_image"])
-        first = encoding_rate(options.workers)  # before and after, the better of both: other work can only slow it down
+        first = encoding_rate(
+            options.workers
+        )  # before and after; other work can only slow it down, so the better counts
         seconds, cpu, peak = pack(source, Path(folder, "shards"), options.workers)
         second = encoding_rate(options.workers)
     alone, alone_us = max(first[0], second[0]), min(first[1], second[1])
-    import torch  # here, so that the processes that encode do not import it
+    # Imported here: the encoding processes need no torch.
+    import torch
 
     from bench.harness import machine, results_folder
 
@@ -196,7 +181,10 @@ def main() -> None:
     }
     print(json.dumps(row, indent=2))
     results_folder().mkdir(parents=True, exist_ok=True)
-    (results_folder() / "pack_fashiongen.json").write_text(json.dumps(row, indent=2) + "\n")
+    with (results_folder() / "pack_fashiongen.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":

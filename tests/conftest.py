@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from syncmask_fast import _native
+from tests.faults.launcher import Launcher
 
 _native.load()
 NOT_BUILT = pytest.mark.skipif(not _native.is_loaded(), reason=_native.describe())
@@ -61,3 +62,10 @@ def lookbook(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not folder.exists():
             draw_lookbook(folder, products=22, eval_products=105, size=96, workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Start training runs as forks of one process; see tests/faults/launcher.py."""
+    with Launcher() as started:
+        yield started

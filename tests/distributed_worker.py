@@ -1,13 +1,12 @@
-"""What `test_distributed.py` runs under torchrun, on three ranks with unequal parts: each check compares with one process that has everything.
+"""Checks of collectives and losses on three ranks with unequal shards, against one process with the whole batch.
 
-Every rank draws the same numbers, so that each knows the whole batch and what is to come out.
+`test_distributed.py` runs `main` on each rank. All ranks draw the same numbers, so each knows the whole batch and the result.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -178,7 +177,7 @@ def check_losses(group: Group) -> None:
                 )
 
 
-def check_the_guard(group: Group) -> None:
+def check_replicas(group: Group) -> None:
     weights = [torch.ones(5), torch.zeros(3)]
     check_replicas_match(weights, group, 1)
     weights[0][2] += group.rank * 1e-7 * 2
@@ -186,7 +185,7 @@ def check_the_guard(group: Group) -> None:
         check_replicas_match(weights, group, 9)
 
 
-def check_words(group: Group) -> None:
+def check_host_collectives(group: Group) -> None:
     assert group.any_rank(group.rank == 2)
     assert not group.any_rank(False)
     assert group.broadcast_object(group.rank) == 0
@@ -195,17 +194,22 @@ def check_words(group: Group) -> None:
     assert group.all_reduce_host(torch.tensor([group.rank])).tolist() == [3]
 
 
-def main() -> None:
-    checks = [
-        check for name, check in globals().items() if name.startswith("check_") and check is not check_replicas_match
-    ]
+CHECKS = [
+    check_gather,
+    check_fetch,
+    check_gradients,
+    check_batch_norm,
+    check_in_step,
+    check_losses,
+    check_replicas,
+    check_host_collectives,
+]
+
+
+def main(argv: list[str]) -> None:
+    """Run every check; argv is what a command line would give, and is not read."""
     with init_distributed(torch.device("cpu")) as group:
-        for check in checks:
+        for check in CHECKS:
             torch.manual_seed(1)
             check(group)
-            if group.is_main:
-                print(f"{check.__name__} passed", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            group.print(f"{check.__name__} passed")

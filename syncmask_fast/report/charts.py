@@ -1,184 +1,152 @@
-"""Line charts as small inline SVG: a faint raw line, a smooth one over it, and the data for a read-out."""
+"""Draw the curves of a run with matplotlib: SVG inside the page, in the page's own colors."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from dataclasses import dataclass
-from html import escape
+import re
+from typing import NamedTuple
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 42, 328, 14, 164
-POINTS = 240  # of a drawn line: more cannot be told apart at this width
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line. label: in the legend and on hover. style: a CSS class. smooth: draw the raw values faint."""
-
-    label: str
-    steps: np.ndarray
-    values: np.ndarray
-    style: str = "main"
-    smooth: bool = True
-
-
-def series(
-    metrics: list[dict], key: str, label: str, style: str = "main", smooth: bool = True, scale: float = 1.0
-) -> Series:
-    """The finite numbers under `key` in the rows of metrics.jsonl, times `scale`; other rows are left out."""
-    steps, values = [], []
-    for position, row in enumerate(metrics):
-        if is_number(row.get(key)) and math.isfinite(row[key]):
-            step = row.get("step")
-            steps.append(step if is_number(step) and math.isfinite(step) else position)
-            values.append(row[key] * scale)
-    return Series(label, np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64), style, smooth)
-
-
-def is_number(value: object) -> bool:
-    """True for ints, floats and numpy's, False for bools and everything else."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
+OBJECTIVES = {
+    "itc": ("Contrast (ITC)", "Photo and text of one product should be close, all others apart."),
+    "itm": ("Matching (ITM)", "Are true pairs told from near misses? With one true pair in three, 0.64 is guessing."),
+    "mlm": ("Hidden words (MLM)", "Surprise at the hidden words, given the photo and the other words."),
+    "mim": ("Hidden patches (MIM)", "Error in filling the hidden patches, given the whole text."),
+    "presence": ("Words in view", "Does the photo show the word? 0.69 is guessing."),
+}
+MEASURED = {
+    "sync/words": ("Hidden words in view (%)", "Of the hidden detail words, the share that the photo shows."),
+    "sync/words/auc": ("Word AUC (%)", "Do words in view score above words out of view? 50 is a coin toss."),
+    "sync/masked-words": ("All hidden words in view (%)", "The same of all hidden words: “a” counts against it."),
+    "sync/patches": ("Hidden patches on target (%)", "Share on a detail that the text names and the photo shows."),
+    "sync/patches-any-attribute": ("Hidden patches on anything named (%)", "With color, material and category too."),
+}
+SPEED = {  # key -> title, note, unit
+    "pairs_per_s": ("Throughput", "Image-text pairs a second.", " /s"),
+    "data_wait_share": ("Waiting for data", "Share of each step. Near 0 % the model sets the pace.", " %"),
+    "lr": ("Learning rate", "Size of the steps.", ""),
+}
+BASE_RATES = {"precision": "SyncMask", "shuffled": "shuffled", "random": "random"}
+COLORS = {"accent": "#000001", "slate": "#000002", "pale": "#000003", "line": "#000004", "muted": "#000005"}
+STYLES = {"shuffled": "slate", "random": "pale"}  # all other lines: accent
+WIDTH, HEIGHT, POINTS = 340, 180, 240  # pixels; points of a line for the read-out
 
 
-def line_chart(title: str, note: str, lines: list[Series], unit: str = "", floor: float | None = None) -> str:
-    """A <figure> with one chart, or "" where no series has a value.
+class Chart(NamedTuple):
+    """A chart for the page. ends: (style, label, last value). points: JSON for the read-out."""
 
-    note: what the curve is, for a first-time reader.     floor: a value that the y axis must reach.
-    """
-    lines = [line for line in lines if line.values.size]
+    title: str
+    note: str
+    svg: Markup
+    ends: list[tuple[str, str, str]]
+    points: str
+
+
+def training_charts(metrics: list[dict]) -> list[Chart]:
+    """Return charts of the losses, the measures, and the speed; none for what has no finite number."""
+    names = list(dict.fromkeys(key for row in metrics for key in row))
+    charts = [line_chart(metrics, "Total loss", "The sum that training pushes down.", {"": "loss"})]
+    losses = {match[1]: match[0] for key in names if (match := re.fullmatch(r"loss[/_](.+)", key))}
+    for name in sorted(losses, key=lambda name: [*OBJECTIVES, name].index(name)):
+        title, note = OBJECTIVES.get(name, (f"Loss: {name}", "A part of the total loss."))
+        charts.append(line_chart(metrics, title, note, {"": losses[name]}))
+    groups: dict[str, dict[str, str]] = {}  # a precision shares its chart with its base rates
+    for key in names:
+        if key.startswith(("sync/", "eval/")):
+            head, _, tail = key.rpartition("/")
+            group, label = (head, BASE_RATES[tail]) if tail in BASE_RATES else (key, "")
+            groups.setdefault(group, {})[label] = key
+    for group, keys in groups.items():
+        title, note = MEASURED.get(group, (group, "Measured now and then during training."))
+        charts.append(line_chart(metrics, title, note, keys))
+    charts += [line_chart(metrics, title, note, {"": key}, unit) for key, (title, note, unit) in SPEED.items()]
+    return [chart for chart in charts if chart]
+
+
+def line_chart(metrics: list[dict], title: str, note: str, keys: dict[str, str], unit: str = "") -> Chart | None:
+    """Return one chart. keys: label -> key of `metrics`. With a unit the axis starts at 0, and " %" are shares."""
+    lines = {label: curve(metrics, keys[label]) for label in ("", *BASE_RATES.values()) if label in keys}
+    lines = {label: (steps, values * (100 if unit == " %" else 1)) for label, (steps, values) in lines.items()}
+    lines = {label: (steps, values, smooth(values)) for label, (steps, values) in lines.items() if len(steps)}
     if not lines:
-        return ""
-    smoothed = [smooth(line.values) if line.smooth else line.values for line in lines]
-    low, high, ticks = _y_axis(lines, smoothed, floor)
-    first = min(line.steps.min() for line in lines)
-    last = max(line.steps.max() for line in lines)
-    span = (last - first) or 1.0
+        return None
+    # 1. Axes: every smooth value and 98 % of the raw ones are inside.
+    found, raw, smoothed = (np.concatenate(column) for column in zip(*lines.values(), strict=True))
+    low = min(np.percentile(raw, 1), smoothed.min(), *([0.0] if unit else []))
+    high = max(np.percentile(raw, 99), smoothed.max())
+    if high - low <= 1e-9 * abs(high):
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # so that a point is a pixel
+    axes = figure.add_axes((0.125, 0.13, 0.84, 0.81))
+    first, last = int(found.min()), int(found.max())
+    axes.set(xlim=(first, max(last, first + 1)), ylim=(ticks[0], ticks[-1]))
+    steps = sorted({first, (first + last) // 2, last})
+    axes.set_xticks(steps, [f"step {steps[0]:,}", *(f"{step:,}" for step in steps[1:])])
+    axes.set_yticks(ticks, [f"{tick:,.4g}" for tick in ticks])
+    axes.grid(axis="y", color=COLORS["line"], linewidth=1, clip_on=False)
+    axes.tick_params(length=0, pad=6, labelsize=10.5, labelcolor=COLORS["muted"])
+    axes.set_axisbelow(True)
+    for part in (figure.patch, axes.patch, *axes.spines.values()):
+        part.set_visible(False)
+    # 2. Lines: the raw one faint, the smooth one strong, and points for the read-out.
+    ends, points = [], []
+    for label, (steps, raw, smoothed) in lines.items():
+        style = STYLES.get(label, "accent")
+        look = dict(color=COLORS[style], clip_on=False, linestyle="--" if label == "random" else "-")
+        if len(raw) >= 40:
+            axes.plot(steps, raw.clip(ticks[0], ticks[-1]), linewidth=1, alpha=0.3, **look)
+        axes.plot(steps, smoothed, linewidth=1.9, marker="o" if len(raw) <= 20 else "", markersize=4.5, **look)
+        rows = np.unique(np.linspace(0, len(raw) - 1, min(len(raw), POINTS)).round().astype(int))
+        x, y = axes.transData.transform(np.stack([steps[rows], smoothed[rows]], 1)).round(1).T
+        texts = [f"{number(value)}{unit}" for value in smoothed[rows].tolist()]
+        ends.append((style, label, texts[-1]))
+        points.append(dict(label=label, style=style, x=x.tolist(), y=(HEIGHT - y).tolist(), step=steps[rows].tolist()))
+        points[-1]["text"] = texts
+    return Chart(title, note, _svg(figure), ends, json.dumps(points, separators=(",", ":")))
 
-    def x_of(steps: np.ndarray) -> np.ndarray:
-        return LEFT + (steps - first) / span * (RIGHT - LEFT)
 
-    def y_of(values: np.ndarray) -> np.ndarray:
-        return np.clip(BOTTOM - (values - low) / (high - low) * (BOTTOM - TOP), TOP, BOTTOM)
+def _svg(figure: Figure) -> Markup:
+    """Return a figure as SVG without ids, addresses and global styles, its colors as variables of the page."""
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify_threshold": 0.5}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()[file.getvalue().index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (xmlns(:\w+)?|width|height|version|id|transform)="[^"]*"| font-family: [^;]*;', "", svg)
+    svg = re.sub(r"(\.\d)\d+", r"\1", svg)  # a tenth of a pixel is enough
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return Markup(svg)  # noqa: S704 (numbers alone)
 
-    parts, hover = [], []
-    for tick in ticks:
-        y = float(y_of(np.array(tick)))
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.4:.1f}" text-anchor="end">{short(tick)}</text>')
-    ends = sorted({first, (first + last) / 2, last}) if last > first else [first]
-    for step in ends:
-        anchor = "middle" if step == (first + last) / 2 else ("start" if step == first else "end")
-        x = float(x_of(np.array(step)))
-        label = f"step {short(round(step))}" if step == ends[0] else short(round(step))
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 17}" text-anchor="{anchor}">{label}</text>')
-    for line, curve in zip(lines, smoothed, strict=True):
-        style = escape(line.style)
-        if line.smooth and line.values.size > 3:
-            rows = _envelope(line.values)
-            raw = _points(x_of(line.steps[rows]), y_of(line.values[rows]))
-            parts.append(f'<polyline class="raw {style}" points="{raw}"/>')
-        rows = np.unique(np.linspace(0, curve.size - 1, min(curve.size, POINTS)).round().astype(int))
-        xs, ys = x_of(line.steps[rows]), y_of(curve[rows])
-        parts.append(f'<polyline class="line {style}" points="{_points(xs, ys)}"/>')
-        if curve.size <= 20:
-            parts += [
-                f'<circle class="dot {style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in zip(xs, ys, strict=True)
-            ]
-        hover.append(
-            {
-                "label": line.label,
-                "style": line.style,
-                "x": [round(float(x), 1) for x in xs],
-                "y": [round(float(y), 1) for y in ys],
-                "s": [int(step) for step in line.steps[rows]],
-                "v": [f"{number(value)}{unit}" for value in curve[rows]],
-            }
-        )
-    ending = " · ".join(_ending(line, curve, unit, len(lines) > 1) for line, curve in zip(lines, smoothed, strict=True))
-    data = escape(json.dumps(hover, separators=(",", ":")), quote=True)
-    return (
-        f'<figure class="chart{" several" * (len(lines) > 1)}" data-lines="{data}">'
-        f"<figcaption><b>{escape(title)}</b>"
-        f'<span class="now">{ending}</span><span class="note">{escape(note)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by training step">'
-        f"{''.join(parts)}"
-        '<g class="cursor" visibility="hidden">'
-        f'<line class="hair" y1="{TOP}" y2="{BOTTOM}"/></g></svg></figure>'
-    )
+
+def curve(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and values of the rows that have a finite number under `key`."""
+    found = [(row.get("step"), place, row[key]) for place, row in enumerate(metrics) if is_finite(row.get(key))]
+    steps = [step if is_finite(step) else place for step, place, _ in found]
+    return np.array(steps, np.float64), np.array([value for *_, value in found], np.float64)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over about a twentieth of the run, one-sided at the ends; [N] in, [N] out."""
-    reach = values.size // 40
-    if reach < 1:
+    """Return a centered moving average over about a twentieth of the run, one-sided at the ends; [N] in, [N] out."""
+    if len(values) < 40:
         return values
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    index = np.arange(values.size)
-    first, last = np.maximum(index - reach, 0), np.minimum(index + reach, values.size - 1)
-    return (total[last + 1] - total[first]) / (last - first + 1)
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def is_finite(value: object) -> bool:
+    """Tell whether a value is a finite number; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: float) -> str:
-    """A value for reading: three significant digits or more, with an exponent only below 0.001."""
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size < 0.001:
-        return f"{value:.2e}"
-    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1}f}"
-
-
-def short(value: float) -> str:
-    """A tick label: 1500 -> 1.5k, 2000000 -> 2M, 0.00075 -> 7.5e-4."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    if value == 0 or abs(value) >= 0.001:
-        return f"{value:.4g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def _ending(line: Series, curve: np.ndarray, unit: str, named: bool) -> str:
-    value = f"{number(float(curve[-1]))}{escape(unit)}"
-    return f'<i class="{escape(line.style)}">{escape(line.label)} {value}</i>' if named else value
-
-
-def _points(xs: np.ndarray, ys: np.ndarray) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-
-
-def _envelope(values: np.ndarray) -> np.ndarray:
-    """Row numbers of the least and greatest value of each of POINTS / 2 stretches, so that spikes survive."""
-    if values.size <= POINTS:
-        return np.arange(values.size)
-    edges = np.linspace(0, values.size, POINTS // 2 + 1).astype(int)
-    rows = set()
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        rows |= {start + int(values[start:stop].argmin()), start + int(values[start:stop].argmax())}
-    return np.array(sorted(rows))
-
-
-def _y_axis(lines: list[Series], smoothed: list[np.ndarray], floor: float | None) -> tuple[float, float, list[float]]:
-    """(low, high, ticks) so that every smoothed value and 98 % of the raw ones are inside."""
-    raw = np.concatenate([line.values for line in lines])
-    curve = np.concatenate(smoothed)
-    low, high = (float(value) for value in np.percentile(raw, (1, 99)))
-    low, high = min(low, float(curve.min())), max(high, float(curve.max()))
-    if floor is not None:
-        low = min(low, floor)
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
-        low, high = low - (abs(low) * 0.5 or 1.0), high + (abs(high) * 0.5 or 1.0)
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
-    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(index * step, 12 - math.floor(math.log10(step))) for index in range(start, stop + 1)]
-    return ticks[0], ticks[-1], ticks
+    """Return a value for reading: 43210 -> 43,210, 12.345 -> 12.3, 3e-9 -> 3e-09."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

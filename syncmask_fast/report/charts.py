@@ -77,6 +77,8 @@ def line_chart(metrics: list[dict], title: str, note: str, keys: dict[str, str],
     lines = {label: (steps, values, smooth(values)) for label, (steps, values) in lines.items() if len(steps)}
     if not lines:
         return None
+    if len(lines) > 1 and "" in lines:
+        lines = {label or "SyncMask": line for label, line in lines.items()}
     # 1. Axes: every smooth value and 98 % of the raw ones are inside.
     found, raw, smoothed = (np.concatenate(column) for column in zip(*lines.values(), strict=True))
     low = min(np.percentile(raw, 1), smoothed.min(), *([0.0] if unit else []))
@@ -110,21 +112,25 @@ def line_chart(metrics: list[dict], title: str, note: str, keys: dict[str, str],
         ends.append((style, label, texts[-1]))
         points.append(dict(label=label, style=style, x=x.tolist(), y=(HEIGHT - y).tolist(), step=steps[rows].tolist()))
         points[-1]["text"] = texts
-    return Chart(title, note, _svg(figure), ends, json.dumps(points, separators=(",", ":")))
+    return Chart(title, note, _svg(figure, repr(keys)), ends, json.dumps(points, separators=(",", ":")))
 
 
-def _svg(figure: Figure) -> Markup:
-    """Return a figure as SVG without ids, addresses and global styles, its colors as variables of the page."""
+def _svg(figure: Figure, salt: str) -> Markup:
+    """Return a figure as SVG without addresses and global styles, its colors as variables of the page.
+
+    salt: other than that of all other charts, because the ids of markers come from it.
+    """
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify_threshold": 0.5}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "path.simplify_threshold": 0.5}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (xmlns(:\w+)?|width|height|version|id|transform)="[^"]*"| font-family: [^;]*;', "", svg)
-    svg = re.sub(r"(\.\d)\d+", r"\1", svg)  # a tenth of a pixel is enough
+    svg = file.getvalue()[file.getvalue().index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    attributes = r' (xmlns(:\w+)?|width|height|version|transform)="[^"]*"| font-family: [^;]*;|(?<=<g) id="[^"]*"'
+    svg = re.sub(attributes, "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)  # tenths of a pixel suffice
     for name, color in COLORS.items():
         svg = svg.replace(color, f"var(--{name})")
-    return Markup(svg)  # noqa: S704 (numbers alone)
+    return Markup(svg)  # noqa: S704 (numbers only)
 
 
 def curve(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,5 +154,5 @@ def is_finite(value: object) -> bool:
 
 
 def number(value: float) -> str:
-    """Return a value for reading: 43210 -> 43,210, 12.345 -> 12.3, 3e-9 -> 3e-09."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """Return a value for reading: 43210 -> 43,210, 12.345 -> 12.3, 0 -> 0.00, 3e-9 -> 3.00e-09."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")

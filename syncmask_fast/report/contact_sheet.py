@@ -201,7 +201,7 @@ def _wrap(text: Sequence[Segment], face, width: int, most: int) -> list[list[tup
             if place:
                 words.append([])
             if part:
-                kept = max(1, int(len(part) * min(1.0, width / max(face.getlength(part), 1.0))))
+                kept = max(1, int(len(part) * min(1.0, 0.9 * width / max(face.getlength(part), 1.0))))
                 words[-1].append(replace(run, text=part[:kept]))
     # 2. Fill the lines.
     lines: list[list[tuple[float, Segment]]] = []

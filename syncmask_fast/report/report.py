@@ -204,7 +204,9 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
     """Return {"a.b": "1"} for {"a": {"b": 1}}."""
     flat: dict[str, str] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": str(value)}
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": str(value)}
+        )
     return flat
 
 
@@ -345,9 +347,10 @@ def score_uri(scores: np.ndarray, grid: int) -> str:
 def mask_sheet(example: MaskExample, side: int = 288) -> Image.Image:
     """Return README's picture: the photo with its boxes, the random mask, the sync mask."""
     details, large = example.key()
-    names = [f"{place} {name}" for place, name in enumerate(details, 1)] + [f"– {large}"] * bool(large)
+    names = [f"{place} {name}" for place, name in enumerate(details, 1)] + [f"also {large}"] * bool(large)
     outlined = example.frames()
-    cells = [Cell(example.image, "The photo", f"{example.view} view", [Segment(" · ".join(names))], "", outlined, True)]
+    text, legend = [Segment(" · ".join(names))], "Struck: hidden. Dotted: not in this view."
+    cells = [Cell(example.image, "The photo", f"{example.view} view", text, legend, outlined, True)]
     for which, title, tint in (("random", "Random mask", SLATE), ("sync", "SyncMask", ACCENT)):
         footer = f"{example.patch_count(which)}. {example.word_count(which)}."
         text, patches = example.segments(which), getattr(example, which)

@@ -16,7 +16,6 @@ import tyro
 
 from syncmask_fast.config import PRESETS, TrainConfig
 from syncmask_fast.data.splits import Split
-from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.distributed.gradients import GradientReducer, check_replicas_match
 from syncmask_fast.distributed.group import (
     Group,
@@ -139,9 +138,7 @@ def train(
         grid = config.image.size // config.image.patch
         log = MetricsLog(config, state.step, steps, device, peak_flops(device, dtype))
         if len(eval_split) and config.masking != "none" and task is None:
-            eval_tokens = TokenCache.open(
-                eval_split.index.folder, tokenizer, eval_split.index.texts, config.text.max_length
-            )
+            eval_tokens = eval_split.tokens(tokenizer, config.text.max_length)
             tracked = MaskEvalSet.of(eval_split, eval_tokens, grid, TRACKED_SAMPLES)
     loader = make_loader(config, train_split, tokens, device, group, task.images_per_item if task else 1)
     objective = task.losses if task else pretraining_losses
@@ -208,9 +205,7 @@ def evaluate_and_report(config: TrainConfig, device: torch.device, eval_split: S
     model = SyncMaskModel.from_pretrained(config.out / "model", device)
     results: dict[str, float] = {}
     if len(eval_split):
-        tokens = TokenCache.open(
-            eval_split.index.folder, model.tokenizer, eval_split.index.texts, model.config.text.max_length
-        )
+        tokens = eval_split.tokens(model.tokenizer, model.config.text.max_length)
         results |= evaluate_retrieval(model, eval_split, tokens)
         truth = MaskEvalSet.of(eval_split, tokens, model.config.image.size // model.config.image.patch)
         if truth is not None:

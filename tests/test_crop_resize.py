@@ -19,7 +19,7 @@ from syncmask_fast.data.decode.transform import (
     CppTransform,
     JpegDecoder,
     TorchvisionTransform,
-    change_colours,
+    change_colors,
     why_cpp_unavailable,
 )
 from syncmask_fast.data.images import decode_image
@@ -101,7 +101,7 @@ def test_colors(factors, backend):
     exact = brightness * (contrast * (saturation * levels + (1 - saturation) * grey - 128) + 128)
     changed = run(image, crop, size, backend, factors=factors)
     assert np.abs(changed - exact.clip(0, 255)).max() < 0.5 + 1e-3
-    change_colours(levels, *np.array(factors, np.float32))
+    change_colors(levels, *np.array(factors, np.float32))
     assert np.abs(levels - exact.clip(0, 255)).max() < 0.5 + 1e-3
     assert (changed == np.rint(changed)).all()
     assert changed.min() >= 0

@@ -1,8 +1,7 @@
-"""Which crop, flip and colour change each image of an epoch gets: a pure function of (seed, epoch, position).
+"""The crop, flip and color change of each image of an epoch: a pure function of (seed, epoch, position).
 
-The random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), so the same position gets the same change for any batch size, any number of workers and after any
-resume.
+The random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+They do not depend on batch size, number of workers or resumes.
 """
 
 from __future__ import annotations
@@ -14,118 +13,127 @@ import numpy as np
 
 from syncmask_fast.utils.errors import UserError
 
-ATTEMPTS = 10  # tries for a crop that fits, as torchvision's RandomResizedCrop has
+ATTEMPTS = 10  # tries for a crop that fits, as in torchvision's RandomResizedCrop
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How strongly training images are varied. No hue: texts name colours."""
+    """Random augmentation of training samples. No hue: texts name colors."""
 
-    scale: tuple[float, float] = (0.6, 1.0)  # share of the image's area in the crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn evenly in its logarithm
-    flip: float = 0.5  # probability of left-right mirroring
-    brightness: float = 0.2  # factor drawn from 1 - x to 1 + x, and so on
+    scale: tuple[float, float] = (0.6, 1.0)
+    """Range of the crop's area as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height, uniform in its logarithm."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    brightness: float = 0.2
+    """Range of the brightness factor, 1 - x to 1 + x."""
     contrast: float = 0.2
+    """Range of the contrast factor, 1 - x to 1 + x."""
     saturation: float = 0.2
-    token_dropout: float = 0.0  # share of the words that is left out of each text, anew in each epoch
+    """Range of the saturation factor, 1 - x to 1 + x."""
+    token_dropout: float = 0.0
+    """Probability of leaving out each token, drawn in each epoch."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
         if not 0 < low <= high <= 1:
-            raise UserError(f"augment.scale must be two shares with 0 < low <= high <= 1, not {self.scale}")
+            raise UserError(f"--augment.scale is {self.scale}. Give two fractions with 0 < low <= high <= 1.")
         low, high = self.ratio
         if not 0 < low <= high < math.inf:
-            raise UserError(f"augment.ratio must be two positive numbers, low before high, not {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"augment.flip must lie in 0 to 1, not {self.flip}")
-        for name in ("brightness", "contrast", "saturation", "token_dropout"):
+            raise UserError(f"--augment.ratio is {self.ratio}. Give two positive numbers, low before high.")
+        for name in ("flip", "brightness", "contrast", "saturation", "token_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name} must lie in 0 to 1, not {getattr(self, name)}")
+                raise UserError(f"--augment.{name.replace('_', '-')} is {getattr(self, name)}. Give 0 to 1.")
+
+    @property
+    def changes_colors(self) -> bool:
+        """Whether brightness, contrast or saturation vary."""
+        return max(self.brightness, self.contrast, self.saturation) > 0
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """What is done to B images: a crop in pixels of the stored image; after the resize, colours and a flip.
-
-    x, y, width, height:              int32 [B], a window of at least 1 x 1 within the image
-    flip:                             bool [B]
-    brightness, contrast, saturation: float32 [B], factors; 1 changes nothing
-    """
+    """Augmentation of B images: a crop of the stored image; after the resize, colors and a flip."""
 
     x: np.ndarray
+    """int32 [B], left side of the crop."""
     y: np.ndarray
+    """int32 [B], top side of the crop."""
     width: np.ndarray
+    """int32 [B], of the crop."""
     height: np.ndarray
+    """int32 [B], of the crop."""
     flip: np.ndarray
+    """bool [B]."""
     brightness: np.ndarray
+    """float32 [B], a factor; 1 changes nothing."""
     contrast: np.ndarray
+    """float32 [B], a factor."""
     saturation: np.ndarray
+    """float32 [B], a factor."""
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, rows: np.ndarray) -> AugmentParams:
-        """The same for some of the images. rows: int64 [n] or bool [B]."""
+        """Return the parameters of some of the images. rows: int64 [n] or bool [B]."""
         return AugmentParams(**{name: values[rows] for name, values in vars(self).items()})
 
 
 def sample_augmentations(
     seed: int, epoch: int, positions: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: AugmentConfig
 ) -> AugmentParams:
-    """Draws a random resized crop, a flip and colour factors for each position of an epoch.
+    """Draw a random resized crop, a flip and color factors for each position of an epoch.
 
-    seed:      0 <= seed < 2**64.     epoch: 0 <= epoch < 2**32.
-    positions: int64 [B], places in the epoch (over all ranks), each 0 or more.
+    seed, epoch:     0 <= seed < 2**64; 0 <= epoch < 2**32.
+    positions:       int64 [B], positions in the epoch (of all ranks), each 0 or more.
     widths, heights: int [B], sizes of the stored images in pixels.
-    source:    the crop is torchvision's RandomResizedCrop (area and log ratio even, up to 10 tries, else the
-               largest centred crop of a legal ratio); the numbers differ from torchvision's.
+    source:          the crop is torchvision's RandomResizedCrop; the random numbers differ.
     """
-    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
-    tries = _uniform(seed, epoch, np.asarray(positions), np.arange(ATTEMPTS))  # [10, B, 4]
+    widths, heights, positions = np.asarray(widths, np.int64), np.asarray(heights, np.int64), np.asarray(positions)
+    # 1. Ten tries: area uniform, ratio uniform in its logarithm. The first that fits is used.
+    tries = _uniform(seed, epoch, positions, np.arange(ATTEMPTS))  # [10, B, 4]
     area = widths * heights * (config.scale[0] + (config.scale[1] - config.scale[0]) * tries[..., 0])
     log_low, log_high = np.log(config.ratio)
     ratio = np.exp(log_low + (log_high - log_low) * tries[..., 1])
     width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
-    first = fits.argmax(0)
-    rows = np.arange(len(widths))
-    found = fits.any(0)
+    first, rows, any_fits = fits.argmax(0), np.arange(len(widths)), fits.any(0)
+    # 2. Otherwise the largest centered crop of a legal ratio.
     full_width = np.minimum(widths, np.maximum(1, np.rint(heights * config.ratio[1]))).astype(np.int64)
     full_height = np.minimum(heights, np.maximum(1, np.rint(widths / config.ratio[0]))).astype(np.int64)
-    width = np.where(found, width[first, rows], full_width)
-    height = np.where(found, height[first, rows], full_height)
-    x = np.where(found, np.floor(tries[first, rows, 2] * (widths - width + 1)), (widths - width) // 2)
-    y = np.where(found, np.floor(tries[first, rows, 3] * (heights - height + 1)), (heights - height) // 2)
-    colour = _uniform(seed, epoch, np.asarray(positions), np.array([ATTEMPTS]))[0]  # [B, 4]
+    width = np.where(any_fits, width[first, rows], full_width)
+    height = np.where(any_fits, height[first, rows], full_height)
+    x = np.where(any_fits, np.floor(tries[first, rows, 2] * (widths - width + 1)), (widths - width) // 2)
+    y = np.where(any_fits, np.floor(tries[first, rows, 3] * (heights - height + 1)), (heights - height) // 2)
+    # 3. Flip and color factors from a block of their own.
+    draws = _uniform(seed, epoch, positions, np.array([ATTEMPTS]))[0]  # [B, 4]
     strengths = np.array([config.brightness, config.contrast, config.saturation])
-    factors = (1 + strengths * (2 * colour[:, 1:] - 1)).astype(np.float32)
-    return AugmentParams(
-        *(values.astype(np.int32) for values in (x, y, width, height)),
-        colour[:, 0] < config.flip,
-        *np.ascontiguousarray(factors.T),
-    )
+    factors = (1 + strengths * (2 * draws[:, 1:] - 1)).astype(np.float32)
+    crop = (values.astype(np.int32) for values in (x, y, width, height))
+    return AugmentParams(*crop, draws[:, 0] < config.flip, *np.ascontiguousarray(factors.T))
 
 
 def token_dropout_mask(
     seed: int, epoch: int, positions: np.ndarray, lengths: np.ndarray, token_dropout: float
 ) -> np.ndarray:
-    """Draws which tokens of each text stay: bool [total], the texts' tokens behind each other; the first and the last always stay.
+    """Draw which tokens stay: bool [total], of concatenated texts. The first and last token of a text always stay.
 
-    positions: int64 [B], places in the epoch.     lengths: int [B], tokens of each text, [CLS] and [SEP] included.
+    positions: int64 [B], positions in the epoch. lengths: int [B], tokens of each text, [CLS] and [SEP] included.
     """
     longest = int(lengths.max(initial=1))
-    draws = _uniform(
-        seed, epoch, np.asarray(positions), ATTEMPTS + 1 + np.arange(-(-longest // 4))
-    )  # [ceil(L / 4), B, 4]
+    blocks = ATTEMPTS + 1 + np.arange(-(-longest // 4))  # after those of `sample_augmentations`
+    draws = _uniform(seed, epoch, np.asarray(positions), blocks)  # [ceil(L / 4), B, 4]
     keep = draws.transpose(1, 0, 2).reshape(len(lengths), -1)[:, :longest] >= token_dropout
-    place = np.arange(longest)
-    keep |= (place == 0) | (place == lengths[:, None] - 1)
-    return keep[place < lengths[:, None]]
+    column = np.arange(longest)
+    keep |= (column == 0) | (column == lengths[:, None] - 1)
+    return keep[column < lengths[:, None]]
 
 
 def no_augmentation(widths: np.ndarray, heights: np.ndarray) -> AugmentParams:
-    """The evaluation mode: the whole image, unchanged but for the resize."""
+    """Return the parameters for evaluation: the whole image, only resized."""
     count = len(widths)
     zero, one = np.zeros(count, np.int32), np.ones(count, np.float32)
     return AugmentParams(
@@ -134,7 +142,7 @@ def no_augmentation(widths: np.ndarray, heights: np.ndarray) -> AugmentParams:
 
 
 def _uniform(seed: int, epoch: int, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Numbers in (0, 1): float64 [draws, B, 4], one block of Philox for each draw and position."""
+    """Return numbers in (0, 1): float64 [draws, B, 4], one block of Philox for each draw and position."""
     positions = positions.astype(np.uint64)
     shape = (len(draws), len(positions))
     counter = np.empty((4, *shape), np.uint64)
@@ -150,8 +158,7 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 of Random123. counter: uint64 [4, ...] holding 32-bit words. returns: the same shape,
-    32-bit words."""
+    """Return Philox4x32-10 of Random123. counter, and the result: uint64 [4, ...] of 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -25,14 +25,14 @@ def epoch_order(
     search_space: int | None = None,
     group: Group = SINGLE_PROCESS,
 ) -> np.ndarray:
-    """The samples of an epoch in order, int64 [N]; batches are its consecutive runs of `batch_size`.
+    """Return the items of an epoch in order, int64 [N]; batches are its consecutive runs of `batch_size`.
 
-    product_ids: int64 [N]. image_feats, text_feats: unit vectors float32 [N, E] of the last epoch; without them, and for kind "random",
-    the order is a random permutation.
-    "semi_hard" walks from sample to similar sample, never twice to one product within a batch, and less similar than the true pair by
-    `margin`; "hard" is GRIT-VLP's walk to the most similar. The walk sees the samples in a random order (so that a search space is a random
-    part of them), starts at random, and its whole batches are shuffled afterwards, as in GRIT-VLP; a short last batch stays last.
-    group: each walk, which is one search space, is made by one rank, and the results are the same on all; all ranks must call this.
+    product_ids: int64 [N].
+    image_feats, text_feats: unit vectors float32 [N, E] of the last epoch; without them, as for kind "random", the
+    order is a random permutation.
+    "semi_hard" walks to similar items, never twice to one product within a batch, and less similar than the true pair
+    by `margin`. "hard" walks to the most similar one (GRIT-VLP).
+    group: each rank computes some of the walks, one in each search space. All ranks must call this and get the same.
     """
     n = len(product_ids)
     rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)))
@@ -41,35 +41,37 @@ def epoch_order(
         return shuffled
     order = torch.zeros(n, dtype=torch.int64)
     run = search_space or max(1, n)
+    # A walk sees its items in a random order and starts at random, so that a search space is a random subset.
     for number, begin in enumerate(range(0, n, run)):
         if number % group.world_size != group.rank:
             continue
-        samples = shuffled[begin : begin + run]  # the features of one walk at a time: they are a copy
-        at = torch.from_numpy(samples).to(image_feats.device)
-        ids = product_ids[samples] if kind == "semi_hard" else np.arange(len(samples))
+        items = shuffled[begin : begin + run]
+        rows = torch.from_numpy(items).to(image_feats.device)
+        ids = product_ids[items] if kind == "semi_hard" else np.arange(len(items))
         walk = ops.group_semi_hard(
-            image_feats[at],
-            text_feats[at],
+            image_feats[rows],  # a copy, of one walk at a time
+            text_feats[rows],
             torch.from_numpy(ids).to(image_feats.device),
             batch_size=batch_size,
             margin=margin if kind == "semi_hard" else -torch.inf,
         )
-        order[begin : begin + run] = torch.from_numpy(samples)[walk.cpu()]
+        order[begin : begin + run] = torch.from_numpy(items)[walk.cpu()]
     order = group.all_reduce_host(order).numpy()
-    whole = n // batch_size * batch_size
-    batches = order[:whole].reshape(-1, batch_size)
-    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[whole:]])
+    # Shuffle whole batches, as in GRIT-VLP; a short last batch stays last.
+    end = n // batch_size * batch_size
+    batches = order[:end].reshape(-1, batch_size)
+    return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[end:]])
 
 
-def rank_share(order: np.ndarray, batch_size: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of one rank: samples and their positions in the epoch, both int64 [n].
+def rank_share(order: np.ndarray, batch_size: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return one rank's items of an epoch and their positions in it, both int64 [n].
 
-    Of every batch, that is `batch_size` consecutive samples, rank r takes the r-th run (`shard_bounds`: where the ranks do not divide the batch, some
-    take one more); a short last batch is left out.
+    Rank r gets the r-th run of every batch (`shard_bounds`: some ranks get one more if they do not divide the batch). A
+    short last batch is left out.
     """
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank must lie within 0 and ranks - 1: got rank {rank} of {ranks}")
-    begin, end = shard_bounds(batch_size, ranks)[rank : rank + 2]
-    whole = len(order) // batch_size * batch_size
-    positions = np.arange(whole).reshape(-1, batch_size)[:, begin:end].reshape(-1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be within 0 .. {world_size - 1}, not {rank}")
+    begin, end = shard_bounds(batch_size, world_size)[rank : rank + 2]
+    total = len(order) // batch_size * batch_size
+    positions = np.arange(total).reshape(-1, batch_size)[:, begin:end].reshape(-1)
     return order[positions], positions

@@ -1,8 +1,8 @@
-"""The loader: an epoch's order in, batches on the device out. A pure function of (seed, epoch, position).
+"""The loader: sample ids in, batches on the device out. A pure function of (seed, epoch, position).
 
-Threads read the shards and check the images ahead, the decoder (compiled, DALI or torchvision) works further ahead, and
-the consumer's thread only collects. What an image gets (crop, flip, colours) hangs on its position in the
-epoch alone, so batches are the same for any number of threads, and an epoch can be entered at any place.
+Augmentation depends only on the seed, the epoch and the position in it. Batches do not depend on the number of threads,
+and an epoch can be resumed anywhere. Two threads read and check images ahead, the decoder works further ahead, and the
+consumer's thread only collects.
 """
 
 from __future__ import annotations
@@ -21,18 +21,13 @@ from torch import Tensor
 
 from syncmask_fast.data.augment import AugmentConfig, no_augmentation, sample_augmentations, token_dropout_mask
 from syncmask_fast.data.decode.base import Decoder, DecodeRequest
-from syncmask_fast.data.images import check_image, decode_image
+from syncmask_fast.data.images import check_image
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.distributed.shard import BatchShard
-from syncmask_fast.utils.device import cpu_cores
 from syncmask_fast.utils.errors import UserError
 
-__all__ = ["Batch", "Loader", "decode_image"]
-
-MAX_BAD_IMAGES = 32  # beyond this many, a share of more than 1 % ends the run
-PIXEL_MEAN = (0.5, 0.5, 0.5)
-BACKENDS = ("auto", "cpp", "dali", "torchvision")
+MAX_DAMAGED, MAX_DAMAGED_FRACTION = 32, 0.01  # the run ends when damaged images exceed both
 _log = logging.getLogger("syncmask_fast")
 
 
@@ -62,102 +57,77 @@ class Batch:
 
 
 class Loader:
-    """Loads epochs of one dataset; keeps its threads and its DALI pipeline from one epoch to the next.
+    """Load epochs of one dataset. The threads and the decoder are the same in all epochs.
 
-    batch_size: pairs of a batch. A damaged image makes its batch shorter (and a batch without any whole image
-                is left out).
-    size:       width and height of the pixels; the aspect ratio of crops is not kept.
-    augment:    random crop, flip and colours; None resizes the whole image (evaluation).
-    seed:       0 or more; see `sample_augmentations`.
-    backend:    "cpp", "dali", "torchvision", or "auto"; see `choose_backend`. Their pixels are the same but for
-                rounding.
-    threads:    for decoding; None takes the cores that this process may use, at most 16.
-    prefetch:   batches whose bytes are read ahead.
-    drop_last:  leaves out a last batch that is shorter than batch_size.
-    mean, std:  of the three colours on a scale of 0 to 1.
+    tokens:   of the texts of the whole index (`Split.tokens`).
+    decoder:  gives batch size, pixel size and device (`make_decoder`); the loader closes it. A damaged image makes its
+              batch shorter, and a batch without any readable image is left out.
+    augment:  random crop, flip, colors and token dropout; None resizes the whole image (evaluation).
+    seed:     0 or more; see `sample_augmentations`.
+    drop_last: leave out a last batch that is shorter than the batch size.
+    prefetch: batches whose bytes are read ahead.
 
-    wait_seconds: time that the consumer waited for batches so far.
-    skipped:      (sample number, reason) of each image that could not be used, once each.
+    wait_seconds: total time that the consumer waited for batches.
+    skipped:      (sample id, reason) of each image that could not be used, once each.
 
-    A context manager; otherwise call `close`. errors: UserError if the backend cannot be used, or (while
-    loading) if more than 1 % of the dataset's images are damaged.
+    A context manager; otherwise call `close`. While loading, UserError if more than 1 % of the images are damaged.
     """
 
     def __init__(
         self,
         index: ShardIndex,
         tokens: TokenCache,
-        *,
-        batch_size: int,
-        size: int,
-        augment: AugmentConfig | None,
+        decoder: Decoder,
+        augment: AugmentConfig | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        backend: str = "auto",
-        threads: int | None = None,
-        prefetch: int = 4,
         drop_last: bool = False,
-        mean: tuple[float, float, float] = PIXEL_MEAN,
-        std: tuple[float, float, float] = PIXEL_MEAN,
+        prefetch: int = 4,
     ) -> None:
         if len(tokens) != len(index):
-            raise ValueError(f"{len(tokens)} texts were tokenised for {len(index)} samples")
-        if min(batch_size, size, prefetch) < 1:
-            raise ValueError(f"batch_size {batch_size}, size {size} and prefetch {prefetch} must be at least 1")
-        self.index, self.tokens, self.augment, self.seed = index, tokens, augment, seed
-        self.batch_size, self.prefetch, self.drop_last = batch_size, prefetch, drop_last
-        self.device = torch.device(device)
+            raise ValueError(f"{len(tokens)} texts were tokenized for {len(index)} samples")
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1, not {prefetch}")
+        self.index, self.tokens, self.decoder = index, tokens, decoder
+        self.augment, self.seed, self.drop_last, self.prefetch = augment, seed, drop_last, prefetch
+        self.batch_size = decoder.batch_size
         self.wait_seconds = 0.0
         self.skipped: list[tuple[int, str]] = []
-        self._refused: set[int] = set()
+        self._failed: set[int] = set()  # sample ids of `skipped`
         self._current: Iterator[Batch] | None = None
-        self.backend = choose_backend(backend, self.device)
-        jitter = augment is not None and max(augment.brightness, augment.contrast, augment.saturation) > 0
-        threads = threads or min(16, cpu_cores())
-        self._decoder = make_decoder(
-            self.backend,
-            batch_size=batch_size,
-            size=size,
-            mean=mean,
-            std=std,
-            jitter=jitter,
-            device=self.device,
-            threads=threads,
-        )
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="read")
 
-    def batches(self, count: int, start: int = 0) -> int:
-        """Batches of an epoch of `count` samples entered at `start`."""
-        left = max(0, count - start)
-        return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
+    def num_batches(self, count: int, start: int = 0) -> int:
+        """Return the number of batches of an epoch of `count` samples from `start`."""
+        rest = max(0, count - start)
+        return rest // self.batch_size if self.drop_last else -(-rest // self.batch_size)
 
     def epoch(
         self, order: np.ndarray, epoch: int, positions: np.ndarray | None = None, start: int = 0
     ) -> Iterator[Batch]:
-        """The batches of one epoch, or of one rank's share of it. An earlier epoch that is still open ends.
+        """Return the batches of one epoch, or of one rank's rows of it. This ends an earlier epoch.
 
-        order:     int64 [n], sample numbers in the order in which this process shall see them.
-        epoch:     number of the epoch, which the random numbers hang on.
-        positions: int64 [n], the place of each in the whole epoch (over all ranks); None counts 0 .. n-1.
-        start:     how many of `order` were seen before (a resumed run).
+        order:     int64 [n], sample ids in the order of loading.
+        epoch:     number of the epoch, for the random numbers.
+        positions: int64 [n], position of each sample in the whole epoch (of all ranks); None counts 0 .. n - 1.
+        start:     number of samples of `order` to skip (a resumed run).
         """
         order = np.asarray(order, np.int64)
         positions = np.arange(len(order)) if positions is None else np.asarray(positions, np.int64)
         if order.ndim != 1 or positions.shape != order.shape:
-            raise ValueError(f"order {order.shape} and positions {positions.shape} must be of one length")
+            raise ValueError(f"order {order.shape} and positions {positions.shape} must have the same length")
         if len(order) and not (order.min() >= 0 and order.max() < len(self.index)):
-            raise ValueError(f"order has sample numbers outside 0 .. {len(self.index) - 1}")
+            raise ValueError(f"order has sample ids outside 0 .. {len(self.index) - 1}")
         if self._current is not None:
             self._current.close()
-        self._current = self._run(order, positions, epoch, start)
+        self._current = self._load(order, positions, epoch, start)
         return self._current
 
     def close(self) -> None:
-        """Stops all threads. The loader cannot be used afterwards."""
+        """Stop all threads. The loader cannot be used afterwards."""
         if self._current is not None:
             self._current.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
-        self._decoder.close()
+        self.decoder.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -165,43 +135,43 @@ class Loader:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, order: np.ndarray, positions: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
-        parts = [
-            slice(start + i * self.batch_size, start + (i + 1) * self.batch_size)
-            for i in range(self.batches(len(order), start))
-        ]
-        waiting = deque(parts)
+    def _load(self, order: np.ndarray, positions: np.ndarray, epoch: int, start: int) -> Iterator[Batch]:
+        size = self.batch_size
+        slices = [slice(at, at + size) for at in range(start, start + size * self.num_batches(len(order), start), size)]
+        waiting = deque(slices)
         reading: deque[Future[DecodeRequest]] = deque()
-        started = 0
+        decoding = 0
         try:
-            for _ in parts:
+            for _ in slices:
                 begin = time.perf_counter()
-                while True:  # fill every stage, as far as the next needs no wait
+                # 1. Fill both stages, as far as that needs no wait; wait for a read if nothing is being decoded.
+                while True:
                     while waiting and len(reading) < self.prefetch:
-                        part = waiting.popleft()
-                        reading.append(self._readers.submit(self._read, order[part], positions[part], epoch))
-                    if not reading or started >= self._decoder.depth or (started and not reading[0].done()):
+                        rows = waiting.popleft()
+                        reading.append(self._readers.submit(self._read, order[rows], positions[rows], epoch))
+                    if not reading or decoding >= self.decoder.depth or (decoding and not reading[0].done()):
                         break
-                    self._decoder.submit(reading.popleft().result())
-                    started += 1
-                job, pixels, refused = self._decoder.result()
-                started -= 1
-                for sample, reason in refused.items():
+                    self.decoder.submit(reading.popleft().result())
+                    decoding += 1
+                # 2. Take the oldest batch.
+                request, pixels, failed = self.decoder.result()
+                decoding -= 1
+                for sample, reason in failed.items():
                     self._skip(sample, reason)
-                batch = self._batch(job, pixels) if len(job) else None
+                batch = self._batch(request, pixels) if len(request) else None
                 self.wait_seconds += time.perf_counter() - begin
                 if batch is not None:
                     yield batch
         finally:
             for future in reading:
                 future.cancel()
-            self._decoder.flush()
+            self.decoder.flush()
 
-    def _read(self, samples: np.ndarray, positions: np.ndarray, epoch: int) -> DecodeRequest:
-        """Reads and checks the images of a batch; damaged ones are left out."""
+    def _read(self, sample_ids: np.ndarray, positions: np.ndarray, epoch: int) -> DecodeRequest:
+        """Read and check the images of a batch, without damaged ones, and draw their augmentation."""
         rows, encoded, sizes = [], [], []
-        for row, sample in enumerate(samples.tolist()):
-            if sample in self._refused:
+        for row, sample in enumerate(sample_ids.tolist()):
+            if sample in self._failed:
                 continue
             try:
                 data = self.index.image_bytes(sample)
@@ -211,99 +181,44 @@ class Loader:
                 continue
             rows.append(row)
             encoded.append(data)
-        samples, positions = samples[rows], positions[rows]
+        positions = positions[rows]
         widths, heights = np.array(sizes, np.int64).reshape(-1, 2).T
         if self.augment is None:
             params = no_augmentation(widths, heights)
         else:
             params = sample_augmentations(self.seed, epoch, positions, widths, heights, self.augment)
-        return DecodeRequest(samples, positions, encoded, params, epoch)
+        return DecodeRequest(sample_ids[rows], positions, encoded, params, epoch)
 
     def _skip(self, sample: int, reason: str) -> None:
-        if sample in self._refused:
+        if sample in self._failed:
             return
-        self._refused.add(sample)
+        self._failed.add(sample)
         self.skipped.append((sample, reason))
         _log.warning("%s: member %s: %s; skipped", self.index.shard_path(sample), self.index.key(sample), reason)
-        if len(self.skipped) > max(MAX_BAD_IMAGES, 0.01 * len(self.index)):
+        if len(self.skipped) > max(MAX_DAMAGED, MAX_DAMAGED_FRACTION * len(self.index)):
             raise UserError(
-                f"{len(self.skipped)} of the {len(self.index)} images in {self.index.folder} are damaged; "
-                f"repair or repack the shards (the last: member {self.index.key(sample)}, {reason})"
+                f"{self.index.folder} has {len(self.skipped)} damaged images of {len(self.index)} "
+                f"(the last: member {self.index.key(sample)}, {reason}). Repair or repack the shards."
             )
 
-    def _batch(self, job: DecodeRequest, pixels: Tensor) -> Batch:
-        token_ids, cu_seqlens = self.tokens.pack(job.samples)
+    def _batch(self, request: DecodeRequest, pixels: Tensor) -> Batch:
+        sample_ids, positions = request.sample_ids, request.epoch_positions
+        token_ids, cu_seqlens = self.tokens.pack(sample_ids)
         if self.augment is not None and self.augment.token_dropout:
             keep = token_dropout_mask(
-                self.seed, job.epoch, job.positions, np.diff(cu_seqlens), self.augment.token_dropout
+                self.seed, request.epoch, positions, np.diff(cu_seqlens), self.augment.token_dropout
             )
             token_ids, cu_seqlens = token_ids[keep], np.append(0, np.cumsum(keep))[cu_seqlens].astype(np.int32)
-        product_ids = self.index.product_ids[job.samples]
-        tokens, products, samples, positions, starts = self._upload(
-            token_ids, product_ids, job.samples, job.positions, cu_seqlens
-        )
         lengths = np.diff(cu_seqlens).tolist()
-        shard = BatchShard.whole(lengths, samples, products)
-        return Batch(pixels, tokens, starts, lengths, samples, job.samples, positions, shard)
-
-    def _upload(self, *arrays: np.ndarray) -> list[Tensor]:
-        tensors = [torch.from_numpy(array) for array in arrays]
-        if self.device.type == "cuda":
-            tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
-        return tensors
-
-
-def choose_backend(backend: str, device: torch.device) -> str:
-    """ "cpp", "dali" or "torchvision". "auto" takes the first that runs here: DALI before the compiled way on CUDA, where it
-    decodes on the GPU, and after it on the CPU.
-
-    errors: UserError for an unknown name, or for one that does not run here.
-    """
-    if backend not in BACKENDS:
-        raise UserError(f"backend {backend} is not known; choose {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}")
-    if backend == "auto":
-        order = ("dali", "cpp") if device.type == "cuda" else ("cpp", "dali")
-        return next((name for name in order if why_unavailable(name) is None), "torchvision")
-    problem = why_unavailable(backend)
-    if problem is not None:
-        raise UserError(
-            f"the loader cannot use {backend} here ({problem}); or choose torchvision, which runs everywhere"
+        product_ids = self.index.product_ids[sample_ids]
+        tokens, starts, samples, products, places = map(
+            self._upload, (token_ids, cu_seqlens, sample_ids, product_ids, positions)
         )
-    return backend
+        shard = BatchShard.whole(lengths, samples, products)
+        return Batch(pixels, tokens, starts, lengths, samples, sample_ids, places, shard)
 
-
-def why_unavailable(backend: str) -> str | None:
-    """Why a backend cannot be used here and how to get it, or None if it can."""
-    if backend == "dali":
-        from syncmask_fast.data.decode.dali import why_dali_unavailable
-
-        problem = why_dali_unavailable()
-        return problem and f"{problem}; to have it, `pip install nvidia-dali-cuda130`"
-    if backend == "cpp":
-        from syncmask_fast.data.decode.transform import why_cpp_unavailable
-
-        return why_cpp_unavailable()
-    return None
-
-
-def make_decoder(
-    backend: str,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    jitter: bool,
-    batch_size: int,
-    size: int,
-    device: torch.device,
-    threads: int,
-) -> Decoder:
-    """The decoder of a chosen backend. jitter: whether colours change; the others as in `Loader`."""
-    options = dict(batch_size=batch_size, size=size, device=device, threads=threads)
-    if backend == "dali":
-        from syncmask_fast.data.decode.dali import DaliDecoder
-
-        return DaliDecoder(mean=mean, std=std, jitter=jitter, **options)
-    from syncmask_fast.data.decode.threads import ThreadedDecoder
-    from syncmask_fast.data.decode.transform import CppTransform, TorchvisionTransform
-
-    return ThreadedDecoder({"cpp": CppTransform, "torchvision": TorchvisionTransform}[backend](mean, std), **options)
+    def _upload(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.decoder.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.decoder.device, non_blocking=True)
+        return tensor

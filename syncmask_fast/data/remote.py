@@ -1,7 +1,8 @@
-"""Shards that lie elsewhere (s3://, gs://, https:// ...): fetched once through fsspec into the user's cache folder, then read as local files.
+"""Remote shards (s3://, gs://, https:// ...): fetched once through fsspec into the user's cache folder.
 
-An address is a folder of shards, one with `train` and `eval` inside, or names with a range as WebDataset writes it: `shards/{00000..00129}.tar`,
-for web servers that list no folders. A shard is fetched anew where its size or its date, as far as the server tells, has changed.
+An address is a folder of shards, one with `train` and `eval` inside, or names with a range as in WebDataset:
+`shards/{00000..00129}.tar`, for web servers that do not list folders. A shard is fetched again if the server reports
+another size or date.
 """
 
 from __future__ import annotations
@@ -26,22 +27,16 @@ THREADS = 8
 MAX_SHARDS = 1_000_000
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHANGE = (
-    "ETag",
-    "etag",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "updated",
-    "created",
-)  # what file systems call the date or hash
+# Names that file systems give to a file's date or hash.
+_VERSION = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
 _STATE = ".remote.json"
 
 
 def fetch_if_remote(data: str | Path) -> Path:
-    """The folder on this machine that holds the shards of `data`, after fetching those that are missing where `data` is an address.
+    """Return the local folder of `data`; if that is an address, fetch the missing shards first.
 
-    errors: UserError where nothing is there, the server does not answer, a library for its protocol is missing, or the disk is too small.
+    errors: UserError if nothing is there, the server does not answer, its protocol's library is missing, or the disk is
+            too small.
     """
     if not _ADDRESS.match(str(data)):
         return Path(data)
@@ -53,33 +48,34 @@ def fetch_if_remote(data: str | Path) -> Path:
         system, root = fsspec.core.url_to_fs(_RANGE.sub(r"\1", address))
         system.invalidate_cache()
         shards = _find(system, address, root)
-        found = {name: system.info(path) for name, path in shards.items()}
-        _fetch(system, address, shards, found, folder)
+        _fetch(system, address, shards, folder)
     except ImportError as error:
         raise UserError(
-            f"{address}: this protocol needs another package ({error}); pip install 'syncmask_fast[remote]'"
+            f"{address} needs another package ({one_line(error)}). Run pip install 'syncmask_fast[remote]'."
         ) from None
     except FileNotFoundError as error:
         raise UserError(
-            f"{address}: {error} is not there, or the server does not answer; check the address and the network"
+            f"{address}: {one_line(error)} is not there, or the server does not answer. "
+            "Check the address and the network."
         ) from None
     except UserError:
         raise
-    except Exception as error:  # each protocol's library raises its own kinds
+    except Exception as error:  # each protocol's library raises other kinds
         raise UserError(
-            f"{address} cannot be read ({one_line(error)}); check the address, the credentials and the network"
+            f"{address} cannot be read ({one_line(error)}). Check the address, the credentials and the network."
         ) from None
     return folder
 
 
 def _find(system: Any, address: str, root: str) -> dict[str, str]:
-    """The shards: name in the cache folder -> path for the file system."""
+    """Return the shards: name in the cache folder -> path for the file system."""
     numbers = _RANGE.search(address)
     if numbers:
         first, last = numbers[1], numbers[2]
         if not 0 <= int(last) - int(first) < MAX_SHARDS or _RANGE.search(address, numbers.end()):
             raise UserError(
-                f"{address}: {numbers[0]} is no rising range of at most {MAX_SHARDS:,} numbers, or not the only one"
+                f"{address}: {numbers[0]} is not the only range, or does not rise by at most {MAX_SHARDS:,} numbers. "
+                "Write one, such as {00000..00129}."
             )
         each = (
             address[: numbers.start()] + f"{n:0{len(first)}d}" + address[numbers.end() :]
@@ -101,13 +97,15 @@ def _find(system: Any, address: str, root: str) -> dict[str, str]:
         if path.endswith(".tar")
     }
     if not shards:
-        raise UserError(f"{address} lists no .tar shards; name them with a range, as in {address}/{{00000..00099}}.tar")
+        raise UserError(f"{address} lists no .tar shards. Name them with a range: {address}/{{00000..00099}}.tar.")
     return dict(sorted(shards.items()))
 
 
-def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, dict[str, Any]], folder: Path) -> None:
+def _fetch(system: Any, address: str, shards: dict[str, str], folder: Path) -> None:
+    """Fetch the shards that are missing or have changed, and delete those that the address no longer has."""
+    infos = {name: system.info(path) for name, path in shards.items()}
     state = {
-        name: [info.get("size"), *(str(info[key]) for key in _CHANGE if key in info)] for name, info in found.items()
+        name: [info.get("size"), *(str(info[key]) for key in _VERSION if key in info)] for name, info in infos.items()
     }
     try:
         known = json.loads((folder / _STATE).read_text())
@@ -118,12 +116,12 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
         (folder / old).unlink()
     if not wanted:
         return
-    total = sum(found[name].get("size") or 0 for name in wanted)
+    total = sum(infos[name].get("size") or 0 for name in wanted)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if total > free:
-        need = f"{address} has {total / 1e9:.1f} GB to fetch, but {folder} has room for {free / 1e9:.1f}"
-        raise UserError(f"{need}; point XDG_CACHE_HOME to a larger disk")
+        need = f"{address} has {total / 1e9:.1f} GB to fetch, but {folder} has room for {free / 1e9:.1f}."
+        raise UserError(f"{need} Point XDG_CACHE_HOME to a larger disk.")
     columns = (
         TextColumn(f"fetching {len(wanted)} shards"),
         BarColumn(),
@@ -131,7 +129,7 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    noting = threading.Lock()
+    lock = threading.Lock()
     with (
         Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
         ThreadPoolExecutor(THREADS) as pool,
@@ -144,17 +142,17 @@ def _fetch(system: Any, address: str, shards: dict[str, str], found: dict[str, d
             partial = partial_path(target)
             try:
                 system.get_file(shards[name], str(partial))
-                size = found[name].get("size")
+                size = infos[name].get("size")
                 if size is not None and partial.stat().st_size != size:
                     raise UserError(
-                        f"{shards[name]} ended after {partial.stat().st_size:,} of {size:,} bytes; start again"
+                        f"{shards[name]} ended after {partial.stat().st_size:,} of {size:,} bytes. Start again."
                     )
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
-            with noting:  # after each shard, so that a fetch that was cut off goes on
+            with lock:  # after each shard, so an interrupted fetch can be resumed
                 known[name] = state[name]
                 write_json(folder / _STATE, known)
-            progress.advance(task, found[name].get("size") or 0)
+            progress.advance(task, infos[name].get("size") or 0)
 
         list(pool.map(fetch, wanted))

@@ -1,5 +1,4 @@
-"""Builds the index of a folder of shards, and keeps it in one cache file (numpy arrays and JSON, never
-pickle)."""
+"""The index of a folder of shards: built from headers and records, cached in one file of numpy arrays and JSON."""
 
 from __future__ import annotations
 
@@ -26,126 +25,134 @@ LABELS = ("category", "subcategory", "view")
 _KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "json": "json", "txt": "txt"}
 _ARRAYS = ("shard", "image_offset", "image_bytes", "json_offset", "json_bytes", "product_ids")
 _NUMBERS = frozenset((int, float))
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError)  # of np.load
+_LOAD_ERRORS += (MemoryError, RecursionError, zipfile.BadZipFile)
+
+Members = dict[str, tuple[int, int]]  # of one sample: "image", "json", "txt" -> offset, bytes
+State = list[list]  # name, size and modification time (ns) of each shard; a cache must match it
 
 
 class Labels(NamedTuple):
-    """One label per sample: `names[codes[i]]`, or none where codes[i] is -1. codes int32 [N]; names
-    sorted."""
+    """One label per sample: `names[codes[i]]`, or none where codes[i] is -1."""
 
     codes: np.ndarray
+    """int32 [N]."""
     names: list[str]
+    """Sorted."""
 
 
 @dataclass(frozen=True)
 class IndexArrays:
-    """All that is known of N samples without opening a shard. Offsets and sizes are in bytes of the shard's
-    file."""
+    """N samples without their images and records. Offsets and sizes are in bytes of the shard's file."""
 
     shard_names: list[str]
-    shard_states: list[list[int]]  # size and time of change (ns) of each shard when it was indexed
-    shard: np.ndarray  # int32 [N], place in shard_names
-    image_offset: np.ndarray  # int64 [N]
-    image_bytes: np.ndarray  # int64 [N]
-    json_offset: np.ndarray  # int64 [N]
-    json_bytes: np.ndarray  # int64 [N], 0 where the sample has no JSON member
-    product_ids: np.ndarray  # int64 [N]
+    """File names."""
+    shard_states: list[list[int]]
+    """Size and modification time (ns) of each shard when it was indexed."""
+    shard: np.ndarray
+    """int32 [N], number of the shard in `shard_names`."""
+    image_offset: np.ndarray
+    """int64 [N]."""
+    image_bytes: np.ndarray
+    """int64 [N], size of the encoded image."""
+    json_offset: np.ndarray
+    """int64 [N]."""
+    json_bytes: np.ndarray
+    """int64 [N], size of the JSON member; 0 if there is none."""
+    product_ids: np.ndarray
+    """int64 [N], see `encode_product_ids`."""
     keys: StringArray
+    """N names of members, without extension."""
     texts: UniqueStrings
+    """N texts."""
     labels: dict[str, Labels]
+    """By the names in LABELS."""
     warnings: list[str]
+    """One line for each shard or sample that was left out."""
 
 
 class BadSample(Exception):
-    """Why one sample cannot be used."""
+    """A sample cannot be used; the message is the reason."""
 
 
 def load_or_build(folder: Path, max_bad: float) -> IndexArrays:
-    """The arrays of all shards in `folder`, from the cache if it fits the shards as they are. See
-    `ShardIndex.open`."""
+    """Return the arrays of all shards in `folder`, from the cache if it matches them. See `ShardIndex.open`."""
     shards = _find_shards(folder)
     state = _state(shards)
     caches = cache_candidates(folder, CACHE_NAME)
-    for cache in caches:
-        loaded = _load(cache, state)
-        if loaded is not None:
-            arrays, bad = loaded
-            break
-    else:
-        arrays, bad = _build(shards, state)
-        if _state(shards) == state:  # else a shard was rewritten meanwhile
-            any(_save(cache, state, arrays, bad) for cache in caches)
+    loaded = next(filter(None, (_load(cache, state) for cache in caches)), None)
+    if loaded is None:
+        loaded = _build(shards, state)
+        if _state(shards) == state:  # otherwise a shard was rewritten meanwhile
+            any(_save(cache, state, *loaded) for cache in caches)
+    arrays, bad = loaded
     count = len(arrays.product_ids)
     if count == 0 or bad > max_bad * (count + bad):
-        shown = "; ".join(arrays.warnings[:3]) + ("; ..." if len(arrays.warnings) > 3 else "")
+        examples = "; ".join([*arrays.warnings[:3], *(["..."] if len(arrays.warnings) > 3 else [])])
         raise UserError(
-            f"{folder} has {bad} bad samples beside {count} good ones, which is too many to train on; "
-            "repair or repack the shards" + (f" ({shown})" if shown else "")
+            f"{folder} has {bad} bad and {count} good samples{f' ({examples})' if examples else ''}. "
+            "Repair or repack the shards."
         )
     return arrays
 
 
 def _find_shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; give the folder that holds the .tar shards")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {problem}. Give the folder of the .tar shards.")
     shards = sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
     if not shards:
         compressed = next(iter([*folder.glob("*.tar.*"), *folder.glob("*.tgz")]), None)
         inner = next(iter(sorted(folder.glob("*/*.tar"))), None)
-        mend = "give the folder that holds them"
+        fix = "Give the folder of the .tar shards"
         if compressed is not None:
-            mend = f"decompress {compressed.name} and its like first"
+            fix = f"Decompress {compressed.name} and the other archives first"
         elif inner is not None:
-            mend = f"give one of its folders, such as {inner.parent}"
-        raise UserError(f"{folder} holds no .tar shards; {mend}")
+            fix = f"Give one of its folders, such as {inner.parent}"
+        raise UserError(f"{folder} contains no .tar shards. {fix}.")
     return shards
 
 
-def _state(shards: list[Path]) -> list[list]:
-    """Name, size and time of change of each shard: what a cache must agree with."""
+def _state(shards: list[Path]) -> State:
     return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in shards]
 
 
-# Building
-
-
-def _build(shards: list[Path], state: list[list]) -> tuple[IndexArrays, int]:
+def _build(shards: list[Path], state: State) -> tuple[IndexArrays, int]:
+    """Read all shards. Return their arrays and the number of bad samples."""
     columns: dict[str, list] = {name: [] for name in (*_ARRAYS, "keys", "texts", *LABELS)}
-    problems: list[str] = []
+    warnings: list[str] = []
     bad = 0
     for number, path in enumerate(shards):
         archive = _ShardBytes(path)
-        samples, faults, lost = _group_members(archive)
-        problems += [f"{path.name}: {fault}" for fault in faults]
+        samples, problems, lost = _group_members(archive)
+        warnings += [f"{path.name}: {problem}" for problem in problems]
         bad += lost
         for key, members in samples.items():
             try:
                 row = _read_sample(archive, members)
             except BadSample as error:
-                problems.append(f"{path.name}: member {key}: {error}")
+                warnings.append(f"{path.name}: member {key}: {error}")
                 bad += 1
                 continue
-            columns["shard"].append(number)
-            columns["keys"].append(key)
-            for name, value in row.items():
+            for name, value in {"shard": number, "keys": key, **row}.items():
                 columns[name].append(value)
-    product_ids = encode_product_ids(columns["product_ids"])
+    offsets = [name for name in _ARRAYS if name not in ("shard", "product_ids")]
     arrays = IndexArrays(
         shard_names=[path.name for path in shards],
         shard_states=[known[1:] for known in state],
         shard=np.array(columns["shard"], np.int32),
-        **{name: np.array(columns[name], np.int64) for name in _ARRAYS if name not in ("shard", "product_ids")},
-        product_ids=product_ids,
+        **{name: np.array(columns[name], np.int64) for name in offsets},
+        product_ids=encode_product_ids(columns["product_ids"]),
         keys=StringArray.of(columns["keys"]),
         texts=UniqueStrings.of(columns["texts"]),
-        labels={name: _number_labels(columns[name]) for name in LABELS},
-        warnings=problems,
+        labels={name: _encode_labels(columns[name]) for name in LABELS},
+        warnings=warnings,
     )
     return arrays, bad
 
 
 class _ShardBytes:
-    """A shard's bytes by slices. Not a memory map: a file that shrinks meanwhile gives fewer bytes instead of ending the process by SIGBUS."""
+    """A shard's bytes by slices. Not a memory map: a file that shrinks would end the process by SIGBUS."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb", buffering=0)
@@ -154,19 +161,15 @@ class _ShardBytes:
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, part: slice) -> bytes:
-        return os.pread(self._file.fileno(), min(part.stop, self._size) - part.start, part.start)
-
-
-Members = dict[str, tuple[int, int]]  # "image", "json", "txt" -> offset, bytes
+    def __getitem__(self, key: slice) -> bytes:
+        return os.pread(self._file.fileno(), min(key.stop, self._size) - key.start, key.start)
 
 
 def _group_members(archive: Buffer) -> tuple[dict[str, Members], list[str], int]:
-    """Members by key in order of first appearance, faults found on the way, and how many samples they
-    cost."""
+    """Return members by key in order of first appearance, the problems found, and how many samples they cost."""
     samples: dict[str, Members] = {}
     repeated: dict[str, None] = {}
-    faults: list[str] = []
+    problems: list[str] = []
     lost = 0
     key = ""
     try:
@@ -183,17 +186,17 @@ def _group_members(archive: Buffer) -> tuple[dict[str, Members], list[str], int]
             else:
                 members[kind] = offset, size
     except BrokenTar as error:
-        faults.append(str(error))
+        problems.append(str(error))
         if error.costs_a_sample:
             lost += 1
             if "image" not in samples.get(key, {}) or len(samples[key]) < 2:
-                samples.pop(key, None)  # the half sample before the cut is the one that is lost
-    faults += [f"member {key}: appears twice; the first was kept" for key in repeated]
-    return samples, faults, lost + len(repeated)
+                samples.pop(key, None)  # the incomplete sample before the cut is the lost one
+    problems += [f"member {key}: appears twice; the first is used" for key in repeated]
+    return samples, problems, lost + len(repeated)
 
 
 def _read_sample(archive: Buffer, members: Members) -> dict[str, Any]:
-    """One row of the columns. errors: BadSample."""
+    """Return one row of the columns. errors: BadSample."""
     if "image" not in members:
         raise BadSample("has no image (.jpg, .jpeg, .png or .webp)")
     if "json" not in members and "txt" not in members:
@@ -231,8 +234,7 @@ def _read_sample(archive: Buffer, members: Members) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Raises BadSample where a record breaks the contract of `shards.py` in a way that would fail
-    later."""
+    """Check a record against the contract of `shards.py`. errors: BadSample."""
     text = record.get("text")
     if not isinstance(text, str):
         raise BadSample("has no text")
@@ -271,43 +273,40 @@ def _is_int(value: object) -> bool:
 
 
 def encode_product_ids(ids: list[int | str | None]) -> np.ndarray:
-    """int64 [N]: integers as they are if all present ids are integers, else numbers by first appearance; None
-    is a new product."""
+    """Return int64 [N]: the ids if all that are present are integers, else numbers by first appearance.
+
+    None is a new product. "7" and 7 are the same product.
+    """
     present = [value for value in ids if value is not None]
-    keep = all(map(_is_int, present)) and max(present, default=0) + len(ids) < 2**63
-    free = max(present, default=-1) + 1 if keep else 0
-    seen: dict[str, int] = {}
-    numbers = np.empty(len(ids), np.int64)
+    as_they_are = all(map(_is_int, present)) and max(present, default=0) + len(ids) < 2**63
+    next_id = max(present, default=-1) + 1 if as_they_are else 0
+    by_name: dict[str, int] = {}
+    encoded = np.empty(len(ids), np.int64)
     for i, value in enumerate(ids):
-        if value is None:
-            numbers[i] = free
-            free += 1
-        elif keep:
-            numbers[i] = value
-        else:  # "7" and 7 are taken for the same product
-            name = str(value)
-            if name not in seen:
-                seen[name] = free
-                free += 1
-            numbers[i] = seen[name]
-    return numbers
+        if value is not None and as_they_are:
+            encoded[i] = value
+        elif value is not None and str(value) in by_name:
+            encoded[i] = by_name[str(value)]
+        else:
+            encoded[i] = next_id
+            next_id += 1
+            if value is not None:
+                by_name[str(value)] = int(encoded[i])
+    return encoded
 
 
-def _number_labels(values: Iterable[object]) -> Labels:
+def _encode_labels(values: Iterable[object]) -> Labels:
     values = [str(value) if isinstance(value, str) or _is_int(value) else None for value in values]
     names = sorted({value for value in values if value is not None})
     codes = {name: code for code, name in enumerate(names)}
     return Labels(np.array([codes.get(value, -1) for value in values], np.int32), names)
 
 
-# Cache
-
-
-def _load(cache: Path, state: list[list]) -> tuple[IndexArrays, int] | None:
+def _load(cache: Path, state: State) -> tuple[IndexArrays, int] | None:
     try:
         with open(cache, "rb") as stored, np.load(stored, allow_pickle=False) as file:
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.zip.infolist()):
-                return None  # ours are not compressed, so that they never need more memory than they have bytes
+                return None  # ours are not compressed: a small file must not expand to fill the memory
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT or meta["shards"] != state:
                 return None
@@ -318,27 +317,28 @@ def _load(cache: Path, state: list[list]) -> tuple[IndexArrays, int] | None:
                 keys=StringArray(file["key_data"], file["key_offsets"]),
                 texts=UniqueStrings(StringArray(file["text_data"], file["text_offsets"]), file["text_index"]),
                 labels={name: Labels(file[name], meta["labels"][name]) for name in LABELS},
-                warnings=[str(problem) for problem in meta["warnings"]],
+                warnings=[str(warning) for warning in meta["warnings"]],
             )
             _check(arrays)
             return arrays, int(meta["bad"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        RecursionError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-    ):
-        return None  # absent, of an older format or damaged: build anew
+    except _LOAD_ERRORS:
+        return None  # missing, of another format, or damaged
+
+
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
 
 
 def _check(arrays: IndexArrays) -> None:
-    """Raises ValueError where arrays of a cache do not fit one another or the shards, whoever wrote it."""
+    """Check that arrays of a cache match each other and the shards, whoever wrote them. errors: ValueError."""
     count = len(arrays.product_ids)
     columns = {name: getattr(arrays, name) for name in _ARRAYS} | {
         name: labels.codes for name, labels in arrays.labels.items()
@@ -347,8 +347,8 @@ def _check(arrays: IndexArrays) -> None:
     for name, column in columns.items():
         if column.shape != (count,) or column.dtype.kind != "i":
             raise ValueError(f"{name} is {column.dtype} {column.shape}")
-    for table in (arrays.keys, arrays.texts.unique):
-        table.check()
+    for strings in (arrays.keys, arrays.texts.unique):
+        strings.check()
     if len(arrays.keys) != count:
         raise ValueError(f"{len(arrays.keys)} keys for {count} samples")
     names = {name: len(labels.names) for name, labels in arrays.labels.items()}
@@ -364,12 +364,11 @@ def _check(arrays: IndexArrays) -> None:
         if count and not (
             offset.min() >= 0 and length.min() >= 0 and (length <= sizes).all() and (offset <= sizes - length).all()
         ):
-            raise ValueError(f"{kind} members lie outside the shards")
+            raise ValueError(f"{kind} members are outside the shards")
 
 
-def _save(cache: Path, state: list[list], arrays: IndexArrays, bad: int) -> bool:
-    """Writes the cache aside and renames it, so that no process ever sees half of it. False where the folder
-    cannot be written."""
+def _save(cache: Path, state: State, arrays: IndexArrays, bad: int) -> bool:
+    """Write the cache atomically. Return False if the folder cannot be written."""
     meta = {
         "format": FORMAT,
         "shards": state,

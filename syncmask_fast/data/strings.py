@@ -1,4 +1,4 @@
-"""A read-only sequence of strings held as bytes: a million texts are two arrays, not a million objects."""
+"""Read-only sequences of strings in arrays: a million texts are two arrays, not a million objects."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def check_offsets(offsets: np.ndarray, end: int) -> np.ndarray:
-    """The lengths, int64 [N], that offsets int64 [N + 1] from 0 to `end` leave between them. errors: ValueError where they do not rise so."""
+    """Return lengths int64 [N] from offsets int64 [N + 1]. errors: ValueError if they do not rise from 0 to `end`."""
     if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
-        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, or do not go from 0 to {end}")
+        raise ValueError(f"offsets are {offsets.dtype} {offsets.shape}, or not from 0 to {end}")
     lengths = np.diff(offsets)
     if len(lengths) and (offsets.min() < 0 or offsets.max() > end or lengths.min() < 0):
         raise ValueError("offsets do not rise")
@@ -18,7 +18,7 @@ def check_offsets(offsets: np.ndarray, end: int) -> np.ndarray:
 
 
 class StringArray(Sequence[str]):
-    """Strings as one UTF-8 array uint8 [bytes] and offsets int64 [N + 1]; strings are made when asked for."""
+    """Strings as one UTF-8 array uint8 [bytes] and offsets int64 [N + 1]; items are decoded on access."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
         self.data = data
@@ -32,12 +32,12 @@ class StringArray(Sequence[str]):
         return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
 
     def check(self) -> None:
-        """Raises ValueError where data or offsets, read from a file, are not those of a table."""
-        steps = check_offsets(self.offsets, len(self.data))
+        """Check arrays that were read from a file. errors: ValueError."""
+        lengths = check_offsets(self.offsets, len(self.data))
         if self.data.dtype != np.uint8 or self.data.ndim != 1:
             raise ValueError(f"strings are {self.data.dtype} {self.data.shape}")
         self.data.tobytes().decode()  # UnicodeDecodeError is a ValueError
-        starts = self.offsets[:-1][steps > 0]
+        starts = self.offsets[:-1][lengths > 0]
         if (self.data[starts] & 0xC0 == 0x80).any():
             raise ValueError("a string begins within a letter")
 
@@ -56,19 +56,19 @@ class StringArray(Sequence[str]):
 class UniqueStrings(Sequence[str]):
     """N texts of which many are equal (all views of a product share one).
 
-    distinct: the different texts, in order of first appearance.
-    index:    int32 [N], the place of each text in `distinct`.
+    unique: the different texts, in order of first appearance.
+    index:  int32 [N], the number of each text in `unique`.
     """
 
-    def __init__(self, distinct: Sequence[str], index: np.ndarray) -> None:
-        self.unique = distinct
+    def __init__(self, unique: Sequence[str], index: np.ndarray) -> None:
+        self.unique = unique
         self.index = index
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> UniqueStrings:
-        places: dict[str, int] = {}
-        index = np.fromiter((places.setdefault(text, len(places)) for text in texts), np.int32)
-        return cls(StringArray.of(places), index)
+        numbers: dict[str, int] = {}
+        index = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts), np.int32)
+        return cls(StringArray.of(numbers), index)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -70,7 +70,7 @@ class TokenCache:
         return self._ids[self._range(i)]
 
     def spans(self, i: int) -> np.ndarray:
-        """Return start and end of each token in characters of text i: int32 [L, 2], read-only; (0, 0) for [CLS], [SEP]."""
+        """Return start and end of each token in characters of text i: int32 [L, 2]; (0, 0) for [CLS], [SEP]."""
         return self._spans[self._range(i)]
 
     def pack(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +123,7 @@ def _save_arrays(folder: Path, arrays: Arrays) -> None:
 
 
 def _load_arrays(folder: Path, count: int, vocab_size: int) -> Arrays | None:
-    """Return the memory-mapped arrays, or None if they are missing, damaged or not of the form that `_tokenize` returns."""
+    """Return the memory-mapped arrays, or None if they are missing, damaged or not like those of `_tokenize`."""
     try:
         if json.loads((folder / _CHECKSUMS).read_text()) != {name: sha256(folder / name) for name in _FILES}:
             return None

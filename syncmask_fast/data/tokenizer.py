@@ -68,7 +68,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
             tokenizer = _bert_tokenizer(folder)
         elif folder.exists():
             raise UserError(
-                f"{folder} holds neither tokenizer.json nor vocab.txt. Give a tokenizer's folder or a Hugging Face name."
+                f"{folder} has neither tokenizer.json nor vocab.txt. Give a tokenizer's folder or Hugging Face name."
             )
         else:
             tokenizer = _hub_tokenizer(str(name_or_folder))
@@ -85,7 +85,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Return the ids of [PAD], [UNK], [CLS], [SEP], [MASK] (or RoBERTa's names). errors: UserError if one is missing."""
+    """Return the ids of [PAD], [UNK], [CLS], [SEP], [MASK] (or RoBERTa's). errors: UserError if one is missing."""
     for names in (SPECIAL_TOKENS, _ROBERTA_TOKENS):
         ids = [tokenizer.token_to_id(name) for name in names]
         if None not in ids:
@@ -95,7 +95,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt. transformers' AutoTokenizer loads them."""
+    """Write tokenizer.json, tokenizer_config.json and, for WordPiece, vocab.txt, for transformers' AutoTokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,8 +1,8 @@
-"""Triplets for composed retrieval: a reference picture, what is to change, and the target. They lie beside the shards of a split.
+"""Triplets for composed retrieval, next to a split's shards: a reference image, a text that changes it, the target.
 
-triplets.json:  [{"class": name, "candidate": key, "target": key, "captions": [text, ...]}, ...], keys being those of the shards' samples.
-galleries.json: {class: [key, ...]}, the pictures of each class's original gallery.
-This is FashionIQ's content in the layout that `pack fashioniq` writes; the lookbook has the same.
+triplets.json:  [{"class": name, "candidate": key, "target": key, "captions": [text, ...]}, ...]; keys of samples.
+galleries.json: {class: [key, ...]}, the images of each class's original gallery.
+This is FashionIQ's content as `pack fashioniq` writes it; `pack lookbook` writes the same.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any
 import numpy as np
 
 from syncmask_fast.data.splits import Split
-from syncmask_fast.utils.errors import UserError
+from syncmask_fast.utils.errors import UserError, one_line
 
 TRIPLETS, GALLERIES = "triplets.json", "galleries.json"
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Q triplets of one split; pictures are sample numbers of its index."""
+    """Q triplets of one split; images are sample ids of its index."""
 
     classes: list[str]
-    """[Q]."""
+    """[Q] names."""
     candidate: np.ndarray
-    """int64 [Q]: the reference picture."""
+    """int64 [Q], the reference images."""
     target: np.ndarray
-    """int64 [Q]."""
+    """int64 [Q], the target images."""
     captions: list[str]
-    """[Q]: both captions, joined by "and" (FashionSAP, which puts a prompt before them)."""
+    """[Q], both captions joined by "and" (FashionSAP, which puts a prompt before them)."""
     galleries: dict[str, np.ndarray]
-    """The original gallery of each class, int64 [G]; empty where the folder has none."""
+    """The original gallery of each class, int64 [G]; empty if the folder has none."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def subset(self, rows: np.ndarray) -> Triplets:
-        """Some of the triplets (row numbers, or bool [Q]), without the original galleries, which belong to all of them."""
+        """Return some of the triplets (row numbers, or bool [Q]), without the galleries, which are those of all."""
         rows = np.arange(len(self))[rows]
         return Triplets(
             [self.classes[i] for i in rows],
@@ -51,39 +51,39 @@ class Triplets:
 
 
 def open_triplets(split: Split) -> Triplets:
-    """The triplets beside the shards of a split, as far as both pictures are in it; the galleries where the split is the whole folder.
+    """Read the triplets with both images in the split, and the galleries if the split is the whole folder.
 
-    errors: UserError where there are none, or they do not fit the shards.
+    errors: UserError if there are none, or they do not match the shards.
     """
     index, path = split.index, split.index.folder / TRIPLETS
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: composed retrieval needs the triplets that `pack fashioniq` and `pack lookbook` write."
-        )
-    number = {index.key(i): i for i in range(len(index))}
+        raise UserError(f"{path} is missing. Composed retrieval needs data from `pack fashioniq` or `pack lookbook`.")
+    sample_id = {index.key(i): i for i in range(len(index))}
     try:
-        found = _load(path)
-        classes = [str(item["class"]) for item in found]
-        captions = [" and ".join(item["captions"]) for item in found]
-        "".join(classes + captions).encode()
-        pictures = [[number[item[end]] for item in found] for end in ("candidate", "target")]
-        listed = _load(index.folder / GALLERIES) if (index.folder / GALLERIES).is_file() else {}
-        galleries = {name: np.array([number[key] for key in keys], np.int64) for name, keys in listed.items()}
+        items = _load(path)
+        classes = [str(item["class"]) for item in items]
+        captions = [" and ".join(item["captions"]) for item in items]
+        "".join(classes + captions).encode()  # fails for a lone surrogate
+        candidate, target = (
+            np.array([sample_id[item[end]] for item in items], np.int64) for end in ("candidate", "target")
+        )
+        keys_of = _load(index.folder / GALLERIES) if (index.folder / GALLERIES).is_file() else {}
+        galleries = {name: np.array([sample_id[key] for key in keys], np.int64) for name, keys in keys_of.items()}
     except KeyError as error:
         raise UserError(
-            f"{path} does not fit the shards beside it ({error} is missing): pack the data again."
+            f"{path} does not match the shards next to it ({error} is missing). Pack the data again."
         ) from None
     except UnicodeEncodeError:
-        raise UserError(f"{path} has a text that is not valid Unicode: pack the data again.") from None
+        raise UserError(f"{path} has a text that is not valid Unicode. Pack the data again.") from None
     except (TypeError, AttributeError):
         raise UserError(
-            f"{path} is not a list of class, candidate, target and captions: pack the data again."
+            f"{path} is not a list of class, candidate, target and captions. Pack the data again."
         ) from None
-    triplets = Triplets(classes, *(np.array(x, np.int64) for x in pictures), captions, galleries)
+    triplets = Triplets(classes, candidate, target, captions, galleries)
     if len(split) < len(index):
         triplets = triplets.subset(np.isin(triplets.candidate, split.samples) & np.isin(triplets.target, split.samples))
     if not len(triplets):
-        raise UserError(f"{path} has no triplets of pictures that are in use: choose other data.")
+        raise UserError(f"{path} has no triplets of images in this split. Choose other data.")
     return triplets
 
 
@@ -91,4 +91,4 @@ def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): pack the data again.") from None
+        raise UserError(f"{path} is not valid JSON ({one_line(error)}). Pack the data again.") from None

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from syncmask_fast.config import TrainConfig, from_json, to_json
-from syncmask_fast.data.loader import PIXEL_MEAN
+from syncmask_fast.data.images import PIXEL_MEAN, PIXEL_STD
 from syncmask_fast.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from syncmask_fast.model import linear
 from syncmask_fast.model.encoders import (
@@ -200,7 +200,7 @@ class SyncMaskModel(nn.Module):
         size = self.config.image.size
         tensors = [V.to_image(image.convert("RGB")) for image in images]
         pixels = torch.stack([V.resize(x, [size, size], antialias=True) for x in tensors]).to(self.device).float() / 255
-        return V.normalize(pixels, list(PIXEL_MEAN), list(PIXEL_MEAN))  # mean and standard deviation are both 0.5
+        return V.normalize(pixels, list(PIXEL_MEAN), list(PIXEL_STD))
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, PackedLayout]:
         """Return packed token ids int64 [T] and their layout."""

@@ -31,7 +31,7 @@ def write_run_report(out: Path, model: SyncMaskModel, split: Split, results: dic
     retrieval: list[RetrievalExample] = []
     config, metrics = model.config, out / "metrics.jsonl"
     if len(split):
-        tokens = TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, config.text.max_length)
+        tokens = split.tokens(model.tokenizer, config.text.max_length)
         masks, retrieval = mask_examples(model, split, tokens), retrieval_examples(model, split, tokens)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     versions = (syncmask_fast.__version__, torch.__version__, platform.python_version())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from syncmask_fast.config import TrainConfig
+from syncmask_fast.data.decode.base import make_decoder
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.token_cache import TokenCache
@@ -54,7 +55,7 @@ def image_items(split: Split, losses: Objective, validate: Callable, metric: str
 
 def open_tokens(model: SyncMaskModel, split: Split) -> TokenCache:
     """Return the tokens of a split's texts by the model's tokenizer."""
-    return TokenCache.open(split.index.folder, model.tokenizer, split.index.texts, model.config.text.max_length)
+    return split.tokens(model.tokenizer, model.config.text.max_length)
 
 
 def evaluation_batches(
@@ -62,17 +63,15 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield batches of whole images, without augmentation, in the given order. Unreadable images are left out."""
     config = model.config
-    loader = Loader(
-        split.index,
-        tokens,
+    decoder = make_decoder(
+        config.decoder,
         batch_size=min(BATCH_SIZE, max(len(sample_ids), 1)),
         size=config.image.size,
-        augment=None,
         device=model.device,
-        backend=config.decoder,
         threads=config.decode_threads,
+        jitter=False,
     )
-    with loader:
+    with Loader(split.index, tokens, decoder) as loader:
         yield from loader.epoch(sample_ids, 0)
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from syncmask_fast.config import TrainConfig
+from syncmask_fast.data.decode.base import MAX_THREADS, make_decoder
 from syncmask_fast.data.loader import Loader
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.token_cache import TokenCache
@@ -66,7 +67,7 @@ def open_texts(config: TrainConfig, split: Split, group: Group) -> tuple[TrainCo
     tokenizer = load_tokenizer(source) if source else train_tokenizer(split.index.texts, config.text.vocab_size)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.get_vocab_size())
     with group.main_process_first():
-        tokens = TokenCache.open(split.index.folder, tokenizer, split.index.texts, text.max_length)
+        tokens = split.tokens(tokenizer, text.max_length)
     return dataclasses.replace(config, text=text), tokenizer, tokens
 
 
@@ -123,15 +124,12 @@ def make_loader(
 ) -> Loader:
     """Return the loader of this rank's rows. images: images of a training item."""
     rows = np.diff(shard_bounds(config.batch_size, group.world_size))[group.rank]
-    return Loader(
-        split.index,
-        tokens,
+    decoder = make_decoder(
+        config.decoder,
         batch_size=int(rows) * images,
         size=config.image.size,
-        augment=config.augment,
-        seed=config.seed,
         device=device,
-        backend=config.decoder,
-        threads=config.decode_threads or min(16, max(1, cpu_cores() // group.local_world_size)),
-        drop_last=True,
+        threads=config.decode_threads or min(MAX_THREADS, max(1, cpu_cores() // group.local_world_size)),
+        jitter=config.augment.changes_colors,
     )
+    return Loader(split.index, tokens, decoder, config.augment, config.seed, drop_last=True)

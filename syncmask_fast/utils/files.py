@@ -20,7 +20,7 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file to write that replaces `path` when the block ends. An exception removes it and leaves `path` as it was.
+    """Open a file for writing that replaces `path` when the block ends. An exception removes it.
 
     durable: sync the file and its name to disk; a cache can do without. errors: OSError.
     """
@@ -48,7 +48,7 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `target` when the block ends. An exception removes it and leaves `target` as it was.
+    """Yield a new folder that replaces `target` when the block ends. An exception removes it.
 
     errors: OSError.
     """

@@ -1,10 +1,8 @@
-"""DALI's way from encoded images to pixels: on the GPU's JPEG decoder where there is one, else on CPU.
+"""Decoding by DALI: on the GPU's JPEG decoder where there is one, else on the CPU.
 
-Whatever is random comes in as numbers (`AugmentParams`); DALI's own generators are not used. A damaged image
-makes DALI give up the whole pipeline (on CPU: an error for truncated files, no error for damage within the
-coded data, both as libjpeg-turbo has it). So truncated files are kept out beforehand (`check_image`), and
-when it still fails, the batch is looked through with Pillow, then image by image with DALI, the pipeline is built anew, and everything that was
-under way is fed again: the consumer sees at most that the batch is shorter.
+DALI's random generators are not used: all random numbers come in as `AugmentParams`. A damaged image makes DALI give up
+the whole pipeline. Truncated files are filtered before (`check_image`); when DALI still fails, `DaliDecoder._recover`
+finds the images, builds a new pipeline and submits all pending batches again.
 """
 
 from __future__ import annotations
@@ -18,100 +16,97 @@ from torch import Tensor
 
 from syncmask_fast.data.decode.base import DecodeRequest, check_crop
 from syncmask_fast.data.images import as_png, decode_image
-from syncmask_fast.utils.errors import UserError
+from syncmask_fast.utils.errors import UserError, one_line
 
-QUEUE_DEPTH = 2  # batches that DALI works on ahead of the consumer
-MAX_FAILURES = 3  # of one batch: for a damaged image, for one that only Pillow reads, for anything else
+QUEUE_DEPTH = 2  # batches that DALI decodes ahead of the consumer
+MAX_FAILURES = 3  # of one batch: a damaged image, one that only Pillow reads, anything else
 
 
 def why_dali_unavailable() -> str | None:
-    """Why DALI cannot be used here, or None if it can."""
+    """Return why DALI cannot be used here, or None if it can."""
     try:
         import nvidia.dali.fn  # noqa: F401
     except Exception as error:  # a missing CUDA library raises OSError or RuntimeError, not ImportError
-        return str(error) or type(error).__name__
+        return one_line(error)
     return None
 
 
 class DaliDecoder:
-    """One DALI pipeline that is kept from epoch to epoch. See `Decoder`."""
+    """A `Decoder` that keeps one DALI pipeline for all epochs."""
 
-    depth = QUEUE_DEPTH
+    backend, depth = "dali", QUEUE_DEPTH
 
     def __init__(
         self,
-        *,
         batch_size: int,
         size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        jitter: bool,
         device: torch.device,
         threads: int,
+        jitter: bool,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
     ) -> None:
-        self.batch_size, self.size, self.mean, self.std, self.jitter = batch_size, size, mean, std, jitter
-        self.device, self.threads = device, threads
+        self.batch_size, self.size, self.device, self.threads = batch_size, size, device, threads
+        self.jitter, self.mean, self.std = jitter, mean, std
         self._feed: deque[DecodeRequest] = deque()  # to be read by the pipeline
-        self._started: deque[tuple[DecodeRequest, dict[int, str]]] = deque()
-        self._waiting: deque[DecodeRequest] = deque()  # the last of those started, until the one that failed is through
+        self._submitted: deque[tuple[DecodeRequest, dict[int, str]]] = deque()  # with the images that failed
+        self._waiting: deque[DecodeRequest] = deque()  # the last of the submitted, not yet given to the pipeline
         self._recode: set[int] = set()  # samples that Pillow reads and DALI does not
         self._failures = 0  # of the oldest batch
         self._pipeline = self._build()
 
-    def submit(self, job: DecodeRequest) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         if self._recode:
-            job.encoded = self._recoded(job)
-        self._started.append((job, {}))
-        self._waiting.append(job)
+            request.encoded = self._recoded(request)
+        self._submitted.append((request, {}))
+        self._waiting.append(request)
         if len(self._waiting) == 1:
             self._schedule_waiting()
 
     def result(self) -> tuple[DecodeRequest, Tensor, dict[int, str]]:
         while True:
-            job, refused = self._started[0]
-            if len(job) == 0:
+            request, failed = self._submitted[0]
+            if len(request) == 0:
                 pixels = torch.empty(0, 3, self.size, self.size, device=self.device)
             else:
                 try:
-                    if self._failed:
+                    if self._broken:
                         raise RuntimeError("the DALI pipeline stopped")
                     pixels = self._outputs()
-                except (
-                    Exception
-                ) as error:  # DALI raises RuntimeError, IndexError, StopIteration ... for the same damage
+                except Exception as error:  # RuntimeError, IndexError, StopIteration ... for the same damage
                     self._recover(error)
                     continue
-            self._started.popleft()
+            self._submitted.popleft()
             self._failures = 0
             self._schedule_waiting()
-            return job, pixels, refused
+            return request, pixels, failed
 
     def flush(self) -> None:
-        if sys.is_finalizing():  # a loader that nobody closed: there is nothing left to build a pipeline with
+        if sys.is_finalizing():  # a loader that nobody closed: a pipeline can no longer be built
             return
         try:
-            for job, _ in list(self._started)[: len(self._started) - len(self._waiting)]:
-                if len(job) and not self._failed:
+            for request, _ in list(self._submitted)[: len(self._submitted) - len(self._waiting)]:
+                if len(request) and not self._broken:
                     self._outputs()
-        except Exception:  # a damaged image among those that nobody wants any more
-            self._failed = True
-        self._started.clear()
-        self._waiting.clear()
-        self._feed.clear()
-        if self._failed:
+        except Exception:  # a damaged image among the forgotten ones
+            self._broken = True
+        self._clear()
+        if self._broken:
             self._pipeline = self._build()
 
     def close(self) -> None:
-        self._started.clear()
-        self._waiting.clear()
-        self._feed.clear()
+        self._clear()
         self._pipeline = None  # its destructor stops the threads
 
+    def _clear(self) -> None:
+        for requests in (self._submitted, self._waiting, self._feed):
+            requests.clear()
+
     def _build(self):
-        """The pipeline, ready and empty."""
+        """Return a new, empty pipeline."""
         from nvidia.dali import fn, pipeline_def, types
 
-        self._failed = False
+        self._broken = False
         on_gpu = self.device.type == "cuda"
 
         @pipeline_def(
@@ -122,13 +117,13 @@ class DaliDecoder:
             exec_dynamic=True,
         )
         def images():
-            colours = 3 if self.jitter else 0
+            factor_count = 3 if self.jitter else 0
             encoded, start, extent, flip, *factors = fn.external_source(
                 source=self._next_inputs,
-                num_outputs=4 + colours,
+                num_outputs=4 + factor_count,
                 batch=True,
-                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32] + [types.FLOAT] * colours,
-                ndim=[1, 1, 1] + [0] * (1 + colours),
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32] + [types.FLOAT] * factor_count,
+                ndim=[1, 1, 1] + [0] * (1 + factor_count),
             )
             pixels = fn.decoders.image_slice(
                 encoded,
@@ -156,13 +151,13 @@ class DaliDecoder:
         return pipeline
 
     def _next_inputs(self) -> tuple:
-        """Called by the pipeline within `schedule_run`."""
+        """Return one batch of inputs; called by the pipeline within `schedule_run`."""
         if not self._feed:
             raise StopIteration
-        job = self._feed.popleft()
-        params = job.params
+        request = self._feed.popleft()
+        params = request.params
         return (
-            [np.frombuffer(data, np.uint8) for data in job.encoded],
+            [np.frombuffer(data, np.uint8) for data in request.encoded],
             np.stack([params.x, params.y], 1),
             np.stack([params.width, params.height], 1),
             params.flip.astype(np.int32),
@@ -171,21 +166,21 @@ class DaliDecoder:
 
     def _schedule_waiting(self) -> None:
         while self._waiting:
-            job = self._waiting.popleft()
+            request = self._waiting.popleft()
             try:
-                self._schedule(job)
-            except Exception:  # an earlier batch has failed meanwhile, which `finish` will find
-                self._failed = True
+                self._schedule(request)
+            except Exception:  # an earlier batch has failed meanwhile; `result` recovers
+                self._broken = True
 
-    def _schedule(self, job: DecodeRequest) -> None:
-        if len(job) == 0:
+    def _schedule(self, request: DecodeRequest) -> None:
+        if len(request) == 0:
             return
-        self._feed.append(job)
-        self._pipeline.reset()  # the source may have said "no more", which the pipeline would keep believing
+        self._feed.append(request)
+        self._pipeline.reset()  # after a StopIteration the pipeline would not ask the source again
         self._pipeline.schedule_run()
 
     def _outputs(self) -> Tensor:
-        """Zero-copy: with the dynamic executor an output lives as long as its tensor."""
+        """Return the oldest batch's pixels, without a copy: a dynamic executor's output lives as long as its tensor."""
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 (pixels,) = self._pipeline.outputs(torch.cuda.current_stream())
@@ -194,52 +189,54 @@ class DaliDecoder:
         return torch.from_dlpack(pixels.as_tensor())
 
     def _recover(self, error: Exception) -> None:
-        """Finds what the oldest batch failed on, takes it out, or has Pillow decode it, and starts over with all batches under way.
+        """Leave out or recode the images that the oldest batch failed on, and schedule all pending batches again.
 
-        What an image becomes hangs on the image alone, so that a run that is resumed meets the same pixels. A failure that no image explains is
-        met by a new pipeline. errors: UserError where that does not help.
+        errors: UserError if the batch has failed MAX_FAILURES times.
         """
         self._failures += 1
         if self._failures > MAX_FAILURES:
             raise UserError(
-                f"DALI failed {self._failures} times on the same images, at last with: {' '.join(str(error).split())[:300]}; "
-                "choose --decoder torchvision, or start again where something else may have used up its memory"
+                f"DALI failed {self._failures} times on the same images, at last with: {one_line(error)}. "
+                "Choose --decoder torchvision, or free memory and start again."
             ) from error
-        job, refused = self._started[0]
+        # 1. Images that Pillow cannot read either are damaged.
+        request, failed = self._submitted[0]
         damaged: dict[int, str] = {}
-        for row, (sample, data) in enumerate(zip(job.samples, job.encoded, strict=True)):
+        for row, (sample, data) in enumerate(zip(request.sample_ids.tolist(), request.encoded, strict=True)):
             try:
-                check_crop(job.params, row, decode_image(data))
+                check_crop(request.params, row, decode_image(data))
             except ValueError as reason:
-                damaged[int(sample)] = str(reason)
+                damaged[sample] = str(reason)
         self._feed.clear()
         self._pipeline = self._build()
+        # 2. Otherwise recode those that only Pillow reads, each by itself: its pixels must not depend on its batch,
+        #    because a resumed run has other batches.
         if damaged:
-            job = job.without(damaged)
-        else:  # those that Pillow can read and DALI cannot, if that is the cause
-            unreadable = self._unreadable(job)
-            self._recode |= unreadable
-            job.encoded = self._recoded(job)
-        self._started[0] = job, refused | damaged
-        self._waiting = deque(later for later, _ in list(self._started)[1:])
-        self._schedule(job)
+            request = request.without(damaged)
+        else:
+            self._recode |= self._unreadable(request)
+            request.encoded = self._recoded(request)
+        # 3. All batches once more. If no image explains the failure, the new pipeline may.
+        self._submitted[0] = request, failed | damaged
+        self._waiting = deque(later for later, _ in list(self._submitted)[1:])
+        self._schedule(request)
 
-    def _unreadable(self, job: DecodeRequest) -> set[int]:
-        """The samples that DALI fails on one by one. The pipeline is new before and after."""
-        found = set()
-        for sample in job.samples.tolist():
+    def _unreadable(self, request: DecodeRequest) -> set[int]:
+        """Return the samples that DALI fails on one by one. The pipeline is new before and after."""
+        unreadable, samples = set(), request.sample_ids.tolist()
+        for sample in samples:
             try:
-                self._schedule(job.without(set(job.samples.tolist()) - {sample}))
+                self._schedule(request.without(set(samples) - {sample}))
                 self._outputs()
-            except Exception:  # whatever DALI raises
-                found.add(sample)
+            except Exception:  # DALI raises many kinds
+                unreadable.add(sample)
                 self._feed.clear()
                 self._pipeline = self._build()
-        return found
+        return unreadable
 
-    def _recoded(self, job: DecodeRequest) -> list[bytes]:
-        """The encoded images, with those that DALI cannot read as PNG."""
+    def _recoded(self, request: DecodeRequest) -> list[bytes]:
+        """Return the encoded images, as PNG where DALI cannot read them."""
         return [
-            as_png(decode_image(data)) if int(sample) in self._recode else data
-            for sample, data in zip(job.samples, job.encoded, strict=True)
+            as_png(decode_image(data)) if sample in self._recode else data
+            for sample, data in zip(request.sample_ids.tolist(), request.encoded, strict=True)
         ]

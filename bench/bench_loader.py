@@ -14,8 +14,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from syncmask_fast.data.augment import AugmentConfig
+from syncmask_fast.data.decode.base import make_decoder
 from syncmask_fast.data.decode.transform import JpegDecoder
-from syncmask_fast.data.loader import PIXEL_MEAN, Loader
+from syncmask_fast.data.images import PIXEL_MEAN, PIXEL_STD
+from syncmask_fast.data.loader import Loader
 from syncmask_fast.data.shard_writer import ShardSetWriter
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.token_cache import TokenCache
@@ -58,7 +60,7 @@ class Samples(torch.utils.data.Dataset):
                 v2.RandomHorizontalFlip(AUGMENT.flip),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(PIXEL_MEAN, PIXEL_MEAN),
+                v2.Normalize(PIXEL_MEAN, PIXEL_STD),
             ]
         )
 
@@ -91,7 +93,8 @@ def test_loader(provider, device, shards, benchmark, measured):
     if provider.startswith("ours"):
         tokens = TokenCache.open(shards, small_tokenizer(), index.texts, 64)
         backend = provider.removeprefix("ours").removeprefix("-") or "auto"
-        opened = Loader(index, tokens, batch_size=BATCH, size=CROP, augment=AUGMENT, device=device, backend=backend)
+        decoder = make_decoder(backend, batch_size=BATCH, size=CROP, device=device, jitter=AUGMENT.changes_colors)
+        opened = Loader(index, tokens, decoder, AUGMENT)
         function = delivering(opened)
     elif provider == "dataloader":
         workers = torch.utils.data.DataLoader(

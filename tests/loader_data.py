@@ -11,22 +11,18 @@ import pytest
 import torch
 
 from syncmask_fast.data.augment import AugmentConfig
-from syncmask_fast.data.decode.dali import why_dali_unavailable
-from syncmask_fast.data.decode.transform import why_cpp_unavailable
+from syncmask_fast.data.decode.base import make_decoder, why_unavailable
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.token_cache import TokenCache
 from syncmask_fast.data.tokenizer import train_tokenizer
 from tests.helpers import encoded_image
 
-needs_dali = pytest.mark.skipif(
-    why_dali_unavailable() is not None, reason=f"DALI cannot be imported: {why_dali_unavailable()}"
-)
-
-needs_native = pytest.mark.skipif(why_cpp_unavailable() is not None, reason=f"not built: {why_cpp_unavailable()}")
+needs_dali = pytest.mark.skipif(why_unavailable("dali") is not None, reason=f"no DALI: {why_unavailable('dali')}")
+needs_cpp = pytest.mark.skipif(why_unavailable("cpp") is not None, reason=f"not built: {why_unavailable('cpp')}")
 
 every_backend = pytest.mark.parametrize(
-    "backend", ["torchvision", pytest.param("cpp", marks=needs_native), pytest.param("dali", marks=needs_dali)]
+    "backend", ["torchvision", pytest.param("cpp", marks=needs_cpp), pytest.param("dali", marks=needs_dali)]
 )
 
 GOOD = encoded_image(0, 90, 120)
@@ -49,15 +45,12 @@ def dataset(folder: Path, images: list[bytes]) -> tuple[ShardIndex, TokenCache]:
 
 
 def open_loader(data: tuple[ShardIndex, TokenCache], **options) -> Loader:
-    defaults = {
-        "batch_size": 8,
-        "size": 32,
-        "augment": AugmentConfig(),
-        "seed": 7,
-        "threads": 2,
-        "backend": "torchvision",
-    }
-    return Loader(*data, **(defaults | options))
+    """Return a loader; options of the loader, the others of its decoder."""
+    loading = {"augment": AugmentConfig(), "seed": 7}
+    decoding = {"backend": "torchvision", "batch_size": 8, "size": 32, "threads": 2}
+    for name, value in options.items():
+        (loading if name in ("augment", "seed", "drop_last", "prefetch") else decoding)[name] = value
+    return Loader(*data, make_decoder(**decoding), **loading)
 
 
 def by_sample(batches: list[Batch]) -> dict[int, torch.Tensor]:

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from syncmask_fast.data import loader as loader_module
 from syncmask_fast.data.augment import (
     AugmentConfig,
     no_augmentation,
@@ -20,11 +19,12 @@ from syncmask_fast.data.augment import (
     sample_augmentations,
     token_dropout_mask,
 )
+from syncmask_fast.data.decode.base import choose_backend, make_decoder
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
-from syncmask_fast.data.loader import Loader, choose_backend
+from syncmask_fast.data.loader import MAX_DAMAGED, Loader
 from syncmask_fast.utils.errors import UserError
 from tests.helpers import encoded_image
-from tests.loader_data import GOOD, by_sample, dataset, every_backend, needs_dali, needs_native, open_loader
+from tests.loader_data import GOOD, by_sample, dataset, every_backend, needs_cpp, needs_dali, open_loader
 
 
 def grey_16() -> bytes:
@@ -116,7 +116,8 @@ sides = st.integers(1, 400)
     cut=st.integers(0, 20),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_params_hang_on_position_alone(seed, epoch, sizes, first, cut, shuffle):
+def test_params_by_position(seed, epoch, sizes, first, cut, shuffle):
+    """Augmentation depends on seed, epoch and position only."""
     widths, heights = np.array(sizes).T
     positions = first + np.arange(len(sizes))
     together = sample_augmentations(seed, epoch, positions, widths, heights, AugmentConfig())
@@ -134,7 +135,8 @@ def test_params_hang_on_position_alone(seed, epoch, sizes, first, cut, shuffle):
     assert (together.y + together.height <= heights).all()
 
 
-def test_params_differ_between_seeds_epochs_and_positions():
+def test_params_differ():
+    """Seeds, epochs and positions give different augmentation."""
     n = 500
     side = np.full(n, 256)
     draws = [
@@ -147,7 +149,7 @@ def test_params_differ_between_seeds_epochs_and_positions():
             assert 0.3 < (one.flip == other.flip).mean() < 0.7
 
 
-def test_distribution_of_params():
+def test_params_distribution():
     n = 20_000
     config = AugmentConfig(scale=(0.25, 1.0), flip=0.3, contrast=0.4, saturation=0.0)
     params = sample_augmentations(3, 5, np.arange(n), np.full(n, 1000), np.full(n, 1000), config)
@@ -177,7 +179,8 @@ def test_distribution_of_params():
     )
 
 
-def test_images_too_narrow_for_any_crop():
+def test_narrow_image():
+    """No try fits: the largest centered crop of a legal ratio."""
     params = sample_augmentations(0, 0, np.arange(50), np.full(50, 1000), np.full(50, 10), AugmentConfig())
     assert set(params.width) == {13}  # the widest legal ratio, 4 / 3
     assert set(params.height) == {10}
@@ -186,10 +189,18 @@ def test_images_too_narrow_for_any_crop():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"flip": 1.5}, {"brightness": -1}, {"saturation": 2}],
+    [
+        {"scale": (0, 1)},
+        {"scale": (0.9, 0.5)},
+        {"ratio": (2, 1)},
+        {"flip": 1.5},
+        {"brightness": -1},
+        {"token_dropout": 2},
+    ],
 )
-def test_config_errors(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
+def test_augment_errors(bad):
+    flag = f"--augment.{next(iter(bad)).replace('_', '-')} is "
+    with pytest.raises(UserError, match=flag):
         AugmentConfig(**bad)
 
 
@@ -197,7 +208,7 @@ def test_config_errors(bad):
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_check_finds_sizes(name):
+def test_image_sizes(name):
     with Image.open(io.BytesIO(ODD[name])) as image:
         assert check_image(ODD[name]) == image.size
     height, width = decode_image(ODD[name]).shape[:2]
@@ -206,7 +217,7 @@ def test_check_finds_sizes(name):
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_images_are_refused(name):
+def test_damaged(name):
     with pytest.raises(ValueError, match="image"):
         decode_image(DAMAGED[name])
     if name != "PNG damaged inside":  # which no header tells
@@ -220,7 +231,8 @@ def test_damaged_images_are_refused(name):
     st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b""]),
     st.integers(0, 3000),
 )
-def test_check_never_raises_anything_else(noise, start, cut):
+def test_check_image_errors(noise, start, cut):
+    """Any bytes give a size or a ValueError."""
     for data in (start + noise, GOOD[:cut] + noise, GOOD[:cut] + noise + GOOD[cut:]):
         try:
             width, height = check_image(data)
@@ -239,7 +251,7 @@ def test_batches(plain, backend):
     order = np.random.default_rng(0).permutation(30)[:27]
     with open_loader(plain, backend=backend) as loader:
         batches = list(loader.epoch(order, 0, positions=np.arange(27) * 2 + 1))
-        assert loader.batches(27) == len(batches) == 4
+        assert loader.num_batches(27) == len(batches) == 4
         assert not loader.skipped
         assert loader.wait_seconds > 0
     assert [len(batch) for batch in batches] == [8, 8, 8, 3]
@@ -250,7 +262,7 @@ def test_batches(plain, backend):
         assert batch.pixels.dtype == torch.float32
         assert batch.pixels.is_contiguous()
         assert batch.pixels.abs().max() <= 1.0001
-        assert batch.product_ids.tolist() == index.product_ids[batch.sample_ids_host].tolist()
+        assert batch.shard.product_ids.tolist() == index.product_ids[batch.sample_ids_host].tolist()
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.lengths == tokens.lengths[batch.sample_ids_host].tolist()
         assert batch.lengths == batch.cu_seqlens.diff().tolist()
@@ -262,7 +274,7 @@ def test_batches(plain, backend):
 
 
 @every_backend
-def test_pixels_hang_on_position_alone(plain, backend):
+def test_pixels_by_position(plain, backend):
     """Other batch sizes, threads, a resumed epoch, a rank's share, and one pipeline kept for several epochs:
     the same pixels."""
     order = np.random.default_rng(1).permutation(30)
@@ -294,7 +306,7 @@ def test_pixels_hang_on_position_alone(plain, backend):
 )
 @pytest.mark.parametrize(
     ("backend", "mean_limit", "limit"),
-    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("cpp", 0.006, 0.06, marks=needs_native)],
+    [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("cpp", 0.006, 0.06, marks=needs_cpp)],
 )
 def test_backends_agree(plain, augment, backend, mean_limit, limit):
     """On the normalised scale of -1 to 1, where one 8-bit step is 0.015 with this std. Measured for DALI: a mean difference of 0.001 (eval) to 0.002
@@ -311,7 +323,8 @@ def test_backends_agree(plain, augment, backend, mean_limit, limit):
 
 
 @every_backend
-def test_evaluation_is_the_whole_image(plain, backend):
+def test_evaluation(plain, backend):
+    """Without augmentation: the whole image."""
     index, _ = plain
     with open_loader(plain, backend=backend, augment=None) as loader:
         pixels = by_sample(list(loader.epoch(np.arange(30), 0)))
@@ -370,7 +383,8 @@ def test_no_image_ends_the_run(tmp_path, backend):
 
 
 @every_backend
-def test_batch_of_damaged_images_is_left_out(tmp_path, backend):
+def test_damaged_batch(tmp_path, backend):
+    """A batch without any readable image is left out."""
     data = dataset(
         tmp_path,
         [
@@ -388,14 +402,14 @@ def test_batch_of_damaged_images_is_left_out(tmp_path, backend):
         assert len(loader.skipped) == 4
 
 
-def test_too_many_damaged_images_end_the_run(tmp_path):
-    data = dataset(tmp_path, [GOOD] * 10 + [DAMAGED["half"]] * (loader_module.MAX_BAD_IMAGES + 1))
+def test_too_many_damaged(tmp_path):
+    data = dataset(tmp_path, [GOOD] * 10 + [DAMAGED["half"]] * (MAX_DAMAGED + 1))
     with open_loader(data) as loader, pytest.raises(UserError, match="damaged"):
         list(loader.epoch(np.arange(len(data[0])), 0))
 
 
 @every_backend
-def test_epoch_left_early(plain, backend):
+def test_new_epoch_ends_old(plain, backend):
     order = np.arange(30)
     with open_loader(plain, backend=backend, batch_size=4) as loader:
         expected = by_sample(list(loader.epoch(order, 2)))
@@ -415,23 +429,25 @@ def test_epoch_left_early(plain, backend):
 def test_drop_last_and_empty(plain, backend):
     with open_loader(plain, backend=backend, drop_last=True) as loader:
         assert [len(batch) for batch in loader.epoch(np.arange(30), 0)] == [8, 8, 8]
-        assert loader.batches(30) == 3
-        assert loader.batches(30, start=10) == 2
+        assert loader.num_batches(30) == 3
+        assert loader.num_batches(30, start=10) == 2
         assert list(loader.epoch(np.arange(5), 0)) == []
         assert list(loader.epoch(np.array([], np.int64), 0)) == []
         assert list(loader.epoch(np.arange(30), 0, start=30)) == []
 
 
-def test_misuse(plain):
-    index, tokens = plain
+def test_misuse(plain, tmp_path):
+    index, _ = plain
     with pytest.raises(ValueError, match="batch_size"):
-        Loader(index, tokens, batch_size=0, size=32, augment=None)
-    with pytest.raises(UserError, match="choose auto, cpp, dali or torchvision"):
+        make_decoder("torchvision", batch_size=0, size=32)
+    with pytest.raises(ValueError, match="29 texts were tokenized for 30 samples"):
+        Loader(index, dataset(tmp_path, [GOOD] * 29)[1], make_decoder("torchvision", batch_size=1, size=32))
+    with pytest.raises(UserError, match="--decoder pil is not known. Choose auto, cpp, dali or torchvision."):
         open_loader(plain, backend="pil")
     with open_loader(plain) as loader:
         with pytest.raises(ValueError, match="outside"):
             loader.epoch(np.array([30]), 0)
-        with pytest.raises(ValueError, match="one length"):
+        with pytest.raises(ValueError, match="same length"):
             loader.epoch(np.arange(3), 0, positions=np.arange(2))
 
 
@@ -446,19 +462,19 @@ def test_misuse(plain):
         ("cuda", {"cpp", "dali"}, "torchvision"),
     ],
 )
-def test_choice_of_the_backend(monkeypatch, device, missing, expected):
+def test_choose_backend(monkeypatch, device, missing, expected):
     for name, place in (("dali", "decode.dali.why_dali_unavailable"), ("cpp", "decode.transform.why_cpp_unavailable")):
         monkeypatch.setattr(f"syncmask_fast.data.{place}", lambda name=name: "no library" if name in missing else None)
     assert choose_backend("auto", torch.device(device)) == expected
     for name in ("dali", "cpp"):
         if name in missing:
-            with pytest.raises(UserError, match=f"cannot use {name} here .no library"):
+            with pytest.raises(UserError, match=rf"--decoder {name} does not run here \(no library"):
                 choose_backend(name, torch.device(device))
         else:
             assert choose_backend(name, torch.device(device)) == name
 
 
-def test_native_says_what_is_missing(monkeypatch):
+def test_cpp_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(UserError, match="simplejpeg|not built"):
         choose_backend("cpp", torch.device("cpu"))
@@ -480,7 +496,7 @@ def test_on_cuda(plain, backend):
     for batch in batches:
         assert all(
             tensor.is_cuda
-            for tensor in (batch.pixels, batch.token_ids, batch.cu_seqlens, batch.product_ids, batch.sample_ids)
+            for tensor in (batch.pixels, batch.token_ids, batch.cu_seqlens, batch.shard.product_ids, batch.sample_ids)
         )
     for sample, pixels in by_sample(batches).items():
         assert (pixels.cpu() - expected[sample]).abs().mean() < 0.03
@@ -495,7 +511,8 @@ def test_whole_images():
     assert len(params.take(np.array([True, False]))) == 1
 
 
-def test_dropped_words_are_a_function_of_the_position():
+def test_token_dropout_mask():
+    """The kept tokens depend on the position, not on the batch."""
     lengths = np.array([9, 3, 30, 2, 17])
     places = np.array([4, 0, 11, 2, 7])
     starts = np.append(0, np.cumsum(lengths))
@@ -512,7 +529,8 @@ def test_dropped_words_are_a_function_of_the_position():
     assert token_dropout_mask(5, 2, places, lengths, 0.0).all()
 
 
-def test_word_drop_leaves_out_words_in_order(plain):
+def test_token_dropout(plain):
+    """Tokens are left out, in order, and never the first or the last."""
     with open_loader(plain, backend="torchvision", augment=AugmentConfig(token_dropout=0.5)) as loader:
         batch = next(loader.epoch(np.arange(4), 0))
         starts = batch.cu_seqlens.tolist()

@@ -157,9 +157,9 @@ def test_a_shard_that_ends_early_is_not_kept(
     ("address", "expected"),
     [
         ("memory://nowhere", "is not there"),
-        ("memory://bucket/{9..3}.tar", "no rising range"),
-        ("memory://bucket/{0..9}/{0..9}.tar", "not the only one"),
-        ("memory://bucket/{0..99999999}.tar", "no rising range"),
+        ("memory://bucket/{9..3}.tar", "does not rise"),
+        ("memory://bucket/{0..9}/{0..9}.tar", "not the only range"),
+        ("memory://bucket/{0..99999999}.tar", "at most 1,000,000 numbers"),
         ("nosuch://bucket", "cannot be read"),
         ("s3://bucket/data", r"syncmask_fast\[remote\]"),
     ],

@@ -330,10 +330,10 @@ def test_processes_build_at_once(tmp_path):
 def test_errors_name_folder_and_fix(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ShardIndex.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no \.tar shards"):
+    with pytest.raises(UserError, match=r"contains no \.tar shards"):
         ShardIndex.open(tmp_path)
     (tmp_path / "a.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"decompress a\.tar\.gz"):
+    with pytest.raises(UserError, match=r"Decompress a\.tar\.gz"):
         ShardIndex.open(tmp_path)
     (tmp_path / "a.tar.gz").unlink()
     make_tar(tmp_path / "train/x.tar", samples(1))
@@ -343,7 +343,7 @@ def test_errors_name_folder_and_fix(tmp_path):
         ShardIndex.open(tmp_path / "train/x.tar")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/x.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="0 good"):
+    with pytest.raises(UserError, match="and 0 good"):
         ShardIndex.open(tmp_path / "empty")
 
 

@@ -102,7 +102,7 @@ def test_cased_vocabulary_stays_cased(tmp_path):
 
 def test_load_errors(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else the hub's client tries again and again
-    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt"):
+    with pytest.raises(UserError, match="has neither tokenizer.json nor vocab.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

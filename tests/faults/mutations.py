@@ -19,10 +19,8 @@ import torch
 
 from syncmask_fast.config import to_json
 from syncmask_fast.data.augment import AugmentConfig, sample_augmentations
-from syncmask_fast.data.decode.base import DecodeRequest
-from syncmask_fast.data.decode.transform import why_cpp_unavailable
+from syncmask_fast.data.decode.base import DecodeRequest, make_decoder, why_unavailable
 from syncmask_fast.data.images import check_image, decode_image
-from syncmask_fast.data.loader import make_decoder
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.token_cache import TokenCache
@@ -222,14 +220,8 @@ class Picture(Kind):
         super().__init__(folder)
         kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
         self.images = [encoded_image(0, 40, 30, kind=kind, **options) for kind, options in kinds]
-        pixels = {
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "jitter": True,
-            "device": torch.device("cpu"),
-            "threads": 1,
-        }
-        self.decoder = make_decoder("torchvision" if why_cpp_unavailable() else "cpp", batch_size=1, size=16, **pixels)
+        backend = "torchvision" if why_unavailable("cpp") else "cpp"
+        self.decoder = make_decoder(backend, batch_size=1, size=16, threads=1)
 
     def mutant(self, draw: random.Random) -> bytes:
         return edited(draw.choice(self.images), random_edits(draw))
@@ -249,9 +241,9 @@ class Picture(Kind):
                 0,
             )
         )
-        _, pixels, refused = self.decoder.result()
-        assert refused or (pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all())
-        if refused:
+        _, pixels, failed = self.decoder.result()
+        assert failed or (pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all())
+        if failed:
             return "left out, with the reason"
         decode_image(data)
         return READ

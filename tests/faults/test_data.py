@@ -28,7 +28,7 @@ def all_batches(data, **options) -> tuple[dict[int, torch.Tensor], dict[int, str
 
 def test_shard_that_vanishes(data, tmp_path: Path):
     (tmp_path / "0.tar").unlink()
-    with pytest.raises(UserError, match=r"0\.tar cannot be opened any more .* put it back and start again"):
+    with pytest.raises(UserError, match=r"0\.tar can no longer be opened .* Restore it and start again"):
         all_batches(data)
 
 
@@ -123,7 +123,7 @@ def test_dali_pipeline_that_keeps_dying_is_a_sentence(data, monkeypatch: pytest.
     from syncmask_fast.data.decode.dali import DaliDecoder
 
     monkeypatch.setattr(DaliDecoder, "_outputs", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error")))
-    with pytest.raises(UserError, match=r"DALI failed .* CUDA error; choose --decoder torchvision"):
+    with pytest.raises(UserError, match=r"DALI failed .* CUDA error. Choose --decoder torchvision"):
         all_batches(data, backend="dali")
 
 
@@ -146,7 +146,7 @@ def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path
     for order in (np.arange(12), np.array([6, 11, 10, 9, 8, 7, 5, 4, 3, 2, 1, 0])):
         with open_loader(data, batch_size=4, backend="dali", augment=None) as loader:
             found.append(by_sample(list(loader.epoch(order, 0))))
-            assert loader._decoder._recode == {6}
+            assert loader.decoder._recode == {6}
             assert loader.skipped == []
     assert all(torch.equal(found[0][n], found[1][n]) for n in range(12))
     assert before.keys() == found[0].keys()

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from syncmask_fast.data.augment import AugmentConfig
-from syncmask_fast.data.decode.base import make_decoder
+from syncmask_fast.data.decode.backends import make_decoder
 from syncmask_fast.data.decode.transform import JpegDecoder
 from syncmask_fast.data.images import PIXEL_MEAN, PIXEL_STD
 from syncmask_fast.data.loader import Loader

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from syncmask_fast.data.augment import AugmentConfig
-from syncmask_fast.data.decode.base import make_decoder, why_unavailable
+from syncmask_fast.data.decode.backends import make_decoder, why_unavailable
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.token_cache import TokenCache

@@ -19,7 +19,7 @@ from syncmask_fast.data.augment import (
     sample_augmentations,
     token_dropout_mask,
 )
-from syncmask_fast.data.decode.base import choose_backend, make_decoder
+from syncmask_fast.data.decode.backends import choose_backend, make_decoder
 from syncmask_fast.data.images import MAX_PIXELS, check_image, decode_image
 from syncmask_fast.data.loader import MAX_DAMAGED, Loader
 from syncmask_fast.utils.errors import UserError
@@ -463,8 +463,8 @@ def test_misuse(plain, tmp_path):
     ],
 )
 def test_choose_backend(monkeypatch, device, missing, expected):
-    for name, place in (("dali", "decode.dali.why_dali_unavailable"), ("cpp", "decode.transform.why_cpp_unavailable")):
-        monkeypatch.setattr(f"syncmask_fast.data.{place}", lambda name=name: "no library" if name in missing else None)
+    for name, place in (("dali", "why_dali_unavailable"), ("cpp", "why_cpp_unavailable")):
+        monkeypatch.setattr(f"syncmask_fast.data.decode.backends.{place}", lambda name=name: "no library" if name in missing else None)
     assert choose_backend("auto", torch.device(device)) == expected
     for name in ("dali", "cpp"):
         if name in missing:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncmask_fast.config import TrainConfig
-from syncmask_fast.data.decode.base import make_decoder
+from syncmask_fast.data.decode.backends import make_decoder
 from syncmask_fast.data.loader import Batch, Loader
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.token_cache import TokenCache

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from syncmask_fast.config import TrainConfig
-from syncmask_fast.data.decode.base import MAX_THREADS, make_decoder
+from syncmask_fast.data.decode.backends import MAX_THREADS, make_decoder
 from syncmask_fast.data.loader import Loader
 from syncmask_fast.data.splits import Split, open_splits
 from syncmask_fast.data.token_cache import TokenCache

@@ -19,7 +19,8 @@ import torch
 
 from syncmask_fast.config import to_json
 from syncmask_fast.data.augment import AugmentConfig, sample_augmentations
-from syncmask_fast.data.decode.base import DecodeRequest, make_decoder, why_unavailable
+from syncmask_fast.data.decode.backends import make_decoder, why_unavailable
+from syncmask_fast.data.decode.base import DecodeRequest
 from syncmask_fast.data.images import check_image, decode_image
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split

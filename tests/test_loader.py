@@ -309,8 +309,10 @@ def test_pixels_by_position(plain, backend):
     [pytest.param("dali", 0.008, 0.2, marks=needs_dali), pytest.param("cpp", 0.006, 0.06, marks=needs_cpp)],
 )
 def test_backends_agree(plain, augment, backend, mean_limit, limit):
-    """On the normalised scale of -1 to 1, where one 8-bit step is 0.015 with this std. Measured for DALI: a mean difference of 0.001 (eval) to 0.002
-    (colours too); the compiled way: tests/test_crop_resize.py."""
+    """On the normalized scale of -1 to 1, where one 8-bit step is 0.015 with this std.
+
+    Measured for DALI: a mean difference of 0.001 (evaluation) to 0.002 (colors too). For cpp: tests/test_crop_resize.py.
+    """
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     loaded = []
     for name in (backend, "torchvision"):
@@ -463,8 +465,9 @@ def test_misuse(plain, tmp_path):
     ],
 )
 def test_choose_backend(monkeypatch, device, missing, expected):
-    for name, place in (("dali", "why_dali_unavailable"), ("cpp", "why_cpp_unavailable")):
-        monkeypatch.setattr(f"syncmask_fast.data.decode.backends.{place}", lambda name=name: "no library" if name in missing else None)
+    for name in ("dali", "cpp"):
+        reason = "no library" if name in missing else None
+        monkeypatch.setattr(f"syncmask_fast.data.decode.backends.why_{name}_unavailable", lambda reason=reason: reason)
     assert choose_backend("auto", torch.device(device)) == expected
     for name in ("dali", "cpp"):
         if name in missing:

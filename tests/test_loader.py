@@ -311,7 +311,7 @@ def test_pixels_by_position(plain, backend):
 def test_backends_agree(plain, augment, backend, mean_limit, limit):
     """On the normalized scale of -1 to 1, where one 8-bit step is 0.015 with this std.
 
-    Measured for DALI: a mean difference of 0.001 (evaluation) to 0.002 (colors too). For cpp: tests/test_crop_resize.py.
+    Measured for DALI: mean difference 0.001 (evaluation) to 0.002 (colors too). For cpp: tests/test_crop_resize.py.
     """
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     loaded = []
@@ -342,7 +342,7 @@ def test_evaluation(plain, backend):
 @every_backend
 def test_flip_mirrors(plain, backend):
     still = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
-    squares = np.arange(0, 30, 5)  # the 64 x 64 pictures
+    squares = np.arange(0, 30, 5)  # the 64 x 64 images
     loaded = []
     for flip in (0.0, 1.0):
         with open_loader(plain, backend=backend, augment=AugmentConfig(flip=flip, **still)) as loader:

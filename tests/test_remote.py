@@ -1,4 +1,4 @@
-"""Remote shards: fetched once, fetched again when they change, and an error when they cannot be."""
+"""Remote shards: fetched once, fetched again when they change, and one message when they cannot be."""
 
 from __future__ import annotations
 

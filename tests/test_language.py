@@ -53,7 +53,6 @@ def tracked_files() -> list[str]:
     return [name for name in listing.stdout.splitlines() if name.endswith(SUFFIXES) and (ROOT / name).is_file()]
 
 
-@pytest.mark.xfail(strict=False, reason="the sweep over the code is not done")
 def test_forbidden_words():
     found = []
     for name in tracked_files():
@@ -85,7 +84,6 @@ def user_errors(path: Path) -> list[tuple[int, str]]:
     return [(line, text) for line, text in texts if text is not None]
 
 
-@pytest.mark.xfail(strict=False, reason="the sweep over the code is not done")
 def test_error_messages():
     """A message starts with a capital letter, a flag or a value, and ends in a full stop, perhaps its last value's."""
     wrong = []
@@ -104,7 +102,6 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.xfail(strict=False, reason="files are still being moved")
 def test_documents_name_what_exists():
     """Links, their headings, and file names between backticks."""
     missing = []

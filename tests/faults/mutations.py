@@ -214,7 +214,7 @@ class JsonMember(Tar):
         return shard([record, *[as_json(RECORD)] * 3], [encoded_image(seed, 40, 30) for seed in range(4)])
 
 
-class Picture(Kind):
+class EncodedImage(Kind):
     """An encoded image, in each of the formats, through the checks and the decoder of training."""
 
     def __init__(self, folder: Path) -> None:
@@ -474,7 +474,7 @@ class TripletFile(Kind):
 KINDS: dict[str, type[Kind]] = {
     "tar": Tar,
     "JSON member": JsonMember,
-    "image": Picture,
+    "image": EncodedImage,
     "index cache": IndexCache,
     "index cache, forged": IndexArrays,
     "token cache": Tokens,

@@ -43,12 +43,11 @@ class Ablation:
     steps: int | None = None
     """Steps of every pretraining. Unset: the preset's."""
     masking: tuple[str, ...] = ("random", "sync")
-    """`random`, `none`, `sync` (the preset's score rules) or `sync:TOKEN/PATCH` (these rules), such as `sync:mass/max`.
-    The first is the baseline."""
+    """`random`, `none`, `sync`, or score rules as `sync:TOKEN/PATCH`. Others are compared with the first."""
     every_rule: bool = False
-    """Vary the preset's token rule, then its patch rule, in the last --batching."""
+    """Also run the other token and patch score rules, each with the preset's other rule, in the last --batching."""
     batching: tuple[Batching, ...] = ("random", "hard", "semi_hard")
-    """The last is compared with each other one."""
+    """Batchings to run. The last is compared with the others."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """A run per seed. One seed supports no conclusion."""
     tasks: tuple[Literal["composed", "category", "subcategory"], ...] = ("composed", "subcategory")

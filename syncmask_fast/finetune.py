@@ -37,32 +37,24 @@ from syncmask_fast.utils.terminal import print_results
 
 # Recipes of the tasks: setting -> value and origin. A model of the `tiny` preset takes TINY's values first.
 Recipe = dict[str, tuple[float | int | None, str]]
-_ALBEF_DECAY = "pretraining of ALBEF and FashionSAP; their fine-tuning's is not known"
-_SHARED: Recipe = {"min_lr": (1e-6, "ours"), "muon_lr": (None, "ALBEF and FashionSAP use AdamW only")}
 RECIPES: dict[Task, Recipe] = {
-    "retrieval": _SHARED
-    | {
-        "epochs": (20, "FashionSAP"),
-        "batch_size": (64, "FashionSAP: 16 on each of 4 GPUs"),
-        "lr": (1e-5, "FashionSAP"),
-        "weight_decay": (0.02, _ALBEF_DECAY),
-    },
-    "composed": _SHARED
-    | {
-        "epochs": (20, "FashionSAP"),
-        "batch_size": (32, "FashionSAP: 16 on each of 2 GPUs"),
-        "lr": (2e-5, "FashionSAP"),
-        "weight_decay": (0.2, "FashionSAP"),
-    },
-    "category": _SHARED
-    | {
-        "epochs": (30, "FashionSAP"),
-        "batch_size": (128, "FashionSAP: 64 on each of 2 GPUs"),
-        "lr": (2e-5, "FashionSAP"),
-        "weight_decay": (0.02, _ALBEF_DECAY),
-    },
+    task: {
+        "epochs": (epochs, "FashionSAP"),
+        "batch_size": (per_gpu * gpus, f"FashionSAP: {per_gpu} on each of {gpus} GPUs"),
+        "lr": (lr, "FashionSAP"),
+        "min_lr": (1e-6, "ours"),
+        "muon_lr": (None, "ALBEF and FashionSAP use AdamW only"),
+        "weight_decay": (0.2, "FashionSAP")
+        if task == "composed"
+        else (0.02, "pretraining of ALBEF and FashionSAP; their fine-tuning's is not known"),
+    }
+    for task, epochs, per_gpu, gpus, lr in (
+        ("retrieval", 20, 16, 4, 1e-5),
+        ("composed", 20, 16, 2, 2e-5),
+        ("category", 30, 64, 2, 2e-5),
+        ("subcategory", 30, 64, 2, 2e-5),
+    )
 }
-RECIPES["subcategory"] = RECIPES["category"]
 TINY: Recipe = {
     name: (value, "ours, for `tiny`")
     for name, value in {"epochs": 3, "batch_size": 64, "lr": 5e-4, "muon_lr": 0.005, "min_lr": 1e-5}.items()

@@ -23,7 +23,7 @@ from syncmask_fast.utils.errors import UserError, run_command
 class Search:
     """Find the products that fit a description best: a list, and an image of the top matches."""
 
-    query: Annotated[str, tyro.conf.Positional]
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """What to look for, in words."""
     model: Path
     """Model folder: a run's `model`."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix
 
+from syncmask_fast.config import TaskConfig
 from syncmask_fast.data.shards import ShardIndex
 from syncmask_fast.data.splits import Split
 from syncmask_fast.data.triplets import open_triplets
 from syncmask_fast.sources.lookbook.triplets import SAME, make_triplets
-from syncmask_fast.tasks.composed import ClassQueries, composed_recall
-from syncmask_fast.tasks.recognition import recognition_metrics
+from syncmask_fast.tasks import composed, recognition
+from syncmask_fast.tasks.composed import ClassQueries, composed_recall, evaluate_composed
+from syncmask_fast.tasks.recognition import evaluate_recognition, recognition_metrics
 from syncmask_fast.utils.errors import UserError
 
 # Composed retrieval
@@ -66,6 +69,26 @@ def test_composed_chance():
     assert np.mean(hits) == pytest.approx(found["mean/R@10/chance"], abs=2.5)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_evaluate_composed_oracle(lookbook: Path, monkeypatch: pytest.MonkeyPatch, seen: bool):
+    """Queries equal to their target's image reach 100 % in both galleries; queries equal to the reference do not."""
+    index = ShardIndex.open(lookbook / "eval")
+    split = Split(index, np.arange(len(index)))
+    triplets = open_triplets(split)
+
+    def encode(model, split, tokens, triplets, sample_ids):
+        images = torch.eye(len(sample_ids))
+        return images, images[np.searchsorted(sample_ids, triplets.target if seen else triplets.candidate)]
+
+    monkeypatch.setattr(composed, "_encode", encode)
+    results = evaluate_composed(SimpleNamespace(device="cpu"), split, None, triplets)
+    for protocol in ("original", "val-union"):
+        names = [name for name in set(triplets.classes) if results[f"composed/{protocol}/{name}/images"] > 20]
+        assert len(names) > 2
+        assert {results[f"composed/{protocol}/{name}/R@10"] for name in names} == {100 if seen else 0}
+        assert 0 < results[f"composed/{protocol}/mean/R@10/chance"] < 100
+
+
 # Recognition
 
 
@@ -92,6 +115,43 @@ def test_unseen_label():
     """It is always an error. FashionSAP gives it class 0, which makes predictions of class 0 right."""
     found = recognition_metrics(["glove", "glove"], ["bag", "bag"], ["bag", "coat"])
     assert found["accuracy"] == found["macro-F1/truth-or-predicted"] == found["macro-F1/seen-in-truth"] == 0
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_evaluate_recognition_oracle(lookbook: Path, monkeypatch: pytest.MonkeyPatch, shift: int):
+    """A classifier with the true label's logit highest has accuracy 100; with the next label's, 0."""
+    index = ShardIndex.open(lookbook / "eval")
+    split = Split(index, np.arange(len(index)))
+    labels = tuple(index.category.names)
+    current = []
+
+    def batches(model, split, tokens, sample_ids):
+        for begin in range(0, len(sample_ids), 100):
+            ids = sample_ids[begin : begin + 100]
+            current[:] = [torch.from_numpy((index.category.codes[ids] + shift) % len(labels)).long()]
+            lengths = torch.ones(len(ids), dtype=torch.int32)
+            cu_seqlens = torch.cat([lengths[:1] * 0, lengths.cumsum(0, dtype=torch.int32)])
+            yield SimpleNamespace(
+                pixels=None,
+                token_ids=None,
+                lengths=lengths.tolist(),
+                cu_seqlens=cu_seqlens,
+                sample_ids_host=ids,
+                shard=SimpleNamespace(lengths=lengths.tolist()),
+            )
+
+    monkeypatch.setattr(recognition, "evaluation_batches", batches)
+    model = SimpleNamespace(
+        config=SimpleNamespace(task=TaskConfig("category", labels=labels)),
+        image=lambda pixels: None,
+        text=lambda token_ids, layout: None,
+        label_logits=lambda images, text, layout: torch.nn.functional.one_hot(current[0], len(labels)).float(),
+    )
+    results = evaluate_recognition(model, split, None)
+    assert results["category/image+text/accuracy"] == (0 if shift else 100)
+    assert results["category/image+text/macro-F1/seen-in-truth"] == (0 if shift else 100)
+    assert results["category/image+text/images"] == len(split)
+    assert results["category/image+text/unlabeled-images"] == 0
 
 
 # The lookbook's triplets

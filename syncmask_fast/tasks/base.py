@@ -65,7 +65,7 @@ def evaluation_batches(
     config = model.config
     decoder = make_decoder(
         config.decoder,
-        batch_size=min(BATCH_SIZE, max(len(sample_ids), 1)),
+        batch_size=min(BATCH_SIZE, max(len(sample_ids), 1)),  # decoders reserve memory for a batch
         size=config.image.size,
         device=model.device,
         threads=config.decode_threads,

@@ -104,6 +104,7 @@ def evaluate_composed(model: SyncMaskModel, split: Split, tokens: TokenCache, tr
     galleries["val-union"] = {
         name: np.union1d(triplets.candidate[rows[name]], triplets.target[rows[name]]) for name in names
     }
+    # Every image is encoded once, whatever galleries and queries it is in.
     sample_ids = np.unique(np.concatenate([triplets.candidate, triplets.target, *triplets.galleries.values()]))
     images, queries = _encode(model, split, tokens, triplets, sample_ids)
 
@@ -194,11 +195,13 @@ def composed_losses(
 ) -> tuple[dict[str, Tensor], Features]:
     """Return the contrastive loss of queries and targets in the batch; images of one product are no negatives."""
     layout = PackedLayout.of_batch(batch)
+    # Both images of a triplet in one pass.
     references, targets = model.image(torch.cat([batch.pixels, batch.target_pixels])).chunk(2)
     queries = model.project_queries(references, model.text(batch.token_ids, layout), layout)
     student = Features(model.project_images(targets), queries)
     features = Features(*(x.detach() for x in student))
     shard = batch.shard
+    # No queue and no soft targets: the candidates are the batch, and alpha is 0.
     loss = itc_loss(student, features, shard.product_ids, queue, model.temperature, 0.0, shard.rows)
     return {"total": means({"itc": loss}, shard)["itc"]}, features
 
@@ -216,7 +219,7 @@ def epoch_triplets(
         for batch in loader.epoch(pairs, state.epoch, start=2 * state.samples_done):
             positions = batch.epoch_positions.cpu().numpy()
             state.samples_done = (int(positions[-1]) // (2 * config.batch_size) + 1) * config.batch_size
-            # 2. Triplets with both images.
+            # 2. Triplets with both images: that of a damaged image has one position.
             found, count = np.unique(positions // 2, return_counts=True)
             complete = found[count == 2]
             if len(complete) < 2:

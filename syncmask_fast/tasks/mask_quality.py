@@ -59,9 +59,10 @@ def mask_truth(spans: np.ndarray, attributes: Sequence[dict], width: int, height
     edges = np.arange(grid + 1)
     for item in attributes:
         begin, end = item["span"]
+        # A token belongs to an attribute if they share a character.
         named = (spans[:, 0] < end) & (spans[:, 1] > begin)
         attribute |= named
-        if item.get("box") is None:
+        if item.get("box") is None:  # this view does not show it
             continue
         visible |= named
         box = np.asarray(item["box"], float) * grid / [width, height, width, height]  # in patches
@@ -204,6 +205,7 @@ Bools = list[np.ndarray]
 
 def _precision(name: str, masks: Bools, shuffled: Bools, target: Bools, among: Bools) -> dict[str, float]:
     """Return the shares of masked elements of `among` that are on `target`, its subset; NaN without any."""
+    # A random mask of the same size masks each element with this probability.
     random = [np.full(len(mask), mask.mean() if len(mask) else 0.0) for mask in masks]
     results = {}
     for kind, weights in (("precision", masks), ("random", random), ("shuffled", shuffled)):

@@ -39,6 +39,7 @@ def recognition_metrics(truth: Sequence[str], predicted: Sequence[str], labels: 
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     unseen = ~np.isin(truth, labels)
     seen = sorted(set(truth[~unseen].tolist()))
+    # zero_division: a class without predictions has F1 0, without a warning.
     seen_f1 = f1_score(truth, predicted, labels=seen, average="macro", zero_division=0) if seen else 0.0
     return {
         "accuracy": 100 * float(accuracy_score(truth, predicted)),
@@ -68,6 +69,7 @@ def evaluate_recognition(model: SyncMaskModel, split: Split, tokens: TokenCache)
     labels, labeled = getattr(split.index, task.name), _labeled(split, task.name)
     if not len(labeled):
         raise UserError(f"{split.index.folder} has no {task.name} in its records. Recognition needs labels.")
+    # Names, not codes: the evaluation split may number its labels in another way than the training split.
     truth, predicted = [], []
     for batch in evaluation_batches(model, split, tokens, labeled.samples):
         layout = PackedLayout.of_batch(batch)
@@ -107,6 +109,7 @@ def finetune_recognition(config: TrainConfig, split: Split, validation: Split) -
         images, texts = model.image(batch.pixels), model.text(batch.token_ids, layout)
         target = torch.from_numpy(class_of[batch.sample_ids_host]).to(images.device)
         loss = F.cross_entropy(model.label_logits(images, texts, layout), target)
+        # The loop stores features of every item in the bank; recognition does not train them.
         features = Features(model.project_images(images).detach(), model.project_texts(texts, layout).detach())
         return {"total": loss}, features
 

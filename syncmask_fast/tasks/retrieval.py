@@ -115,6 +115,7 @@ def _scored_full(gallery: Gallery, tile: int) -> Iterator[Scored]:
             rows = torch.arange(begin, min(begin + tile, len(queries)), device=queries.device)
             right = query_product[rows, None] == candidate_product
             score = queries[rows] @ candidates.T
+            # `everything` is expanded, not copied: n numbers for all queries.
             yield Scored(f"{direction}/full", rows, everything.expand(len(rows), -1), score, right)
 
 
@@ -141,6 +142,7 @@ def draws_101(gallery: Gallery, queries: int, draws: int, seed: int) -> Iterator
     image_product, subcategory = gallery.product_index.cpu().numpy(), gallery.subcategory.cpu().numpy()
     image_subcategory = subcategory[image_product]
     for draw in range(draws):
+        # One generator per draw: a draw does not depend on how many queries the draws before it took.
         rng = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, draw], np.uint64)))
         query = rng.permutation(len(image_product))[:queries]
         right = image_product[query]

@@ -83,8 +83,9 @@ def test_evaluate_composed_oracle(lookbook: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(composed, "_encode", encode)
     results = evaluate_composed(SimpleNamespace(device="cpu"), split, None, triplets)
     for protocol in ("original", "val-union"):
-        names = [name for name in set(triplets.classes) if results[f"composed/{protocol}/{name}/images"] > 20]
-        assert len(names) > 2
+        # In a gallery of ten images or fewer every rank is within the first ten.
+        names = [name for name in set(triplets.classes) if results[f"composed/{protocol}/{name}/images"] > 12]
+        assert names
         assert {results[f"composed/{protocol}/{name}/R@10"] for name in names} == {100 if seen else 0}
         assert 0 < results[f"composed/{protocol}/mean/R@10/chance"] < 100
 

@@ -1,4 +1,4 @@
-# make install | train | test | soak | lint | bench | clean
+# make install | train | test | test-all | soak | lint | bench | clean
 # PYTHON=python3.12 picks the interpreter of .venv, ARGS="..." passes flags on.
 PYTHON ?= python3
 ARGS ?=
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check
 DEPENDENCIES := $(VENV)/.dependencies
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test soak lint bench clean
+.PHONY: install train test test-all soak lint bench clean
 
 install: $(STAMP)
 
@@ -35,8 +35,14 @@ $(STAMP): $(DEPENDENCIES) setup.py $(wildcard csrc/*)
 train: install
 	$(BIN)/python -m syncmask_fast.train $(ARGS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
+
+# The fast tests; `make test-all` also runs those marked slow.
 test: install lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: install lint
+	$(PYTEST) $(ARGS)
 
 # The long form of tests/faults: 50 kills, 1,000 mutants of each kind of input, a full disk (docs/reliability.md).
 soak: install
@@ -44,6 +50,7 @@ soak: install
 
 lint: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check -q .
 	$(BIN)/clang-format --dry-run -Werror csrc/*
 
 bench: install

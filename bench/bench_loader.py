@@ -1,4 +1,6 @@
-"""The loader against PyTorch's DataLoader with Pillow and torchvision, and against decoding alone: 256 px in, crops of 224 px out."""
+"""The loader against PyTorch's DataLoader with Pillow and torchvision, and against decoding alone: 256 px in, crops of
+224 px out.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every setting of a run: frozen dataclasses, two presets, all checks. Imports no torch.
 
-Ranges stand in the fields' types. Where a default comes from ALBEF, GRIT-VLP or FashionSAP, the field says so; every other
-one is our choice. The SyncMask paper's own hyper-parameters are not known to us.
+Ranges stand in the fields' types. Where a default comes from ALBEF, GRIT-VLP or FashionSAP, the field says so; every
+other one is our choice. The SyncMask paper's own hyper-parameters are not known to us.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class LossConfig:
     itc_only: Fraction = 0.0
     """First part of the training, from 0 to 1, without ITM, MLM and MIM."""
     negatives: Negatives = "global"
-    """Where ITM negatives and the presence loss's images come from. global: the batch of all ranks, so the result does not
-    depend on their number. local: the rank's own rows, with less traffic."""
+    """Where ITM negatives and the presence loss's images come from. global: the batch of all ranks, so the result does
+    not depend on their number. local: the rank's own rows, with less traffic."""
     queue: Count = 65_536
     """Features of past batches that serve as ITC candidates (ALBEF: 65,536)."""
     alpha: Fraction = 0.4
@@ -172,8 +172,8 @@ class OptimConfig:
     min_lr: float = 1e-5
     """Learning rate of the last step."""
     muon_lr: PositiveFloat | None = None
-    """Peak learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for weight matrices and convolutions; AdamW keeps
-    embeddings and vectors. Unset: AdamW for everything."""
+    """Peak learning rate of Muon (Jordan et al. 2024, torch.optim.Muon) for weight matrices and convolutions; AdamW
+    keeps embeddings and vectors. Unset: AdamW for everything."""
     muon_weight_decay: float = 0.1
     """Weight decay of Muon (torch's default)."""
     warmup: Fraction = 0.03
@@ -224,8 +224,8 @@ class TrainConfig:
     preset: tyro.conf.Fixed[str] = "base"
     """Name of the preset that these settings started from."""
     data: str | None = None
-    """Folder of shards, or one that contains `train` and `eval`, or its address (s3://, gs://, https://). Unset draws the
-    lookbook."""
+    """Folder of shards, or one that contains `train` and `eval`, or its address (s3://, gs://, https://). Unset draws
+    the lookbook."""
     weights: str | None = None
     """Initial weights of all encoders: a checkpoint in ALBEF's layout (.pth or .safetensors), with --text.name for the
     tokenizer, or the `model` folder of a run."""
@@ -251,8 +251,8 @@ class TrainConfig:
     log_every: PositiveInt = 20
     """Steps between progress lines."""
     max_skipped_steps: PositiveInt = 10
-    """A step whose loss or gradients are not finite changes nothing. After this many in a row the run saves the batch and
-    stops."""
+    """A step whose loss or gradients are not finite changes nothing. After this many in a row the run saves the batch
+    and stops."""
     batch_size: PositiveInt = 64
     """Pairs of a batch, over all processes."""
     device: str = "auto"

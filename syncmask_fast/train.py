@@ -177,9 +177,9 @@ def train(
             if log.consecutive_skips >= config.max_skipped_steps:
                 path = dump_bad_batch(config.out, result.last_batch, loader.index, state.step, state.epoch)
                 raise UserError(
-                    f"{log.consecutive_skips} steps in a row up to step {state.step} had a loss or gradient that is not "
-                    f"finite (--max-skipped-steps {config.max_skipped_steps}); they changed nothing. Look at the last "
-                    f"batch in {path}, then start another --out with a lower --optim.lr or --precision float32."
+                    f"{log.consecutive_skips} steps in a row up to step {state.step} had a loss or gradient that is "
+                    f"not finite (--max-skipped-steps {config.max_skipped_steps}); they changed nothing. Look at the "
+                    f"last batch in {path}, then start another --out with a lower --optim.lr or --precision float32."
                 )
             if stopping:
                 # torchrun ends all ranks as soon as one ends: wait until rank 0 has written the checkpoint.

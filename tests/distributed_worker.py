@@ -1,6 +1,7 @@
 """Checks of collectives and losses on three ranks with unequal shards, against one process with the whole batch.
 
-`test_distributed.py` runs `main` on each rank. All ranks draw the same numbers, so each knows the whole batch and the result.
+`test_distributed.py` runs `main` on each rank. All ranks draw the same numbers, so each knows the whole batch and the
+result.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def check_fetch(group: Group) -> None:
 
 
 def check_gradients(group: Group) -> None:
-    """Two batches are added up, one parameter has no gradient, one is used twice; pieces of one parameter each and one piece of all."""
+    """Two batches are added up, one parameter has no gradient, one is used twice; pieces of one parameter each and one
+    piece of all.
+    """
     for piece in (1, 1 << 20):
         torch.manual_seed(3)
         net = nn.ModuleDict({"first": nn.Linear(4, 4), "unused": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
@@ -120,7 +123,9 @@ def check_in_step(group: Group) -> None:
 
 
 def check_losses(group: Group) -> None:
-    """Every objective of one step on unequal parts, both kinds of stem: losses and gradients add up to those of one process."""
+    """Every objective of one step on unequal parts, both kinds of stem: losses and gradients add up to those of one
+    process.
+    """
     for negatives, stem in (("global", "conv"), ("global", "patch"), ("local", "conv")):
         config = small_config(masking="sync")
         config = dataclasses.replace(

@@ -67,7 +67,9 @@ def encoded_image(
 
 
 def write_plain(folder: Path, count: int) -> None:
-    """Write one shard as img2dataset does: KEY.jpg, .png or .webp of several sizes, and KEY.txt or a KEY.json with a caption; no product ids."""
+    """Write one shard as img2dataset does: KEY.jpg, .png or .webp of several sizes, and KEY.txt or a KEY.json with a
+    caption; no product ids.
+    """
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for n in range(count):
@@ -210,7 +212,9 @@ TAKE_MASKS = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails at operators that wait for the device on CUDA: they give a number, or a tensor whose shape depends on values."""
+    """Fails at operators that wait for the device on CUDA: they give a number, or a tensor whose shape depends on
+    values.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()

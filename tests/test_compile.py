@@ -49,7 +49,9 @@ def test_checkpointing_gives_the_same_gradients_from_less(stem: str):
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_same_and_are_compiled_once():
-    """Texts of other lengths, negatives of other images: nothing in a step is compiled again after the first three, and attention breaks no graph."""
+    """Texts of other lengths, negatives of other images: nothing in a step is compiled again after the first three,
+    and attention breaks no graph.
+    """
     config = small_config(masking="sync")
     config = dataclasses.replace(config, compile="on", loss=dataclasses.replace(config.loss, mim_input="visible"))
     state, batches = small_state(config), [small_batch(config, seed=seed) for seed in range(12)]

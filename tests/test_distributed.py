@@ -84,7 +84,9 @@ def wait_for_checkpoint(out: Path, alive: Path, log: Path) -> None:
 
 
 def assert_close(ours: Path, theirs: Path) -> None:
-    """Compare weights, teacher, queue and feature bank of the last step; the epoch order and the queue's ids exactly."""
+    """Compare weights, teacher, queue and feature bank of the last step; the epoch order and the queue's ids
+    exactly.
+    """
     for name in ("model", "teacher", "memory"):
         a, b = saved(ours, name), saved(theirs, name)
         assert a.keys() == b.keys()
@@ -96,7 +98,9 @@ def assert_close(ours: Path, theirs: Path) -> None:
 
 
 def test_pieces(launcher: Launcher, tmp_path: Path):
-    """Gathering, exchange, summed gradients, batch norms and every loss on three unequal shards: distributed_worker.py."""
+    """Gathering, exchange, summed gradients, batch norms and every loss on three unequal shards:
+    distributed_worker.py.
+    """
     log = tmp_path / "log"
     launcher.start_ranks(3, "tests.distributed_worker", [], log)
     assert launcher.wait_ranks() == [0, 0, 0], log.read_text()

@@ -42,7 +42,9 @@ def attention_backward_flops(grad, q, k, v, out, log_sums, q_starts, k_starts, *
     ids=str,
 )
 def test_formula_is_what_runs(masking: str, changes: dict, fuse: bool):
-    """Texts of one length: then padding within the CPU's attention is none, and drawn negatives are as long as the average."""
+    """Texts of one length: then padding within the CPU's attention is none, and drawn negatives are as long as the
+    average.
+    """
     config = small_config(masking=masking)
     config = dataclasses.replace(
         config,

@@ -1,4 +1,6 @@
-"""Masks have the contracted size, lie on words and patches only, and sync masks are those of the operator on each sample alone."""
+"""Masks have the contracted size, lie on words and patches only, and sync masks are those of the operator on each
+sample alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Our encoders against the libraries whose weights they take, and packed sequences against one by one. All in float32, to 1e-5."""
+"""Our encoders against the libraries whose weights they take, and packed sequences against one by one.
+
+All in float32, to 1e-5.
+"""
 
 from __future__ import annotations
 

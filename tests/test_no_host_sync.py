@@ -1,4 +1,6 @@
-"""A training step never makes the host wait for the device: nothing in it needs a value or a length that only the device knows."""
+"""A training step never makes the host wait for the device: nothing in it needs a value or a length that only the
+device knows.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.helpers import STEP_CASES, NoHostReads, losses_of, small_batch, small
 def test_step_of_cuda_reads_nothing_back(
     masking: str, presence: float, stem: str, copy: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """The way that CUDA takes, on the CPU, where reserving rows is not needed; its losses are those of the CPU's way."""
+    """The way that CUDA takes, on the CPU, where reserving rows is not needed; its losses are those of the CPU's
+    way.
+    """
     config = step_config(masking, presence, stem, copy)
     state, batch = small_state(config), small_batch(config, seed=3)
     ours = losses_of(config, state.model, batch, teacher=state.teacher)[0]

@@ -18,21 +18,10 @@ from syncmask_fast import _native
 ROOT = Path(__file__).resolve().parents[1]
 
 # Each module or folder of syncmask_fast imports only from rows above its own, or from its own folder.
-LAYERS = [
-    {"utils", "_native"},
-    {"kernels"},
-    {"ops", "distributed"},
-    {"data"},
-    {"config", "sources"},
-    {"model"},
-    {"objective"},
-    {"training"},
-    {"tasks"},
-    {"report"},
-    {"train", "evaluate", "pack", "search"},
-    {"finetune"},
-    {"ablate"},
-]
+ORDER = "utils < kernels < ops < distributed < data < config, sources < model < objective < training < tasks < report"
+COMMANDS = ("train, evaluate, pack, search", "finetune", "ablate")  # finetune reuses train's loop, ablate both commands
+LAYERS = [set(row.split(", ")) for row in (*ORDER.split(" < "), *COMMANDS)]
+LAYERS[0].add("_native")  # what `kernels` loads the compiled operators by
 
 
 def modules() -> dict[str, Path]:

@@ -59,7 +59,9 @@ def test_without_features_the_order_is_random():
 
 @pytest.mark.parametrize("search_space", [None, 96])
 def test_semi_hard_never_pairs_a_product_with_itself(search_space: int | None):
-    """Products with several photos that are each other's nearest neighbors: "hard" puts them together, "semi_hard" does not."""
+    """Products with several photos that are each other's nearest neighbors: "hard" puts them together, "semi_hard"
+    does not.
+    """
     products, photos, batch = 48, 4, 8
     ids = np.repeat(np.arange(products), photos)
     center = features(products)
@@ -80,7 +82,9 @@ def test_semi_hard_never_pairs_a_product_with_itself(search_space: int | None):
 
 
 def test_a_product_comes_again_only_after_all_others():
-    """In one batch of everything: no product twice before every product has come, though its other photos are the most similar."""
+    """In one batch of everything: no product twice before every product has come, though its other photos are the most
+    similar.
+    """
     products, photos = 12, 4
     ids = np.repeat(np.arange(products), photos)
     center = features(products, seed=5)

@@ -1,4 +1,6 @@
-"""Start weights: loaded weights answer as their source does, and what was loaded, missing, resized and left over is said."""
+"""Start weights: loaded weights answer as their source does, and what was loaded, missing, resized and left over is
+said.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def vit(size: int = 36) -> nn.Module:
 
 
 def albef_state() -> tuple[dict[str, torch.Tensor], nn.Module, nn.Module]:
-    """A checkpoint in ALBEF's layout, and the encoders that it was made from: one text layer, then one with cross-attention."""
+    """A checkpoint in ALBEF's layout, and the encoders that it was made from: one text layer, then one with
+    cross-attention.
+    """
     torch.manual_seed(2)
     image, text = vit(48), bert(is_decoder=True, add_cross_attention=True, encoder_hidden_size=32)
     for layer in text.encoder.layer:  # transformers sizes these by the text; ALBEF by the image
@@ -82,7 +86,9 @@ def albef_state() -> tuple[dict[str, torch.Tensor], nn.Module, nn.Module]:
 
 
 def test_bert_folder(tmp_path: Path):
-    """The loaded text encoder answers as the BERT whose folder it was; the fusion layers have the BERT's later layers."""
+    """The loaded text encoder answers as the BERT whose folder it was; the fusion layers have the BERT's later
+    layers.
+    """
     theirs = bert()
     theirs.save_pretrained(tmp_path)
     model = SyncMaskModel(config())
@@ -150,7 +156,9 @@ def test_timm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kind", ["model.pth", "bare.pth", "bert.pth", "x.safetensors"])
 def test_albef_checkpoint(kind: str, tmp_path: Path):
-    """ALBEF's own layout, a state alone, the layout of its downstream checkpoints (no `bert.`, DDP's `module.`), and safetensors."""
+    """ALBEF's own layout, a state alone, the layout of its downstream checkpoints (no `bert.`, DDP's `module.`), and
+    safetensors.
+    """
     state, image, text = albef_state()
     path = tmp_path / kind
     if kind == "model.pth":

@@ -25,7 +25,9 @@ from tests.helpers import PAIRS, SEED, losses_of, small_batch, small_config, sma
 
 
 class TestAgainstTheSlowWay:
-    """The model, its teacher and the batch of all of them; the teacher is another model, so that no one takes the wrong one."""
+    """The model, its teacher and the batch of all of them; the teacher is another model, so that no one takes the
+    wrong one.
+    """
 
     @pytest.fixture(
         params=[
@@ -173,7 +175,10 @@ def test_every_parameter_learns(masking: str, target: str, copy: str):
 
 @pytest.mark.parametrize(("stem", "ratio"), [("patch", 0.5), ("conv", 0.5), ("patch", 1.0)])
 def test_mim_of_visible_copies_learns_from_image_and_text(stem: str, ratio: float):
-    """A batch by heart, by MIM alone: every part that it goes through moves, and the error falls. With nothing visible there is the text alone."""
+    """A batch by heart, by MIM alone: every part that it goes through moves, and the error falls.
+
+    With nothing visible there is the text alone.
+    """
     config = small_config(masking="random")
     config = dataclasses.replace(
         config,

@@ -136,7 +136,9 @@ def test_finished_run_is_evaluated_again_and_no_more(run: Path, lookbook: Path, 
 def test_ctrl_c_saves_and_a_named_checkpoint_resumes(
     run: Path, lookbook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run resumes exactly."""
+    """Ctrl-C within the fourth step, between two checkpoints: the step ends and is saved, and the run resumes
+    exactly.
+    """
     out = tmp_path / "run"
     flags = ["tiny", *FLAGS, *SIX_STEPS, "--decoder", "dali", "--data", str(lookbook), "--out", str(out)]
     step = train.train_step

@@ -18,12 +18,12 @@ BUCKET_BYTES = 8 << 20
 class GradientReducer:
     """Sum the gradients of all ranks, bucket by bucket, overlapped with the backward pass.
 
-    Buckets hold parameters from the last to the first, roughly the order in which gradients arrive, and are sent in this
-    order on every rank. A parameter without a gradient keeps none; the settings and the step decide which ones these are,
-    so all ranks agree.
+    Buckets hold parameters from the last to the first, roughly the order in which gradients arrive, and are sent in
+    this order on every rank. A parameter without a gradient keeps none; the settings and the step decide which ones
+    these are, so all ranks agree.
 
-    We do not use DistributedDataParallel: it expects one forward pass of one module, averages, and gives every parameter
-    a gradient.
+    We do not use DistributedDataParallel: it expects one forward pass of one module, averages, and gives every
+    parameter a gradient.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: Group, bucket_bytes: int = BUCKET_BYTES) -> None:

@@ -1,12 +1,13 @@
 """The process group of a run: rendezvous, and collectives on the host and on the device.
 
-`--batch-size` counts the pairs of all ranks. Each batch is split into runs of neighboring rows (`shard_bounds`). A rank's
-loss is its share of a sum: the losses of all ranks add up to the loss of one process with the whole batch, and so do the
-gradients. Gradients are therefore summed, not averaged, and the number of masked tokens on a rank does not matter.
+`--batch-size` counts the pairs of all ranks. Each batch is split into runs of neighboring rows (`shard_bounds`). A
+rank's loss is its share of a sum: the losses of all ranks add up to the loss of one process with the whole batch, and
+so do the gradients. Gradients are therefore summed, not averaged, and the number of masked tokens on a rank does not
+matter.
 
 Three groups: device tensors use the default backend (NCCL on CUDA, gloo on CPUs). Host data (rows of a batch, the epoch
-order, whether to stop) uses gloo, so the device is never waited for. Gradients have their own group, because they are sent
-while the backward pass runs.
+order, whether to stop) uses gloo, so the device is never waited for. Gradients have their own group, because they are
+sent while the backward pass runs.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def store_for_this_attempt(store: dist.Store, rank: int, world_size: int) -> dis
 
 @contextlib.contextmanager
 def errors_on_local_main_only() -> Iterator[None]:
-    """Wrap what all processes of a machine do alike, such as parsing flags: only the first one prints, errors included."""
+    """Wrap what all processes of a machine do alike, such as parsing flags: only the first one prints."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         yield
         return

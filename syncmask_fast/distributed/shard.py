@@ -136,7 +136,8 @@ def _upload(rows: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
-# torch.distributed.nn has both collectives, but its all_gather takes lists of tensors and its backward pass copies each.
+# torch.distributed.nn has both collectives, but its all_gather takes lists of tensors and its backward pass copies
+# each.
 class AllGather(torch.autograd.Function):
     """[n, ...] of each rank to [world_size * n, ...] on all ranks; the backward pass sums the ranks' gradients."""
 

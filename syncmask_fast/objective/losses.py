@@ -1,7 +1,7 @@
 """The losses of ALBEF (Li et al. 2021) with a MIM loss: ITC, ITM, MLM, MIM. Pure functions of tensors.
 
-Each returns the sum over this rank's terms and their number. `means` divides by the number over all ranks, in one place:
-the results of the ranks then add up to the loss of one process with the whole batch.
+Each returns the sum over this rank's terms and their number. `means` divides by the number over all ranks, in one
+place: the results of the ranks then add up to the loss of one process with the whole batch.
 
 Shape letters: B pairs of the global batch, b of this rank, Q places of the queue, E width of the ITC space.
 """
@@ -44,7 +44,8 @@ def itc_loss(
     alpha: float,
     rows: slice,
 ) -> LossSum:
-    """Image-text contrast with a queue and soft targets (ALBEF, equations 1, 2 and 6); positives by product (FashionSAP).
+    """Image-text contrast with a queue and soft targets (ALBEF, equations 1, 2 and 6); positives by product
+    (FashionSAP).
 
     student, teacher: unit vectors [B, E] of the global batch; product_ids: int64 [B].
     temperature:      float32 scalar. alpha: weight of the teacher's soft targets.

@@ -1,7 +1,7 @@
 """Hard negatives for ITM: which pair serves as the negative of which, and how ranks exchange the texts.
 
-Shape letters: B pairs of the pool that negatives come from, b pairs of this rank, E width of the ITC space, C width of the
-text encoder.
+Shape letters: B pairs of the pool that negatives come from, b pairs of this rank, E width of the ITC space, C width of
+the text encoder.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _exchange_negatives(
     """Fetch the texts that are this rank's images' negatives, then those that drew one of its images.
 
     texts: [T, C] of this rank; negative_text, negative_image: int64 [B], the same on all ranks.
-    returns: packed texts [rows, C]; their lengths; for the second kind the image that each drew, counted from this rank's
-             first, int64 [n]; and its number in the global batch, int64 [n].
+    returns: packed texts [rows, C]; their lengths; for the second kind the image that each drew, counted from this
+             rank's first, int64 [n]; and its number in the global batch, int64 [n].
     """
     # Rank 0 decides: near-ties could be drawn differently on devices of different kinds.
     drawn = pool.group.broadcast(torch.stack([negative_text, negative_image]).cpu()).numpy()

@@ -109,7 +109,8 @@ def presence_loss(
         absent = not_in_text(mixed.token_ids, roll_rows(token_ids, shift, rows)).float()
         return log_odds, F.softplus(log_odds).mean(1), absent
 
-    # The token's source image is the positive, the other image of the mixture a negative where its text lacks the token.
+    # The token's source image is the positive, the other image of the mixture a negative where its text lacks the
+    # token.
     own, own_negative, own_absent = compare(0)
     other, other_negative, other_absent = compare(shifts[0])
     source_image = torch.where(mixed.swapped[:, None], other, own)
@@ -145,7 +146,9 @@ def collage_loss(q: Tensor, k: Tensor, own_patches: Tensor, counted: Tensor) -> 
 
 
 def collage_rows(ratio: float, pairs: int) -> list[int]:
-    """Return which pairs become collages: round(ratio * pairs) of them, spread evenly so that every rank has its share."""
+    """Return which pairs become collages: round(ratio * pairs) of them, spread evenly so that every rank has its
+    share.
+    """
     return [n for n in range(pairs) if int((n + 1) * ratio + 0.5) > int(n * ratio + 0.5)]
 
 

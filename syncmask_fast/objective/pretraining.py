@@ -3,8 +3,8 @@
 Nothing here knows of files, epochs or the command line. A further loss is a function of its own that returns a
 `LossSum`, a weight in `LossConfig`, and a line here that puts it into `sums`.
 
-Shape letters: B pairs of the global batch, b of this rank, P patches, T tokens of this rank's texts, C width, E width of
-the ITC space.
+Shape letters: B pairs of the global batch, b of this rank, P patches, T tokens of this rank's texts, C width, E width
+of the ITC space.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def pretraining_losses(
 ) -> tuple[dict[str, Tensor], Features]:
     """Return all losses of a batch, and its features for the queue and the feature bank.
 
-    The losses are float32 scalars: "total", the weighted sum with gradient, and each part by its name. Over several ranks
-    they are this rank's share (`losses.means`). The features are of the global batch: the teacher's, or the student's where
-    the teacher is not needed.
+    The losses are float32 scalars: "total", the weighted sum with gradient, and each part by its name. Over several
+    ranks they are this rank's share (`losses.means`). The features are of the global batch: the teacher's, or the
+    student's where the teacher is not needed.
     """
     shard, layout = batch.shard, PackedLayout.of_batch(batch)
     generator = torch.Generator(batch.pixels.device).manual_seed(schedule.seed)

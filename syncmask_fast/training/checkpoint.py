@@ -1,7 +1,8 @@
 """Checkpoints: save a `TrainState` to a folder of safetensors and JSON, and resume from it.
 
-A checkpoint is written to a temporary folder and then renamed; the last two are kept. state.json is the manifest: version,
-counters, provenance, and size and SHA-256 of every other file, with a SHA-256 of its own (docs/reliability.md).
+A checkpoint is written to a temporary folder and then renamed; the last two are kept. state.json is the manifest:
+version, counters, provenance, and size and SHA-256 of every other file, with a SHA-256 of its own
+(docs/reliability.md).
 
 Random draws are functions of seed, epoch, position and step, so there is no generator state to save.
 """
@@ -153,7 +154,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 def save_checkpoint(folder: Path, state: TrainState, keep: int = 2) -> Path:
     """Write `folder`/step-NNNNNNNN, remove all but the latest `keep`, and return the new path.
 
-    A kill at any moment leaves the earlier checkpoints intact. errors: OSError if it cannot be written; nothing of it stays.
+    A kill at any moment leaves the earlier checkpoints intact. errors: OSError if it cannot be written; nothing of it
+    stays.
     """
     target = folder / f"step-{state.step:08d}"
     for old in folder.glob(".step-*.partial"):  # left by a kill

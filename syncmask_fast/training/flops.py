@@ -1,22 +1,22 @@
 """Model FLOPs of a step, computed from shapes, and the peak of a device: their ratio is the MFU.
 
-Counted are the matrix products that the objectives need: two FLOPs for each multiply-add, the backward pass as twice the
-forward pass.
+Counted are the matrix products that the objectives need: two FLOPs for each multiply-add, the backward pass as twice
+the forward pass.
 
     student 3 x forward, teacher 1 x forward
     a linear layer          2 * rows * inputs * outputs
     attention               4 * queries * keys * width       (q k^T, and the weights times v)
     image encoder           B images; for the student also B masked copies and the collages. S = 1 + P rows each, 1 + V
-                            where only visible patches are encoded. Pixels have no gradient, so a single patch projection
-                            costs 2 x forward, and masked copies share it
-    text encoder            T tokens; for the student also T of the masked texts and T of the presence loss's mixed texts
-    fusion encoder          4 T tokens: true and masked texts, and both kinds of negatives, which have T on average; keys
-                            and values once for each image and layer; the teacher up to the masking layer
+                            where only visible patches are encoded. Pixels have no gradient, so a single patch
+                            projection costs 2 x forward, and masked copies share it
+    text encoder            T tokens; for the student also T of the masked and T of the presence loss's mixed texts
+    fusion encoder          4 T tokens: true and masked texts, and both kinds of negatives, which have T on average;
+                            keys and values once for each image and layer; the teacher up to the masking layer
     heads                   MLM at masked tokens, MIM at masked patches
     ITC                     B x (B + queue) similarities on both sides, and the teacher's
 
-Not counted: padding, recomputation (gradient checkpointing), norms, softmax, optimizer and EMA. Time spent on them lowers
-the MFU. `tests/test_flops.py` compares the formula with PyTorch's count of a step.
+Not counted: padding, recomputation (gradient checkpointing), norms, softmax, optimizer and EMA. Time spent on them
+lowers the MFU. `tests/test_flops.py` compares the formula with PyTorch's count of a step.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from syncmask_fast.model.syncmask_model import SyncMaskModel
 from syncmask_fast.objective.masking import num_masked
 from syncmask_fast.objective.presence import collage_rows
 
-# Dense bfloat16 FLOP/s of tensor cores from the makers' data sheets, by a part of the device's name; SXM where there are
-# several versions.
+# Dense bfloat16 FLOP/s of tensor cores from the makers' data sheets, by a part of the device's name; SXM where there
+# are several versions.
 _BFLOAT16_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -115,7 +115,7 @@ def block_flops(model: SyncMaskModel, rows: int) -> float:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak FLOP/s of a device: from the table for bfloat16 on GPUs, else the best of a few square products."""
+    """Return the peak FLOP/s of a device: from the table in bfloat16 on GPUs, else measured on square products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in _BFLOAT16_PEAKS.items():

@@ -22,8 +22,8 @@ def graceful_stop(group: Group) -> Iterator[list[int]]:
     """Yield a list that receives the numbers of Ctrl-C and SIGTERM, so the loop can save and exit.
 
     A second Ctrl-C stops at once. A second SIGTERM does not: schedulers send it to every process of a job and again
-    through a launcher. Under torchrun neither does, because torchrun forwards a Ctrl-C that the terminal has already sent,
-    and ends what takes too long by itself.
+    through a launcher. Under torchrun neither does, because torchrun forwards a Ctrl-C that the terminal has already
+    sent, and ends what takes too long by itself.
     """
     received: list[int] = []
 

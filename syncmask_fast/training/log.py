@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl with one JSON object a step, progress lines, and TensorBoard where it is installed."""
+"""The log of a run: one JSON object a step in metrics.jsonl, progress lines, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ class MetricsLog:
         self._clock += seconds
 
     def log_metrics(self, values: dict[str, float]) -> None:
-        """Add further values, such as mask quality, to the last step's row. The next step's time does not include them."""
+        """Add further values, such as mask quality, to the last step's row.
+
+        The next step's time does not include them.
+        """
         self._rows[-1].update({name: round(value, 3) for name, value in values.items() if not math.isnan(value)})
         if "sync/patches/precision" in values:
             lift = values["sync/patches/precision"] / max(values["sync/patches/random"], 1e-9)
@@ -106,14 +109,16 @@ class MetricsLog:
         losses = f"{mean.get('loss', math.nan):.3f}" + (f" ({' '.join(parts)})" if parts else "")
         print(
             f"step {last['step']:>5}/{self.steps} epoch {last['epoch']}  {mean['pairs_per_s']:6.0f} pairs/s{mfu}  "
-            f"{last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %  loss {losses}{self.mask_summary}",
+            f"{last['peak_gib']:.1f} GiB  data {100 * mean['data_wait_share']:2.0f} %  "
+            f"loss {losses}{self.mask_summary}",
             flush=True,
         )
 
     def flush(self) -> list[dict]:
         """Read the collected losses, write all rows that are not yet written, and return them.
 
-        A step whose total is not finite was skipped: its row has "skipped", and values that are not finite are left out.
+        A step whose total is not finite was skipped: its row has "skipped", and values that are not finite are left
+        out.
         """
         if not self._rows:
             return []

@@ -25,8 +25,8 @@ LR_MULTIPLIER = 2.0  # of the run's learning rates
 def pretrain_text(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray, config: TrainConfig) -> None:
     """Train text encoder, fusion encoder without cross-attention, and MLM head for `--text.pretrain-steps` steps.
 
-    samples: int64 [N], the training samples. Each distinct text is read once an epoch. The result depends only on the seed
-    and the number of threads.
+    samples: int64 [N], the training samples. Each distinct text is read once an epoch. The result depends only on the
+    seed and the number of threads.
     """
     begin, device, steps = time.perf_counter(), model.device, config.text.pretrain_steps
     texts = tokens.unique(samples)

@@ -1,8 +1,10 @@
-"""Coverage-guided fuzzing of one kind of input with atheris, which is no dependency of the project (`pip install atheris`).
+"""Coverage-guided fuzzing of one kind of input with atheris, which is no dependency of the project (`pip install
+atheris`).
 
     python -m tests.faults.coverage_guided KIND -max_total_time=60
 
-KIND is one of `mutations.KINDS`; what follows it goes to libFuzzer. It ends at the first crash, with its traceback and the input in a file.
+KIND is one of `mutations.KINDS`; what follows it goes to libFuzzer. It ends at the first crash, with its traceback and
+the input in a file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Kills a run at random moments, starts it again each time, and compares its end with that of a run that was never stopped."""
+"""Kills a run at random moments, starts it again each time, and compares its end with that of a run that was never
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,12 @@ def arguments(data: Path, out: Path, steps: int, save_every: int = 2) -> list[st
 def kill_often(
     launcher: Launcher, argv: list[str], out: Path, kills: int, seed: int = 0, reach: int = 1
 ) -> Counter[str]:
-    """Starts a run and kills it by SIGKILL, `kills` times, then lets it end. Returns how many kills fell into which moment.
+    """Starts a run and kills it by SIGKILL, `kills` times, then lets it end. Returns how many kills fell into which
+    moment.
 
-    The moment of each kill is drawn: some time after the start, some time after rows of metrics.jsonl were written, or while a checkpoint is being
-    written; which of the next `reach` writes of rows, or of the next `reach` checkpoints, is drawn too.
-    After each kill the newest checkpoint must not be older than the one before.
+    The moment of each kill is drawn: some time after the start, some time after rows of metrics.jsonl were written, or
+    while a checkpoint is being written; which of the next `reach` writes of rows, or of the next `reach` checkpoints,
+    is drawn too. After each kill the newest checkpoint must not be older than the one before.
     """
     draw = random.Random(seed)
     log, moments, newest = out.with_suffix(".log"), Counter(), 0

@@ -1,7 +1,7 @@
 """Run commands as forks of one process that has everything imported: fifty starts cost seconds instead of minutes.
 
-As a program it reads one JSON object a line, {"module", "argv", "log", "ranks", "file_limit"}, and answers with the process
-ids as a JSON list, then with the exit codes (negative: the signal that ended the process).
+As a program it reads one JSON object a line, {"module", "argv", "log", "ranks", "file_limit"}, and answers with the
+process ids as a JSON list, then with the exit codes (negative: the signal that ended the process).
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ from tests.helpers import encoded_image, small_config, small_tokenizer
 
 READ, REPAIRED, REFUSED = "read", "repaired", "refused"
 Edit = tuple[str, float, bytes]
-"""What is done to bytes: "flip", "insert", "delete", "cut", "zero" or "repeat", where (0 to 1), and with which bytes."""
+"""What is done to bytes: "flip", "insert", "delete", "cut", "zero" or "repeat", where (0 to 1), and with which
+bytes.
+"""
 KINDS_OF_EDIT = ("flip", "insert", "delete", "cut", "zero", "repeat")
 HOSTILE = (
     b"\xff" * 8,
@@ -138,7 +140,9 @@ def as_json(value: object) -> bytes:
 
 
 class Kind:
-    """One kind of input: `mutant(draw)` is the changed file's bytes; `outcome(bytes)` feeds them and says what became of them."""
+    """One kind of input: `mutant(draw)` is the changed file's bytes; `outcome(bytes)` feeds them and says what became
+    of them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -506,7 +510,8 @@ def feed(kind: Kind, data: bytes) -> str:
     return REFUSED
 
 
-# What an input must never bring about -----------------------------------------------------------------------------------------------------
+# What an input must never bring about
+# -----------------------------------------------------------------------------------------------------
 
 _watched: list[tuple[Path, list[str]]] = []
 _FORBIDDEN = {
@@ -566,8 +571,8 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(allowed: Path, gigabytes: float = 4) -> Iterator[None]:
-    """Fails where the code within starts a process, opens a connection, unpickles a class or writes outside `allowed`; and gives it so much more
-    memory (address space) than there is at the start, and no more."""
+    """Fails where the code within starts a process, opens a connection, unpickles a class or writes outside `allowed`;
+    and gives it so much more memory (address space) than there is at the start, and no more."""
     seen: list[str] = []
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)

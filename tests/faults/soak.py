@@ -1,4 +1,5 @@
-"""The long form of the fault tests, `make soak`: 50 kills, 1,000 mutants of each kind of input, and a full disk. Prints one table for each.
+"""The long form of the fault tests, `make soak`: 50 kills, 1,000 mutants of each kind of input, and a full disk.
+Prints one table for each.
 
 Exit code 1 if anything was lost, or went by in silence, or crashed without a sentence.
 """
@@ -52,7 +53,8 @@ def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
         moments = kill_often(launcher, arguments(data, killed, steps), killed, kills, seed, reach=4)
         found = differences(whole, killed)
         print(
-            f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, {time.perf_counter() - begin:.0f} s with the kills)\n"
+            f"## {kills} SIGKILLs over a run of {steps} steps ({seconds:.0f} s undisturbed, "
+            f"{time.perf_counter() - begin:.0f} s with the kills)\n"
         )
         again = killed.with_suffix(".log").read_text().count("resuming from")
         print(f"{again} of the {kills + 1} starts resumed from a checkpoint\n\n| moment | kills |\n|---|---|")
@@ -66,7 +68,9 @@ def soak_runs(folder: Path, kills: int, seed: int) -> list[str]:
 
 
 def soak_full_disk(launcher: Launcher, folder: Path, data: Path, whole: Path, steps: int) -> list[str]:
-    """A disk with room for two and a half checkpoints, where three are needed while one is being written; then one with room."""
+    """A disk with room for two and a half checkpoints, where three are needed while one is being written; then one
+    with room.
+    """
     disk, log = folder / "disk", folder / "disk.log"
     disk.mkdir()
     size = sum(file.stat().st_size for file in (whole / "checkpoints").glob("*/*")) * 5 // 4
@@ -88,10 +92,12 @@ def soak_full_disk(launcher: Launcher, folder: Path, data: Path, whole: Path, st
         found = differences(whole, disk / "run") if again == 0 else [log.read_text()[-2000:]]
         print(f"## Disk full ({f'tmpfs of {size:,} bytes' if mounted else f'no file beyond {limit:,} bytes'})\n")
         print(
-            f"{warned} of {steps // 2} checkpoints could not be written, each with a line that says so; the run ended with code {code}:\n"
+            f"{warned} of {steps // 2} checkpoints could not be written, each with a line that says so; "
+            f"the run ended with code {code}:\n"
         )
         print(
-            f"    {said[-1]}\n\nthen, with room: code {again}, differences: {', '.join(found) or 'none, to the last bit'}\n",
+            f"    {said[-1]}\n\nthen, with room: code {again}, "
+            f"differences: {', '.join(found) or 'none, to the last bit'}\n",
             flush=True,
         )
         silent = not warned or code not in (0, 2) or any("Traceback" in line for line in said)
@@ -154,7 +160,8 @@ def feed_mutants(name: str, folder: Path, mutants: int, seed: int) -> tuple[Coun
                 places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
                 trace = trace.tb_next
             crashes.append(
-                f"mutant {number}: {type(error).__name__}: {' '.join(str(error).split())[:200]} at {' '.join(places[-4:])}"
+                f"mutant {number}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]} at {' '.join(places[-4:])}"
             )
     return outcomes, crashes
 

@@ -129,7 +129,9 @@ def test_dali_pipeline_that_keeps_dying_is_a_sentence(data, monkeypatch: pytest.
 
 @needs_dali
 def test_what_dali_cannot_read_has_the_same_pixels_in_any_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pillow reads it in its place, it alone, whichever batch meets it first: else a run that is resumed would see other pixels."""
+    """Pillow reads it in its place, it alone, whichever batch meets it first: else a run that is resumed would see
+    other pixels.
+    """
     from syncmask_fast.data.decode.dali import DaliDecoder
 
     data = dataset(tmp_path, [encoded_image(n, 60 + n, 50) for n in range(12)])

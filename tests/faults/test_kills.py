@@ -1,4 +1,6 @@
-"""Runs that are killed, told to stop, or out of disk, and started again with the same command, end with the bits of one that was never stopped."""
+"""Runs that are killed, told to stop, or out of disk, and started again with the same command, end with the bits of
+one that was never stopped.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ def test_sigterm_saves_and_leaves(launcher: Launcher, data: Path, whole: Path, t
 
 
 def test_disk_full_during_a_checkpoint(launcher: Launcher, data: Path, whole: Path, tmp_path: Path):
-    """No file may grow beyond 100 KB, as optimizer.safetensors does. Training continues without a checkpoint and warns."""
+    """No file may grow beyond 100 KB, as optimizer.safetensors does.
+
+    Training continues without a checkpoint and warns.
+    """
     out, log = tmp_path / "run", tmp_path / "run.log"
     argv = arguments(data, out, STEPS, save_every=4)
     assert launcher.run(argv, log, file_limit=100_000) == 2

@@ -218,7 +218,10 @@ class FullDisk:
 
 
 def test_rows_wait_while_the_disk_is_full(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A checkpoint must not know of steps that metrics.jsonl has not: it waits too. When there is room again nothing is missing."""
+    """A checkpoint must not know of steps that metrics.jsonl has not: it waits too.
+
+    When there is room again nothing is missing.
+    """
     log = new_log(tmp_path, 2)
     log.file = FullDisk(log.file, 150)
     add(log, 3, 4, 5)

@@ -1,4 +1,6 @@
-"""A step whose loss or gradients are not finite changes nothing, is counted, and after too many in a row ends the run with the batch saved."""
+"""A step whose loss or gradients are not finite changes nothing, is counted, and after too many in a row ends the run
+with the batch saved.
+"""
 
 from __future__ import annotations
 

@@ -122,6 +122,7 @@ def train(
     state = build_state(config, tokenizer, tokens, train_split, len(product_ids), device, group)
     if state.step == 0:
         state.order = plan_epoch(config, state, product_ids, group)
+    # After batch norms were converted: the reducer hooks the parameters that are trained.
     reducer = GradientReducer(state.model.parameters(), group)
     dtype = configure_compute(config, state)
     parameters = sum(p.numel() for p in state.model.parameters())

@@ -56,6 +56,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
     """
     if device.type != "cuda":
         return "packed" if dtype in cpu_attention.DTYPES and cpu_attention.is_available() else "padded"
+    # Which one is faster depends on the GPU and on both libraries' versions.
     if dtype not in _chosen:
         seconds = {name: _time_backend(run, device, dtype) for name, run in _BACKENDS.items()}
         best = min(seconds, key=lambda name: seconds[name])
@@ -92,7 +93,8 @@ def _attention_xformers(
 ) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    if q_layout is None and k_layout is None:  # images of one size need no mask
+    # Images of one size need no mask.
+    if q_layout is None and k_layout is None:
         return memory_efficient_attention(q, k, v)
     blocks = len(q_layout if q_layout is not None else k_layout)
     bias = block_diagonal_mask(blocks, q_layout or q.shape[1], k_layout or k.shape[1])

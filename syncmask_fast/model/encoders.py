@@ -145,7 +145,8 @@ class ImageEncoder(nn.Module):
         """Return all blocks' output for embedded tokens, without the registers."""
         vit, checkpointing = self.vit, self.grad_checkpointing
         x = vit.norm(run_blocks(vit.blocks, vit.norm_pre(to_autocast_dtype(x)), grad_checkpointing=checkpointing))
-        registers = vit.num_prefix_tokens - 1  # they serve the blocks only
+        # Registers serve the blocks only: masks and fusion see [CLS] and patches.
+        registers = vit.num_prefix_tokens - 1
         return x if registers == 0 else torch.cat([x[:, :1], x[:, 1 + registers :]], dim=1)
 
 
@@ -172,7 +173,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)  # one matmul instead of three
+        # One matmul instead of BERT's three.
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
@@ -289,6 +291,7 @@ class FusionEncoder(nn.Module):
 
     def forward_text_only(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """Return features [T, C] of packed text features x [T, C], without an image and cross-attention."""
+        # As a BERT reads texts: the cross-attention gets no gradient.
         layout.materialize()
         for layer in self.layers:
             x = layer.feed_forward(layer.attention(x, layout))

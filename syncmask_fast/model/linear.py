@@ -43,7 +43,8 @@ def replace_linear_layers(model: nn.Module) -> None:
 
 def _with_parameters_of(layer: nn.Linear) -> Linear:
     """Return a `Linear` that holds the layer's own parameters, not copies."""
-    new = Linear(layer.in_features, layer.out_features, device="meta")  # allocates nothing, draws no random numbers
+    # On the meta device it allocates nothing and draws no random numbers.
+    new = Linear(layer.in_features, layer.out_features, device="meta")
     new.weight, new.bias = layer.weight, layer.bias
     return new.train(layer.training)
 
@@ -51,10 +52,12 @@ def _with_parameters_of(layer: nn.Linear) -> Linear:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        low = weight.bfloat16()  # saved for the backward pass too: no second conversion
+        # Saved for the backward pass too: no second conversion.
+        low = weight.bfloat16()
         ctx.save_for_backward(x, low)
         ctx.dtypes = weight.dtype, bias.dtype
-        if torch.compiler.is_compiling():  # the compiler takes the product below with constant weights only
+        # The compiler takes the product below with constant weights only.
+        if torch.compiler.is_compiling():
             return F.linear(x, low, bias.bfloat16())
         return torch.ops.mkldnn._linear_pointwise(x, low, bias.bfloat16(), "none", [], "")
 

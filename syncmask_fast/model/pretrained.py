@@ -70,6 +70,7 @@ def load_initial_weights(model: SyncMaskModel) -> list[LoadReport]:
         return [load_syncmask(model, config.weights, config.min_loaded)]
     if config.weights is not None:
         return [load_albef(model, config.weights, config.min_loaded)]
+    # Otherwise each encoder has its own source, or keeps random weights.
     reports = []
     if config.image.pretrained:
         reports.append(load_timm(model, config.image.name, config.min_loaded))
@@ -136,7 +137,8 @@ def load_albef(model: SyncMaskModel, path: str | Path, min_loaded: float = 0.9) 
         # DDP adds `module.`. ALBEF's pretraining says `text_encoder.bert.`, its downstream tasks `text_encoder.`.
         key = key.removeprefix("module.").replace("text_encoder.bert.", "text_encoder.").removeprefix("text_encoder.")
         state[key] = value
-    if "temp" in state:  # ours is its logarithm
+    # ALBEF stores the temperature, we its logarithm.
+    if "temp" in state:
         state["temp"] = state["temp"].float().clamp(0.001, 0.5).log()
     heads: KeyMap = {"image_proj": ("vision_proj",), "text_proj": ("text_proj",), "itm_head": ("itm_head",)}
     keys = _vit_keys(model, "visual_encoder.") | bert_keys(model.config.text)
@@ -169,7 +171,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not a checkpoint that can be read ({one_line(error)}). Give a .pth or .safetensors file."
         ) from error
-    for name in ("model", "state_dict"):  # a training checkpoint holds more than its model
+    # A training checkpoint holds more than its model, under a name that depends on the trainer.
+    for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     items = content.items() if isinstance(content, Mapping) else ()
@@ -265,7 +268,7 @@ def _fill(
         ours[name].copy_(fitted)  # state_dict shares its memory with the model
         report.loaded.append(name)
 
-    # 2. Report the rest, and refuse too little.
+    # 2. Report the rest, and refuse too little: a model that silently starts at random would only train worse.
     report.unexpected = [key for key in state if key not in used and not key.startswith(_IGNORED)]
     if report.fraction_loaded < min_loaded:
         raise UserError(
@@ -286,7 +289,8 @@ def _fit(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tensor:
         vit = model.image.vit
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         side = round((value.shape[1] - prefix) ** 0.5)
-        if value.shape[1] == side * side + prefix:  # a square grid
+        # Only a square grid tells rows from columns.
+        if value.shape[1] == side * side + prefix:
             return timm.layers.resample_abs_pos_embed(value, list(model.image.grid), num_prefix_tokens=prefix)
     if name == "text.position_embeddings.weight":
         if len(value) < text.max_length:
@@ -299,8 +303,9 @@ def _fit(model: SyncMaskModel, source: str, name: str, value: Tensor) -> Tensor:
             f"{source} has {len(value)} tokens, but the tokenizer {text.vocab_size}."
             " Give the tokenizer that it was trained with as --text.name."
         )
+    # BERT has two token types; a text of ours has type 0 only.
     if name == "text.token_type_embedding" and value.ndim == 2:
-        return value[0]  # a text has type 0 only
+        return value[0]
     return value
 
 

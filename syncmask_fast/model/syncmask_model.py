@@ -195,6 +195,7 @@ class SyncMaskModel(nn.Module):
         """Return normalized pixels [B, 3, size, size]; the aspect ratio is not kept, as in the loader."""
         if isinstance(images, Tensor):
             return images.to(self.device)
+        # Here, because training decodes with its own loader and needs no torchvision.
         from torchvision.transforms.v2 import functional as V
 
         size = self.config.image.size
@@ -244,11 +245,13 @@ class SyncMaskModel(nn.Module):
             ) from error
         config.check()
         name = config.image.name
+        # A shared config.json must not make timm download anything.
         if ":" in name:
             raise UserError(
                 f"{folder}/config.json names {name}, which would be fetched. Write the architecture's name."
             )
         tokenizer = load_tokenizer(str(folder))
+        # An id beyond the embedding would fail only when a text has it.
         if max(tokenizer.get_vocab().values()) >= config.text.vocab_size:
             raise UserError(
                 f"The tokenizer in {folder} has more tokens than its config.json ({config.text.vocab_size})."

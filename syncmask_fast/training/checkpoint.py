@@ -158,7 +158,8 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int = 2) -> Path:
     stays.
     """
     target = folder / f"step-{state.step:08d}"
-    for old in folder.glob(".step-*.partial"):  # left by a kill
+    # Left by a kill.
+    for old in folder.glob(".step-*.partial"):
         shutil.rmtree(old, ignore_errors=True)
     tensors = {
         "model": state.model.state_dict(),

@@ -56,7 +56,8 @@ def epoch_batches(
             all_positions, lengths = np.concatenate(rows).T
             # Counted by position, so batches that damaged images have shortened do not shift it.
             state.samples_done = (int(all_positions[0]) // size + 1) * size
-            if len(lengths) < 2:  # damaged images left one pair, which has no negative
+            # Damaged images left one pair, which has no negative.
+            if len(lengths) < 2:
                 continue
             items = order[all_positions]
             on_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (items, product_ids[items]))

@@ -72,6 +72,7 @@ def step_flops(model: SyncMaskModel, lengths: Sequence[int], with_fusion: bool) 
         compared = 1 + min(loss.presence_negatives, b - 1)
         student += text + self_attention + 2 * width**2 * tokens + keys + compared * 2 * tokens * s * width
         student += collages * (image + 4 * s * image_width * width + 2 * tokens / b * s * width)
+    # The convolutional stem sees masked pixels, so masked images pass it again.
     stems = b * (1 + masking) + collages if model.image.conv_stem else b + collages
     student += stems * stem * (1 if model.image.conv_stem else 2 / 3)
 

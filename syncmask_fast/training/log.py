@@ -33,7 +33,8 @@ class MetricsLog:
         offset, self._skipped_in_a_row = _resume_offset(self.path, start_step)
         # Unbuffered: what a write could not store on a full disk stays in `_unwritten`.
         self.file = open(self.path, "r+b" if self.path.exists() else "xb", buffering=0)
-        self.file.truncate(offset)  # steps after the checkpoint are repeated
+        # Steps after the checkpoint are repeated, so their rows go.
+        self.file.truncate(offset)
         self.file.seek(offset)
         self._unwritten = b""
         self._rows: list[dict] = []
@@ -207,6 +208,7 @@ class NullLog:
 
 def _column_means(rows: list[dict]) -> dict[str, float]:
     """Return the mean of every column over the rows that have it."""
+    # Rows differ: a skipped step has no loss, a loss can start later, and mask quality comes now and then.
     names = {name: None for row in rows for name in row}
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(values) / len(values) for name, values in columns.items()}

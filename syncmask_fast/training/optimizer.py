@@ -49,7 +49,8 @@ class Optimizer:
     def _snapshot_muon(optimizer: torch.optim.Muon, rollback: Rollback) -> None:
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             state = optimizer.state[parameter]
-            if not state:  # create it before the first step, so that it can be restored
+            # Create it before the first step, so that it can be restored.
+            if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             rollback.snapshot((parameter, *state.values()))
 

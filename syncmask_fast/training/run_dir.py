@@ -17,6 +17,7 @@ from syncmask_fast.training.checkpoint import FOLDER, save_model
 from syncmask_fast.utils.errors import UserError
 from syncmask_fast.utils.files import write_json
 
+# Settings that change neither the model nor the order of its samples.
 RESUME_MAY_CHANGE = {
     "out", "resume", "steps", "epochs", "save_every", "log_every", "max_skipped_steps", "device", "decode_threads",
     "decoder", "eval", "compile", "grad_checkpointing",
@@ -57,13 +58,12 @@ def create_run_dir(config: TrainConfig, group: Group) -> TrainConfig:
 
 
 def save_if_best(run_dir: Path, model: SyncMaskModel, step: int, metric: str, value: float) -> None:
-    """Save the model as the run's if its validation metric is the best so far (best.json).
-
-    A resumed run repeats its steps exactly, so a best model from after the checkpoint stays the best.
-    """
+    """Save the model as the run's if its validation metric is the best so far (best.json)."""
+    # A resumed run repeats its steps exactly, so a best model from after the checkpoint stays the best.
     path = run_dir / "best.json"
     best = _read_json(path)["value"] if path.is_file() else -math.inf
     print(f"step {step:>5}: validation {metric} {value:.2f}" + (" (best so far)" if value > best else ""), flush=True)
+    # The model first: a kill between both leaves the better model under the old value, and is repaired at the resume.
     if value > best:
         save_model(model, run_dir / "model")
         write_json(path, {"step": step, "metric": metric, "value": value})
@@ -75,6 +75,7 @@ def _default_run_dir(config: TrainConfig) -> Path:
 
 
 def _point_latest_to(out: Path) -> None:
+    # A convenience for people: a folder of that name, or a file system without links, is left alone.
     latest = out.parent / "latest"
     with contextlib.suppress(OSError):
         if latest.is_symlink() or not latest.exists():

@@ -29,6 +29,7 @@ LOOKBOOK = Path("data/lookbook")
 
 def open_data(config: TrainConfig, group: Group) -> tuple[TrainConfig, Split, Split]:
     """Open --data, or draw the lookbook; return the config with `data`, the training and the evaluation split."""
+    # The first process draws, fetches and indexes; the others find the cached result.
     with group.main_process_first():
         data = config.data or str(draw_default_lookbook(config, group))
         train_split, eval_split = open_splits(data, config.eval.holdout_fraction)
@@ -50,6 +51,7 @@ def draw_default_lookbook(config: TrainConfig, group: Group) -> Path:
 
 def tokenizer_source(config: TrainConfig) -> str | None:
     """Return the name or folder that gives the tokenizer; None if one is trained on the texts."""
+    # Token ids must be those that the weights were trained with.
     if config.task.model or config.text.name:
         return str(config.task.model or config.text.name)
     return config.weights if config.weights and Path(config.weights).is_dir() else None
@@ -63,6 +65,7 @@ def needs_text_pretraining(config: TrainConfig, resume_path: Path | None) -> boo
 
 def open_texts(config: TrainConfig, split: Split, group: Group) -> tuple[TrainConfig, Tokenizer, TokenCache]:
     """Load or train the tokenizer and tokenize the training texts; return the config with the true vocabulary size."""
+    # A tokenizer that is trained on the texts may find fewer tokens than asked for.
     source = tokenizer_source(config)
     tokenizer = load_tokenizer(source) if source else train_tokenizer(split.index.texts, config.text.vocab_size)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.get_vocab_size())
@@ -123,6 +126,7 @@ def make_loader(
     config: TrainConfig, split: Split, tokens: TokenCache, device: torch.device, group: Group, images: int
 ) -> Loader:
     """Return the loader of this rank's rows. images: images of a training item."""
+    # Each rank decodes its own rows only.
     rows = np.diff(shard_bounds(config.batch_size, group.world_size))[group.rank]
     decoder = make_decoder(
         config.decoder,

@@ -52,7 +52,8 @@ def train_step(
     micro_losses: list[dict[str, Tensor]] = []
     lengths: list[list[int]] = []
     rollback = Rollback()
-    rollback.snapshot(state.model.buffers())  # the forward pass changes batch norm statistics
+    # The forward pass changes batch norm statistics.
+    rollback.snapshot(state.model.buffers())
 
     for micro_step in range(accumulate):
         batch = next(batches)

@@ -18,8 +18,10 @@ from syncmask_fast.objective.masking import random_masks
 from syncmask_fast.training.optimizer import lr_multiplier, make_optimizer
 from syncmask_fast.utils.device import autocast_dtype
 
-TOKEN_RATIO = 0.4  # learns faster than 0.15 (Wettig et al. 2023)
-LR_MULTIPLIER = 2.0  # of the run's learning rates
+# Learns faster than 0.15 (Wettig et al. 2023).
+TOKEN_RATIO = 0.4
+# Relative to the run's learning rates.
+LR_MULTIPLIER = 2.0
 
 
 def pretrain_text(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray, config: TrainConfig) -> None:
@@ -60,6 +62,7 @@ def pretrain_text(model: SyncMaskModel, tokens: TokenCache, samples: np.ndarray,
         optimizer.step(finite)
         optimizer.zero_grad()
         losses.append(loss.detach())
+    # Means of twenty steps: single batches differ more than training improves them.
     first, last = (torch.stack(part).mean().item() for part in (losses[:20], losses[-20:]))
     print(
         f"MLM on {len(texts):,} texts: {first:.2f} to {last:.2f} nats in {steps} steps, "
